@@ -1,0 +1,7 @@
+"""Vision backbones built on attention and attention-like token mixers."""
+
+from . import models as models
+from .registry import create_model, list_models, model_info, register_model
+
+__version__ = "0.1.0"
+__all__ = ["create_model", "list_models", "model_info", "register_model"]

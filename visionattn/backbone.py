@@ -1,0 +1,536 @@
+"""The two scaffolds every family fills in: `Hierarchical` (stages on maps) and `Isotropic` (one sequence of tokens).
+
+They hold what every backbone repeats: timm's model contract (features, intermediates, heads, gradient checkpointing,
+parameter groups), input checks and position tables that follow the input size.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import ClassVar
+
+import torch
+from timm.layers import create_classifier, resample_abs_pos_embed, to_2tuple, trunc_normal_
+from timm.models._features import feature_take_indices
+from timm.models.vision_transformer import global_pool_nlc
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .errors import VisionattnError
+from .layers.cache import ParameterCache
+
+
+class InputCheck(nn.Module):
+    """Passes images on, and refuses those that are too small.
+
+    Args:
+        size: smallest height and width in pixels.
+        name: of the model, for the message.
+    """
+
+    def __init__(self, size: int, name: str) -> None:
+        super().__init__()
+        self.size, self.name = size, name
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _checked(x, self.size, self.name)
+
+
+@torch.fx.wrap
+def _checked(x: Tensor, size: int, name: str) -> Tensor:
+    H, W = x.shape[-2:]
+    if not torch.compiler.is_compiling() and min(H, W) < size:
+        raise VisionattnError(f"{name} expects at least {size} x {size} input, got {H} x {W}")
+    return x
+
+
+class Backbone(nn.Module):
+    """What both scaffolds share.
+
+    Attributes:
+        layouts: published layouts of the family's checkpoints, name to rules (see `weights.Rule`).
+        first_conv: name of the convolution that takes the image.
+        feature_cfg: how timm's builder makes a feature extractor of the model.
+    """
+
+    layouts: ClassVar[dict[str, list]] = {}
+    first_conv: ClassVar[str] = "stem.proj"
+    feature_cfg: ClassVar[dict]
+
+    def __init__(
+        self, num_features: int, num_classes: int, in_chans: int, drop_rate: float, min_input_size: int
+    ) -> None:
+        super().__init__()
+        self.check = InputCheck(min_input_size, type(self).__name__)
+        self.num_features = self.head_hidden_size = num_features
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.drop_rate = drop_rate
+        self.grad_checkpointing = False
+        self.feature_info: list[dict] = []
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    @staticmethod
+    def pool_size(img_size: int) -> tuple[int, int] | None:
+        """Size of the map that is pooled, for an image size in pixels; None if it is a sequence."""
+        return None
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters without weight decay, besides those with one dimension."""
+        return set()
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute activations in the backward pass instead of keeping them."""
+        self.grad_checkpointing = enable
+
+    def _placement(self) -> dict:
+        parameter = next(self.parameters())
+        return {"device": parameter.device, "dtype": parameter.dtype}
+
+
+def _recomputed(block: nn.Module, *args) -> Tensor:
+    """`block(*args)` with activations recomputed in the backward pass, which must not count for batch norm twice."""
+    norms = [m for m in block.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+
+    @contextmanager
+    def frozen_statistics() -> Iterator[None]:
+        for norm in norms:
+            norm.track_running_stats = False
+        try:
+            yield
+        finally:
+            for norm in norms:
+                norm.track_running_stats = True
+
+    if norms and block.training:
+        return checkpoint(block, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), frozen_statistics()))
+    return checkpoint(block, *args, use_reentrant=False)
+
+
+class Stage(nn.Module):
+    """One resolution of a hierarchical backbone.
+
+    Args:
+        blocks: residual blocks.
+        dim: channels of the output.
+        downsample: from the output of the stage before, NCHW.
+        norm: after the blocks, NCHW.
+        channels_last: the blocks take (B, H, W, C) instead of (B, C, H, W).
+
+    Shape:
+        (B, C', H', W') to (B, C, H, W).
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[nn.Module],
+        dim: int,
+        downsample: nn.Module | None = None,
+        norm: nn.Module | None = None,
+        channels_last: bool = False,
+    ) -> None:
+        super().__init__()
+        self.dim = dim
+        self.downsample = downsample or nn.Identity()
+        self.blocks = nn.Sequential(*blocks)
+        self.norm = norm or nn.Identity()
+        self.channels_last = channels_last
+        self.grad_checkpointing = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.downsample(x)
+        if self.channels_last:
+            x = x.permute(0, 2, 3, 1)
+        for block in self.blocks:
+            x = _recomputed(block, x) if self.grad_checkpointing else block(x)
+        if self.channels_last:
+            x = x.permute(0, 3, 1, 2)
+        return self.norm(x)
+
+
+class Hierarchical(Backbone):
+    """A stem and stages of falling resolution, then norm, pooling and a linear head.
+
+    Args:
+        stem: image to the map of the first stage, NCHW.
+        stages: the stages, each after the first halving the resolution.
+        norm: before pooling, NCHW.
+        num_classes: classes of the head, 0 for none.
+        in_chans: channels of the image.
+        global_pool: "avg", "max", "avgmax", "catavgmax" or "" for none.
+        drop_rate: dropout rate before the head.
+        stem_stride: reduction of the stem.
+
+    Shape:
+        (B, in_chans, H, W) to (B, num_classes); stage i of `features_only` is (B, C_i, H_i, W_i).
+    """
+
+    feature_cfg = {"out_indices": (0, 1, 2, 3), "flatten_sequential": True}
+
+    def __init__(
+        self,
+        stem: nn.Module,
+        stages: Sequence[Stage],
+        norm: nn.Module | None = None,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        stem_stride: int = 4,
+        device=None,
+        dtype=None,
+    ) -> None:
+        reductions = [stem_stride * 2**i for i in range(len(stages))]
+        super().__init__(stages[-1].dim, num_classes, in_chans, drop_rate, min_input_size=reductions[-1])
+        self.stem = stem
+        self.stages = nn.Sequential(*stages)
+        self.norm = norm or nn.Identity()
+        self.global_pool, self.head_drop, self.head = create_classifier(
+            self.num_features, num_classes, global_pool, drop_rate=drop_rate, device=device, dtype=dtype
+        )
+        self.feature_info = [
+            {"num_chs": stage.dim, "reduction": reductions[i], "module": f"stages.{i}"} for i, stage in enumerate(stages)
+        ]
+
+    @staticmethod
+    def pool_size(img_size: int) -> tuple[int, int]:
+        """Size of the map that is pooled, for an image size in pixels."""
+        return (-(-img_size // 32),) * 2
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the activations of the blocks in the backward pass instead of keeping them."""
+        super().set_grad_checkpointing(enable)
+        for stage in self.stages:
+            stage.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict:
+        """Patterns that group parameters by depth, for layer-wise learning rates."""
+        blocks = [
+            (r"^stages\.(\d+)\.downsample", (0,)),
+            (r"^stages\.(\d+)\.blocks\.(\d+)", None),
+            (r"^stages\.(\d+)\.norm", (99999,)),
+            (r"^norm", (99999,)),
+        ]
+        return {"stem": r"^stem", "blocks": r"^stages\.(\d+)" if coarse else blocks}
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None, reset_other: bool = False) -> None:
+        """Replace the head.
+
+        Args:
+            num_classes: classes of the new head, 0 for none.
+            global_pool: new pooling, unchanged if None.
+            reset_other: nothing else belongs to the head; accepted as in timm.
+        """
+        self.num_classes = num_classes
+        pool = self.global_pool.pool_type if global_pool is None else global_pool
+        self.global_pool, self.head_drop, self.head = create_classifier(
+            self.num_features, num_classes, pool, drop_rate=self.drop_rate, **self._placement()
+        )
+        self.train(self.training)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Image to the normalised map of the last stage, NCHW."""
+        return self.norm(self.stages(self.stem(self.check(x))))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Map of the last stage to logits, or to pooled features with `pre_logits`."""
+        x = self.head_drop(self.global_pool(x))
+        return x if pre_logits else self.head(x)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Outputs of stages.
+
+        Args:
+            x: image.
+            indices: the last n stages if an int, these stages if a list, all if None.
+            norm: apply the final norm to the last stage's output.
+            stop_early: do not run stages after the last one asked for.
+            output_fmt: "NCHW", the one layout of maps.
+            intermediates_only: do not return the final features.
+
+        Returns:
+            The maps, or (final features, maps).
+        """
+        if output_fmt != "NCHW":
+            raise VisionattnError(f"expected output_fmt 'NCHW', got {output_fmt!r}")
+        take, last = feature_take_indices(len(self.stages), indices)
+        final = len(self.stages) - 1
+        x = self.stem(self.check(x))
+        intermediates = []
+        for i, stage in enumerate(self.stages[: last + 1] if stop_early else self.stages):
+            x = stage(x)
+            if i in take:
+                intermediates.append(self.norm(x) if norm and i == final else x)
+        if intermediates_only:
+            return intermediates
+        return (self.norm(x) if i == final else x), intermediates
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove what the given intermediates do not need.
+
+        Args:
+            indices: stages to keep, as in `forward_intermediates`.
+            prune_norm: remove the final norm.
+            prune_head: remove the head.
+
+        Returns:
+            Absolute indices of the kept intermediates.
+        """
+        take, last = feature_take_indices(len(self.stages), indices)
+        shorter = last < len(self.stages) - 1
+        self.stages = self.stages[: last + 1]
+        self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
+        if prune_norm or shorter:
+            self.norm = nn.Identity()
+        if prune_head or shorter:
+            self.reset_classifier(0, "")
+        return take
+
+
+class PositionEmbedding(nn.Module):
+    """A learned vector for every patch, resampled bicubically for maps of another size.
+
+    Args:
+        grid_size: (height, width) of the patch map the table is made for.
+        dim: channels.
+
+    Shape:
+        (B, H * W, C) and the grid (H, W) to (B, H * W, C).
+    """
+
+    def __init__(self, grid_size: tuple[int, int], dim: int, device=None, dtype=None) -> None:
+        super().__init__()
+        self.grid_size = grid_size
+        self.weight = nn.Parameter(torch.empty(1, grid_size[0] * grid_size[1], dim, device=device, dtype=dtype))
+        self._cache = ParameterCache()
+        trunc_normal_(self.weight, std=0.02)
+
+    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        return x + _positions(self, grid)
+
+
+@torch.fx.wrap
+def _positions(module: PositionEmbedding, grid: tuple[int, int]) -> Tensor:
+    if tuple(grid) == module.grid_size:
+        return module.weight
+    resample = partial(resample_abs_pos_embed, module.weight, list(grid), list(module.grid_size), num_prefix_tokens=0)
+    return module._cache(tuple(grid), [module.weight], resample)
+
+
+class Isotropic(Backbone):
+    """Patches of one size as a sequence of tokens, then norm, pooling and a linear head.
+
+    Blocks are called as `block(tokens, grid)` with grid the (height, width) of the patch map.
+
+    Args:
+        stem: patch embedding, image to (B, N, C) tokens in row-major order.
+        blocks: residual blocks.
+        norm: over the channels of every token, before pooling.
+        embed_dim: channels C.
+        patch_size: side of a patch in pixels; images are padded with zeros at the bottom and right to a multiple.
+        img_size: image size the position table is made for, in pixels; other sizes resample it.
+        pos_embed: learn a position embedding of the patches.
+        class_token: index of the block before which a class token is put in front, None for no class token.
+        num_classes: classes of the head, 0 for none.
+        in_chans: channels of the image.
+        global_pool: "token" (the class token), "avg", "max", "avgmax" or "" for none.
+        drop_rate: dropout rate after the position embedding and before the head.
+
+    Shape:
+        (B, in_chans, H, W) to (B, num_classes).
+    """
+
+    feature_cfg = {"out_indices": 3, "feature_cls": "getter"}
+
+    def __init__(
+        self,
+        stem: nn.Module,
+        blocks: Sequence[nn.Module],
+        norm: nn.Module,
+        embed_dim: int,
+        patch_size: int,
+        img_size: int | tuple[int, int],
+        pos_embed: bool,
+        class_token: int | None,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        global_pool: str = "token",
+        drop_rate: float = 0.0,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__(embed_dim, num_classes, in_chans, drop_rate, min_input_size=patch_size)
+        dd = {"device": device, "dtype": dtype}
+        self.patch_size = patch_size
+        self.grid_size = tuple(-(-size // patch_size) for size in to_2tuple(img_size))
+        self.class_token_at = class_token
+        self.num_prefix_tokens = 0 if class_token is None else 1
+        self.global_pool = self._checked_pool(global_pool)
+        self.cls_token = None if class_token is None else nn.Parameter(torch.empty(1, 1, embed_dim, **dd))
+        self.pos_embed = PositionEmbedding(self.grid_size, embed_dim, **dd) if pos_embed else None
+        self.stem = stem
+        self.pos_drop = nn.Dropout(drop_rate)
+        self.blocks = nn.Sequential(*blocks)
+        self.norm = norm
+        self.head_drop = nn.Dropout(drop_rate)
+        self.head = nn.Linear(embed_dim, num_classes, **dd) if num_classes else nn.Identity()
+        self.feature_info = [
+            {"num_chs": embed_dim, "reduction": patch_size, "module": f"blocks.{i}"} for i in range(len(blocks))
+        ]
+        if self.cls_token is not None:
+            trunc_normal_(self.cls_token, std=0.02)
+
+    def _checked_pool(self, global_pool: str) -> str:
+        accepted = ("avg", "max", "avgmax", "") if self.class_token_at is None else ("token", "avg", "max", "avgmax", "")
+        if global_pool not in accepted:
+            raise VisionattnError(f"expected global_pool one of {', '.join(map(repr, accepted))}, got {global_pool!r}")
+        return global_pool
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters without weight decay, besides those with one dimension."""
+        return {"cls_token", "pos_embed.weight"}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict:
+        """Patterns that group parameters by depth, for layer-wise learning rates."""
+        return {
+            "stem": r"^cls_token|pos_embed|stem",
+            "blocks": r"^blocks\.(\d+)" if coarse else [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
+        }
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None, reset_other: bool = False) -> None:
+        """Replace the head.
+
+        Args:
+            num_classes: classes of the new head, 0 for none.
+            global_pool: new pooling, unchanged if None.
+            reset_other: nothing else belongs to the head; accepted as in timm.
+        """
+        if global_pool is not None:
+            self.global_pool = self._checked_pool(global_pool)
+        self.num_classes = num_classes
+        placement = self._placement()
+        self.head = nn.Linear(self.num_features, num_classes, **placement) if num_classes else nn.Identity()
+
+    def _embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Image to ((B, N, C) tokens with positions, grid)."""
+        x = self.check(x)
+        grid = -(-x.shape[-2] // self.patch_size), -(-x.shape[-1] // self.patch_size)
+        x = self.stem(_pad_to_multiple(x, self.patch_size))
+        if self.pos_embed is not None:
+            x = self.pos_embed(x, grid)
+        return self.pos_drop(x), grid
+
+    def _with_class_token(self, x: Tensor, block: int) -> Tensor:
+        """`x` with the class token in front, if it joins before `block`."""
+        return torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], 1) if block == self.class_token_at else x
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Image to normalised tokens (B, N, C), the class token first."""
+        x, grid = self._embed(x)
+        for i, block in enumerate(self.blocks):
+            x = self._with_class_token(x, i)
+            x = _recomputed(block, x, grid) if self.grad_checkpointing else block(x, grid)
+        return self.norm(x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Tokens to logits, or to pooled features with `pre_logits`."""
+        x = self.head_drop(global_pool_nlc(x, self.global_pool, self.num_prefix_tokens))
+        return x if pre_logits else self.head(x)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Outputs of blocks.
+
+        Args:
+            x: image.
+            indices: the last n blocks if an int, these blocks if a list, all if None.
+            return_prefix_tokens: return (patches, class token) pairs; the token part is empty where it has not joined.
+            norm: apply the final norm to every output.
+            stop_early: do not run blocks after the last one asked for.
+            output_fmt: "NCHW" maps or "NLC" tokens, of patches only.
+            intermediates_only: do not return the final features.
+
+        Returns:
+            The outputs, or (final features, outputs).
+        """
+        if output_fmt not in ("NCHW", "NLC"):
+            raise VisionattnError(f"expected output_fmt 'NCHW' or 'NLC', got {output_fmt!r}")
+        take, last = feature_take_indices(len(self.blocks), indices)
+        x, grid = self._embed(x)
+        intermediates = []
+        for i, block in enumerate(self.blocks[: last + 1] if stop_early else self.blocks):
+            x = self._with_class_token(x, i)
+            x = _recomputed(block, x, grid) if self.grad_checkpointing else block(x, grid)
+            if i in take:
+                y = self.norm(x) if norm else x
+                prefix = 0 if self.class_token_at is None or i < self.class_token_at else 1
+                patches = y[:, prefix:]
+                if output_fmt == "NCHW":
+                    patches = patches.transpose(1, 2).unflatten(2, grid)
+                intermediates.append((patches, y[:, :prefix]) if return_prefix_tokens else patches)
+        return intermediates if intermediates_only else (self.norm(x), intermediates)
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove what the given intermediates do not need.
+
+        Args:
+            indices: blocks to keep, as in `forward_intermediates`.
+            prune_norm: remove the final norm.
+            prune_head: remove the head.
+
+        Returns:
+            Absolute indices of the kept intermediates.
+        """
+        take, last = feature_take_indices(len(self.blocks), indices)
+        shorter = last < len(self.blocks) - 1
+        self.blocks = self.blocks[: last + 1]
+        if prune_norm:
+            self.norm = nn.Identity()
+        if prune_head or shorter:
+            self.reset_classifier(0, "")
+        return take
+
+
+@torch.fx.wrap
+def _pad_to_multiple(x: Tensor, size: int) -> Tensor:
+    """Zeros at the bottom and right of a map (B, C, H, W), up to the next multiples of `size`."""
+    pad_h, pad_w = -x.shape[-2] % size, -x.shape[-1] % size
+    return nn.functional.pad(x, (0, pad_w, 0, pad_h)) if pad_h or pad_w else x

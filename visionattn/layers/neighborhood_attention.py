@@ -1,0 +1,182 @@
+"""Neighbourhood attention, dilated and strided, without a custom kernel."""
+
+from functools import lru_cache
+from operator import index
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from timm.layers import to_2tuple, trunc_normal_
+from torch import Tensor, nn
+
+from .cache import ParameterCache
+from .local_attention import AxisTiles, LocalPlan, PlanTensors, local_attention, pair_mask, relative_bias
+from .pointwise import Pointwise
+
+
+def neighborhood_axis(length: int, kernel_size: int, dilation: int = 1, stride: int = 1) -> AxisTiles:
+    """Tiles of neighbourhood attention along one axis.
+
+    Tokens with equal position modulo `dilation` form a group. Inside a group of n, query p attends to the `kernel_size`
+    keys from clamp(lead(p) - kernel_size // 2, 0, n - kernel_size), where lead(p) is the centre of its stride group.
+    Pairs are numbered key - query + kernel_size - 1 in steps of the dilation.
+
+    Args:
+        length: number of queries.
+        kernel_size: keys per query.
+        dilation: distance between neighbouring keys.
+        stride: consecutive queries that share a window.
+    """
+    K, T = kernel_size, stride * -(-max(kernel_size, 4) // stride)
+    num_keys = max(length, K * dilation)
+    groups = [
+        (g, len(range(g, length, dilation)), len(range(g, num_keys, dilation))) for g in range(min(dilation, length))
+    ]
+    longest = max(n for _, _, n in groups)
+    if stride == 1 and longest <= 2 * K:  # masking a small map costs less than cutting it up
+        T = max(m for _, m, _ in groups)
+    span = T - stride if T % stride == 0 else stride * -(-(T - 1) // stride)
+    width = min(longest, K + span)
+    queries, keys, pairs = [], [], []
+    for g, m, n in groups:
+        p = np.arange(n)
+        lead = np.minimum(p // stride * stride + stride // 2, n - 1)
+        start = np.clip(lead - K // 2, 0, n - K)
+        for first in range(0, m, T):
+            query = np.minimum(np.arange(first, first + T), m - 1)
+            key = max(min(start[first], n - width), 0) + np.arange(width)
+            begin = start[query][:, None]
+            pairs.append(np.where((begin <= key) & (key < begin + K), key - query[:, None] + K - 1, -1))
+            queries.append(query * dilation + g)
+            keys.append(np.minimum(key, n - 1) * dilation + g)
+    return AxisTiles(np.stack(queries), np.stack(keys), np.stack(pairs), length, num_keys, 2 * K - 1)
+
+
+@lru_cache(maxsize=128)
+def _plan(rows: tuple[int, ...], cols: tuple[int, ...]) -> LocalPlan:
+    return LocalPlan(neighborhood_axis(*rows), neighborhood_axis(*cols))
+
+
+@torch.compiler.assume_constant_result
+def _plan_on(rows: tuple[int, ...], cols: tuple[int, ...], device: torch.device) -> PlanTensors:
+    return _plan(rows, cols).on(device)
+
+
+class NeighborhoodAttention2d(nn.Module):
+    """Self-attention of every position to the kernel_size x kernel_size positions around it.
+
+    "Neighborhood Attention Transformer", arXiv 2204.07143; dilated in arXiv 2209.15001; strided (generalised) in arXiv
+    2504.16922. At the border the window is shifted inwards, so every query has exactly kernel_size**2 keys. A map smaller
+    than kernel_size * dilation is padded with zeros at the bottom and right before the projection, and the padding
+    takes part, as in the published models.
+
+    Cost: 4 N C^2 + 2 N C K^2 multiply-adds for N = H W positions, C channels and a K x K window.
+
+    Args:
+        dim: channels C.
+        num_heads: attention heads; must divide `dim`.
+        kernel_size: window, in keys; int or (height, width).
+        dilation: distance between keys; int or (height, width), None means 1.
+        stride: queries that share a window, at most `kernel_size`; int or (height, width).
+        rel_pos_bias: learn a bias per head and relative position.
+        qkv_bias: bias of the query, key and value projections.
+        qk_scale: factor of the logits, (dim / num_heads)**-0.5 if None.
+        attn_drop: dropout rate of the attention weights.
+        proj_drop: dropout rate of the output.
+
+    Raises:
+        ValueError: if `num_heads` does not divide `dim` or a kernel, dilation or stride is out of range.
+
+    Shape:
+        (B, H, W, C) to (B, H, W, C), any H and W.
+
+    Example:
+        >>> attention = NeighborhoodAttention2d(64, num_heads=2, kernel_size=7, dilation=4)
+        >>> attention(torch.randn(1, 30, 41, 64)).shape
+        torch.Size([1, 30, 41, 64])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        kernel_size: int | tuple[int, int] = 7,
+        dilation: int | tuple[int, int] | None = 1,
+        stride: int | tuple[int, int] = 1,
+        rel_pos_bias: bool = True,
+        qkv_bias: bool = True,
+        qk_scale: float | None = None,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.kernel_size, self.dilation, self.stride = map(to_2tuple, (kernel_size, dilation or 1, stride))
+        if dim % num_heads:
+            raise ValueError(f"dim {dim} is not divisible by num_heads {num_heads}")
+        for k, d, s in zip(self.kernel_size, self.dilation, self.stride, strict=True):
+            if k < 2 or d < 1 or not 1 <= s <= k:
+                raise ValueError(
+                    f"expected kernel_size >= 2, dilation >= 1 and 1 <= stride <= kernel_size, "
+                    f"got kernel_size {k}, dilation {d}, stride {s}"
+                )
+        self.num_heads = num_heads
+        self.scale = qk_scale or (dim // num_heads) ** -0.5
+        self.qkv = Pointwise(dim, 3 * dim, bias=qkv_bias, **dd)
+        table = [2 * k - 1 for k in self.kernel_size]
+        self.rpb = nn.Parameter(torch.empty(num_heads, *table, **dd)) if rel_pos_bias else None
+        self.attn_drop = attn_drop
+        self.proj = Pointwise(dim, dim, **dd)
+        self.proj_drop = nn.Dropout(proj_drop)
+        self._bias_cache = ParameterCache()
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        if self.rpb is not None:
+            trunc_normal_(self.rpb, std=0.02)
+
+    def window(self, height: int, width: int) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+        """(kernel size, dilation, stride) of each axis on a map of that size."""
+        rows, cols = zip(self.kernel_size, self.dilation, self.stride, strict=True)
+        return rows, cols
+
+    def table(self, height: int, width: int) -> Tensor | None:
+        """Relative position bias (heads, 2 K_h - 1, 2 K_w - 1) on a map of that size."""
+        return self.rpb
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj_drop(self.proj(_attend(self, self.qkv(x))))
+
+    def extra_repr(self) -> str:
+        return (
+            f"num_heads={self.num_heads}, kernel_size={self.kernel_size}, dilation={self.dilation}, "
+            f"stride={self.stride}, rel_pos_bias={self.rpb is not None}"
+        )
+
+
+@torch.fx.wrap
+def _attend(attention: NeighborhoodAttention2d, qkv: Tensor) -> Tensor:
+    """(B, H, W, 3C) projections to (B, H, W, C). Opaque to symbolic tracing, as its tiling depends on the size."""
+    B, H, W, C = qkv.shape
+    H, W = index(H), index(W)
+    heads, has_table = attention.num_heads, attention.rpb is not None
+    rows, cols = ((length, *window) for length, window in zip((H, W), attention.window(H, W), strict=True))
+    plan = _plan_on(rows, cols, qkv.device)
+    q, k, v = qkv.view(B, H * W, 3, heads, C // (3 * heads)).unbind(2)
+    pad_h, pad_w = (max(kernel * dilation - length, 0) for length, kernel, dilation, _ in (rows, cols))
+    if pad_h or pad_w:
+        # The projection of a zero input is the bias. Padded positions are keys only.
+        padding = qkv.new_zeros(C) if attention.qkv.bias is None else attention.qkv.bias.to(qkv.dtype)
+        padded = torch.cat([qkv, padding.expand(B, H, pad_w, C)], 2)
+        padded = torch.cat([padded, padding.expand(B, pad_h, W + pad_w, C)], 1)
+        _, k, v = padded.view(B, -1, 3, heads, C // (3 * heads)).unbind(2)
+
+    def bias() -> list[Tensor | None]:
+        return relative_bias(attention.table(H, W).flatten(1).to(qkv.dtype), plan) if has_table else pair_mask(plan)
+
+    key, tables = (rows, cols, qkv.dtype, qkv.device), [attention.rpb] if has_table else []
+    dropout = attention.attn_drop if attention.training else 0.0
+    out = local_attention(q, k, v, plan, attention._bias_cache(key, tables, bias), attention.scale, dropout)
+    return out.view(B, H, W, C // 3)

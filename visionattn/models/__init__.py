@@ -1,0 +1,2 @@
+from . import dinat as dinat
+from . import van as van

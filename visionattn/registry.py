@@ -1,0 +1,330 @@
+"""Names of models, what is known of them, and the bridge that offers them to timm."""
+
+import difflib
+import fnmatch
+import inspect
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import timm
+import torch
+from timm.models import PretrainedCfg, build_model_with_cfg, generate_default_cfgs
+from timm.models import register_model as register_with_timm
+from torch import nn
+
+from .errors import UnknownArgumentError, UnknownModelError, VisionattnError
+from .weights import convert_state_dict, load_checkpoint
+
+BUILDER_ARGUMENTS = {
+    "features_only", "out_indices", "feature_cls", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "output_fmt",
+    "pretrained_strict", "pretrained_model_args",
+}  # fmt: skip
+"""What timm's builder takes besides the arguments of the model's class."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """One set of published weights of a model, or of published figures where the weights were not released.
+
+    Args:
+        urls: where the file is, the most reliable place first.
+        hf_hub_id: repository on the Hugging Face hub.
+        top1: published ImageNet-1k top-1 accuracy in percent.
+        img_size: image size of the evaluation in pixels.
+        crop_pct: part of the resized short side that the evaluation crops.
+        num_classes: classes of the published head.
+        cfg: further entries of timm's `PretrainedCfg` (mean, std, crop_mode, ...).
+        page: where the file can be fetched by hand, if it has no address of its own.
+        note: what one must know to use them.
+    """
+
+    urls: tuple[str, ...] = ()
+    hf_hub_id: str | None = None
+    top1: float | None = None
+    img_size: int = 224
+    crop_pct: float = 0.875
+    num_classes: int = 1000
+    cfg: dict = field(default_factory=dict)
+    page: str = ""
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Family:
+    """What the variants of a family have in common.
+
+    Args:
+        name: name of the family.
+        papers: (title, arXiv id) pairs.
+        origin: repository of the published code.
+        license: licence of the published code and weights.
+    """
+
+    name: str
+    papers: tuple[tuple[str, str], ...]
+    origin: str
+    license: str
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One named model.
+
+    Args:
+        kwargs: arguments of the model's class.
+        gmacs: multiply-adds in 1e9 at the default image size, of linear maps, convolutions and attention products.
+        weights: published weights by tag, the default first.
+        recipe: facts of the published training recipe that belong to the variant, drop path rate above all.
+        img_size: default image size in pixels.
+        model: class of the model, where the family has several.
+    """
+
+    kwargs: dict
+    gmacs: float
+    weights: dict[str, Weights] = field(default_factory=dict)
+    recipe: dict = field(default_factory=dict)
+    img_size: int = 224
+    model: type[nn.Module] | None = None
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What `model_info` returns.
+
+    Attributes:
+        name: name of the model.
+        family: name of its family.
+        params: number of parameters.
+        gmacs: multiply-adds in 1e9 at `input_size`.
+        input_size: (channels, height, width) of the default input.
+        top1: published ImageNet-1k top-1 accuracy of the default weights in percent, None where there is none.
+        weights: published weights by tag; `urls` and `hf_hub_id` say where they are.
+        license: licence of the published code and weights.
+        papers: (title, arXiv id) pairs.
+        origin: repository of the published code.
+        recipe: facts of the published training recipe.
+    """
+
+    name: str
+    family: str
+    params: int
+    gmacs: float | None
+    input_size: tuple[int, int, int]
+    top1: float | None
+    weights: dict[str, Weights]
+    license: str
+    papers: tuple[tuple[str, str], ...]
+    origin: str
+    recipe: dict
+
+
+@dataclass(frozen=True)
+class _Entry:
+    build: Callable[..., nn.Module]
+    family: Family | None = None
+    variant: Variant | None = None
+    cfgs: dict[str, PretrainedCfg] = field(default_factory=dict)
+
+
+_entries: dict[str, _Entry] = {}
+_aliases: dict[str, str] = {}
+
+
+def register_model(build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """Decorator that registers a function `build(pretrained=False, **kwargs)` as a model of the function's name.
+
+    Args:
+        build: makes the model.
+
+    Returns:
+        `build`, unchanged.
+
+    Raises:
+        VisionattnError: if the name is taken.
+    """
+    return _register(build.__name__, _Entry(build)).build
+
+
+def register_family(
+    family: Family, model: type[nn.Module], variants: dict[str, Variant], aliases: dict[str, str] | None = None
+) -> None:
+    """Register the variants of a family, here and, where timm lacks the name, with timm.
+
+    Args:
+        family: what the variants have in common.
+        model: class of the variants that name none.
+        variants: variants by name.
+        aliases: old names of variants.
+    """
+    module = sys.modules[model.__module__]
+    for name, variant in variants.items():
+        cls = variant.model or model
+        cfgs = {tag: _pretrained_cfg(name, tag, family, variant, cls) for tag in variant.weights or {"": None}}
+        entry = _register(name, _Entry(_builder(name, cls, variant, cfgs), family, variant, cfgs))
+        if not timm.is_model(name):
+            entry.build.__name__, entry.build.__module__ = name, module.__name__
+            tagged = {f"{name}.{tag}" if tag else name: cfg for tag, cfg in cfgs.items()}
+            module.default_cfgs = getattr(module, "default_cfgs", {}) | generate_default_cfgs(tagged)
+            register_with_timm(entry.build)
+    _aliases.update(aliases or {})
+
+
+def _register(name: str, entry: _Entry) -> _Entry:
+    if name in _entries or name in _aliases:
+        raise VisionattnError(f"a model named {name} is registered already")
+    _entries[name] = entry
+    return entry
+
+
+def _pretrained_cfg(name: str, tag: str, family: Family, variant: Variant, cls: type[nn.Module]) -> PretrainedCfg:
+    weights = variant.weights.get(tag, Weights(img_size=variant.img_size))
+    size = weights.img_size
+    facts = {
+        "url": weights.urls[0] if weights.urls else None,
+        "hf_hub_id": weights.hf_hub_id,
+        "architecture": name,
+        "tag": tag or None,
+        "input_size": (3, size, size),
+        "min_input_size": None,
+        "pool_size": cls.pool_size(size),
+        "num_classes": weights.num_classes,
+        "crop_pct": weights.crop_pct,
+        "interpolation": "bicubic",
+        "first_conv": cls.first_conv,
+        "classifier": "head",
+        "license": family.license,
+        "origin_url": family.origin,
+        "paper_name": family.papers[0][0],
+        "paper_ids": tuple(f"arXiv:{arxiv}" for _, arxiv in family.papers),
+    }
+    return PretrainedCfg(**facts | weights.cfg)
+
+
+def _builder(
+    name: str, cls: type[nn.Module], variant: Variant, cfgs: dict[str, PretrainedCfg]
+) -> Callable[..., nn.Module]:
+    accepted = set(inspect.signature(cls).parameters)
+
+    def build(pretrained: bool = False, checkpoint_path: str = "", **kwargs) -> nn.Module:
+        if unknown := sorted(kwargs.keys() - accepted - BUILDER_ARGUMENTS):
+            raise UnknownArgumentError(
+                f"{name} got unknown arguments {', '.join(unknown)}; it takes {', '.join(sorted(accepted))}"
+            )
+        cfg = kwargs.pop("pretrained_cfg", None) or next(iter(cfgs))
+        if isinstance(cfg, str):
+            cfg = _tagged(name, cfg, cfgs)
+        if not isinstance(cfg, dict):
+            cfg = cfg.to_dict()
+        sources = cfg | (kwargs.get("pretrained_cfg_overlay") or {})
+        if pretrained and not any(sources.get(key) for key in ("url", "hf_hub_id", "file", "state_dict")):
+            raise VisionattnError(f"no weights to fetch for {name}; see visionattn.model_info({name!r}).weights")
+        if checkpoint_path and kwargs.get("features_only"):
+            kwargs["num_classes"] = 0  # whatever the checkpoint's classes
+
+        def construct(**kwargs) -> nn.Module:
+            model = cls(**kwargs)
+            model.pretrained_cfg = cfg
+            model.check.name = name
+            if checkpoint_path:
+                load_checkpoint(model, checkpoint_path)
+            return model
+
+        return build_model_with_cfg(
+            construct,
+            name,
+            pretrained,
+            pretrained_cfg=cfg,
+            pretrained_filter_fn=convert_state_dict,
+            feature_cfg=dict(cls.feature_cfg),
+            **variant.kwargs | kwargs,
+        )
+
+    return build
+
+
+def _tagged(name: str, tag: str, cfgs: dict[str, PretrainedCfg]) -> PretrainedCfg:
+    if tag not in cfgs:
+        raise UnknownModelError(f"{name} has no weights tagged {tag}; it has {', '.join(filter(None, cfgs)) or 'none'}")
+    return cfgs[tag]
+
+
+def _find(name: str) -> tuple[str, str, _Entry]:
+    """(name, tag, entry) of a model name with optional tag, aliases resolved."""
+    base, _, tag = name.partition(".")
+    base = _aliases.get(base, base)
+    if base not in _entries:
+        near = difflib.get_close_matches(base, [*_entries, *_aliases], n=4, cutoff=0.5)
+        hint = f"did you mean {', '.join(near)}?" if near else "see visionattn.list_models()"
+        raise UnknownModelError(f"unknown model {name}; {hint}")
+    return base, tag, _entries[base]
+
+
+def create_model(name: str, pretrained: bool = False, checkpoint_path: str = "", **kwargs) -> nn.Module:
+    """Create a model.
+
+    Args:
+        name: registered name with optional tag of its weights, `dinat_small` or `dinat_small.in1k`.
+        pretrained: load the published weights of the tag, or of the first one.
+        checkpoint_path: file to load in any published layout of the family; after `pretrained`.
+        **kwargs: arguments of the model's class (`num_classes`, `in_chans`, `drop_path_rate`, ...) and of timm's builder
+            (`features_only`, `out_indices`, ...). None stands for the default.
+
+    Returns:
+        The model, or a list-of-maps feature extractor with `features_only=True`.
+
+    Raises:
+        UnknownModelError: if there is no such name or tag.
+        UnknownArgumentError: if the model does not take one of the arguments.
+        VisionattnError: if weights cannot be read or do not fit.
+    """
+    base, tag, entry = _find(name)
+    kwargs = {k: v for k, v in kwargs.items() if v is not None}
+    if entry.variant is None:
+        model = entry.build(pretrained=pretrained, **kwargs)
+        if checkpoint_path:
+            load_checkpoint(model, checkpoint_path)
+        return model
+    if tag:
+        kwargs["pretrained_cfg"] = _tagged(base, tag, entry.cfgs)
+    return entry.build(pretrained=pretrained, checkpoint_path=checkpoint_path, **kwargs)
+
+
+def list_models(filter: str | Iterable[str] = "", pretrained: bool = False) -> list[str]:
+    """Registered names, sorted.
+
+    Args:
+        filter: shell pattern or patterns, `"dinat_*"`; all names if empty.
+        pretrained: only names with published weights, each with its tag.
+    """
+    patterns = [filter] if isinstance(filter, str) else list(filter)
+    names = []
+    for name, entry in _entries.items():
+        if any(not p or fnmatch.fnmatch(name, p) for p in patterns or [""]):
+            names += [f"{name}.{tag}" for tag, cfg in entry.cfgs.items() if tag and cfg.has_weights] if pretrained else [name]
+    return sorted(names)
+
+
+def model_info(name: str) -> ModelInfo:
+    """What is known of a model without its weights.
+
+    Args:
+        name: registered name with optional tag.
+
+    Raises:
+        UnknownModelError: if there is no such name or tag.
+    """
+    base, tag, entry = _find(name)
+    with torch.device("meta"):
+        model = entry.build()
+    params = sum(p.numel() for p in model.parameters())
+    if entry.variant is None:
+        return ModelInfo(base, "", params, None, (3, 224, 224), None, {}, "", (), "", {})
+    cfg = _tagged(base, tag, entry.cfgs) if tag else next(iter(entry.cfgs.values()))
+    weights = entry.variant.weights
+    top1 = weights[cfg.tag].top1 if cfg.tag else None
+    family = entry.family
+    return ModelInfo(
+        base, family.name, params, entry.variant.gmacs, cfg.input_size, top1, weights, family.license, family.papers,
+        family.origin, entry.variant.recipe,
+    )  # fmt: skip
