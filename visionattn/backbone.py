@@ -108,13 +108,14 @@ def _recomputed(block: nn.Module, *args) -> Tensor:
 
     @contextmanager
     def frozen_statistics() -> Iterator[None]:
+        momenta, counts = [norm.momentum for norm in norms], [norm.num_batches_tracked for norm in norms]
         for norm in norms:
-            norm.track_running_stats = False
+            norm.momentum, norm.num_batches_tracked = 0.0, None
         try:
             yield
         finally:
-            for norm in norms:
-                norm.track_running_stats = True
+            for norm, momentum, count in zip(norms, momenta, counts, strict=True):
+                norm.momentum, norm.num_batches_tracked = momentum, count
 
     if norms and block.training:
         return checkpoint(block, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), frozen_statistics()))
@@ -203,7 +204,8 @@ class Hierarchical(Backbone):
             self.num_features, num_classes, global_pool, drop_rate=drop_rate, device=device, dtype=dtype
         )
         self.feature_info = [
-            {"num_chs": stage.dim, "reduction": reductions[i], "module": f"stages.{i}"} for i, stage in enumerate(stages)
+            {"num_chs": stage.dim, "reduction": reductions[i], "module": f"stages.{i}"}
+            for i, stage in enumerate(stages)
         ]
 
     @staticmethod
@@ -407,7 +409,9 @@ class Isotropic(Backbone):
             trunc_normal_(self.cls_token, std=0.02)
 
     def _checked_pool(self, global_pool: str) -> str:
-        accepted = ("avg", "max", "avgmax", "") if self.class_token_at is None else ("token", "avg", "max", "avgmax", "")
+        accepted = (
+            ("avg", "max", "avgmax", "") if self.class_token_at is None else ("token", "avg", "max", "avgmax", "")
+        )
         if global_pool not in accepted:
             raise VisionattnError(f"expected global_pool one of {', '.join(map(repr, accepted))}, got {global_pool!r}")
         return global_pool
@@ -415,7 +419,8 @@ class Isotropic(Backbone):
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Names of parameters without weight decay, besides those with one dimension."""
-        return {"cls_token", "pos_embed.weight"}
+        names = {"cls_token": self.cls_token, "pos_embed.weight": self.pos_embed}
+        return {name for name, value in names.items() if value is not None}
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict:

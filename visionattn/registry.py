@@ -17,9 +17,9 @@ from .errors import UnknownArgumentError, UnknownModelError, VisionattnError
 from .weights import convert_state_dict, load_checkpoint
 
 BUILDER_ARGUMENTS = {
-    "features_only", "out_indices", "feature_cls", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "output_fmt",
-    "pretrained_strict", "pretrained_model_args",
-}  # fmt: skip
+    *("features_only", "out_indices", "feature_cls", "output_fmt", "cache_dir"),
+    *("pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict", "pretrained_model_args"),
+}
 """What timm's builder takes besides the arguments of the model's class."""
 
 
@@ -267,8 +267,8 @@ def create_model(name: str, pretrained: bool = False, checkpoint_path: str = "",
         name: registered name with optional tag of its weights, `dinat_small` or `dinat_small.in1k`.
         pretrained: load the published weights of the tag, or of the first one.
         checkpoint_path: file to load in any published layout of the family; after `pretrained`.
-        **kwargs: arguments of the model's class (`num_classes`, `in_chans`, `drop_path_rate`, ...) and of timm's builder
-            (`features_only`, `out_indices`, ...). None stands for the default.
+        **kwargs: arguments of the model's class (`num_classes`, `in_chans`, `drop_path_rate`, ...) and of timm's
+            builder (`features_only`, `out_indices`, ...). None stands for the default.
 
     Returns:
         The model, or a list-of-maps feature extractor with `features_only=True`.
@@ -301,7 +301,11 @@ def list_models(filter: str | Iterable[str] = "", pretrained: bool = False) -> l
     names = []
     for name, entry in _entries.items():
         if any(not p or fnmatch.fnmatch(name, p) for p in patterns or [""]):
-            names += [f"{name}.{tag}" for tag, cfg in entry.cfgs.items() if tag and cfg.has_weights] if pretrained else [name]
+            names += (
+                [f"{name}.{tag}" for tag, cfg in entry.cfgs.items() if tag and cfg.has_weights]
+                if pretrained
+                else [name]
+            )
     return sorted(names)
 
 

@@ -13,7 +13,10 @@ from torch import Tensor, nn
 
 from .errors import VisionattnError
 
-Rule = tuple[str, str | Callable[[re.Match], str]] | tuple[str, str | Callable[[re.Match], str], Callable[[Tensor], Tensor]]
+Rule = (
+    tuple[str, str | Callable[[re.Match], str]]
+    | tuple[str, str | Callable[[re.Match], str], Callable[[Tensor], Tensor]]
+)
 """One line of a layout: (pattern, replacement) or (pattern, replacement, transform).
 
 The rules of a layout are applied to every key in order, each as `re.sub(pattern, replacement, key)`; a transform is
@@ -122,9 +125,7 @@ def convert_state_dict(state_dict: Mapping, model: nn.Module) -> dict[str, Tenso
     if missing_or_left := expected ^ best.keys():
         name = getattr(model, "pretrained_cfg", {}).get("architecture", type(model).__name__)
         missing, left = (sorted(missing_or_left & side) for side in (expected, best.keys()))
-        raise VisionattnError(
-            f"state dict does not fit {name}: missing {_some(missing)}; left over {_some(left)}"
-        )
+        raise VisionattnError(f"state dict does not fit {name}: missing {_some(missing)}; left over {_some(left)}")
     return best
 
 
@@ -162,7 +163,11 @@ def load_checkpoint(model: nn.Module, path: str | PathLike) -> None:
     """
     converted = convert_state_dict(read_checkpoint(path)[0], model)
     own = model.state_dict()
-    wrong = [f"{k} {tuple(v.shape)} instead of {tuple(own[k].shape)}" for k, v in converted.items() if v.shape != own[k].shape]
+    wrong = [
+        f"{k} {tuple(v.shape)} instead of {tuple(own[k].shape)}"
+        for k, v in converted.items()
+        if v.shape != own[k].shape
+    ]
     if wrong:
         name = getattr(model, "pretrained_cfg", {}).get("architecture", type(model).__name__)
         raise VisionattnError(f"checkpoint {path} does not fit {name}: {_some(wrong)}")

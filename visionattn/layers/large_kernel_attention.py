@@ -21,7 +21,7 @@ class LargeKernelAttention(nn.Module):
     "Visual Attention Network", arXiv 2202.09741. The large kernel is factorised into a small depthwise convolution, a
     dilated depthwise one and a pointwise product; nothing normalises the gate.
 
-    Cost: N (C k^2 + C l^2 + C^2) multiply-adds for N = H W positions, C channels, kernels k and l, and N C for the gate.
+    Cost: N (C k^2 + C l^2 + C^2 + C) multiply-adds for N = H W positions, C channels and kernels k and l.
 
     Args:
         dim: channels.
@@ -34,6 +34,7 @@ class LargeKernelAttention(nn.Module):
         (B, C, H, W) to (B, C, H, W).
 
     Example:
+        >>> import torch
         >>> LargeKernelAttention(32)(torch.randn(1, 32, 20, 31)).shape
         torch.Size([1, 32, 20, 31])
     """
@@ -77,6 +78,7 @@ class VanAttention(nn.Module):
         (B, C, H, W) to (B, C, H, W).
 
     Example:
+        >>> import torch
         >>> VanAttention(32)(torch.randn(1, 32, 20, 31)).shape
         torch.Size([1, 32, 20, 31])
     """

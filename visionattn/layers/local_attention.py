@@ -3,13 +3,14 @@
 Window, halo, neighbourhood and grid attention are one computation. The map is cut into tiles of queries; all queries of
 a tile see parts of one rectangular window of keys. A `LocalPlan` says which queries form a tile, which keys its window
 holds and which (query, key) pairs count; `local_attention` gathers tiles and windows, calls
-`scaled_dot_product_attention` and puts the result back. A key is copied once per tile that sees it, never once per query.
+`scaled_dot_product_attention` and puts the result back. A key is copied once per tile that sees it, not per query.
 
 A plan depends on sizes alone. It is built in NumPy from Python integers, cached, and a constant to compilers.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 import torch
@@ -40,79 +41,98 @@ class AxisTiles:
 
 
 @dataclass(frozen=True)
-class TileClass:
-    """Tiles that share one table of pairs, all interior ones for example, and so one bias.
+class TileGroup:
+    """Tiles that are attended in one call.
 
     Args:
-        count: number of tiles.
-        pairs: (T, w) index of each pair into the flattened relative table; masked pairs point one past its end.
-        mask: (T, w) whether a pair counts.
+        queries: (tiles * T,) flat position of each query.
+        keys: (tiles * w,) flat position of each key.
+        pairs: (tiles, T, w) index of each pair into the flattened relative table, or (1, T, w) if all tiles share it;
+            pairs that do not count point one past its end.
+        mask: of the same shape, whether a pair counts.
         masked: whether there are pairs that do not.
+        tiles: number of tiles.
     """
 
-    count: int
+    queries: Tensor
+    keys: Tensor
     pairs: Tensor
     mask: Tensor
     masked: bool
+    tiles: int
+
+    @property
+    def shared(self) -> bool:
+        return len(self.pairs) < self.tiles
 
 
 @dataclass(frozen=True)
 class PlanTensors:
-    """A plan on a device: flat positions of `queries` (tiles, T) and `keys` (tiles, w), where to find each query among the
-    tiles (`inverse`), and the classes, in the order of the tiles."""
+    """A plan on a device: the groups of tiles, and (N,) where to find each query among all those of the groups."""
 
-    queries: Tensor
-    keys: Tensor
+    groups: tuple[TileGroup, ...]
     inverse: Tensor
-    classes: tuple[TileClass, ...]
 
 
 class LocalPlan:
-    """Gather tables of blocked attention on a 2-D map; the window of a tile is the product of its row and column windows.
+    """Gather tables of blocked attention on a map; a tile's window is the product of its row and column windows.
+
+    On a map of moderate size every tile has a bias of its own, and all are attended in one call. On a large one, tiles
+    with equal tables of pairs (all interior ones, say) form a group that shares its bias, whose memory then does not
+    grow with the map.
 
     Args:
         rows: tiles along the height.
         cols: tiles along the width.
     """
 
+    max_pairs = 2**20
+
     def __init__(self, rows: AxisTiles, cols: AxisTiles) -> None:
         self._tensors: dict[torch.device, PlanTensors] = {}
-        self._queries, self._keys, self._classes = [], [], []
-        entries = rows.num_entries * cols.num_entries
-        for row_tiles, row_pairs in _classes(rows.pairs):
-            for col_tiles, col_pairs in _classes(cols.pairs):
-                queries = _product(rows.queries[row_tiles], cols.queries[col_tiles], cols.num_queries)
-                keys = _product(rows.keys[row_tiles], cols.keys[col_tiles], cols.num_keys)
-                y, x = row_pairs[:, None, :, None], col_pairs[None, :, None, :]
-                mask = ((y >= 0) & (x >= 0)).reshape(queries.shape[1], keys.shape[1])
-                pairs = np.where(mask, (y * cols.num_entries + x).reshape(mask.shape), entries)
-                self._queries.append(queries)
-                self._keys.append(keys)
-                self._classes.append((len(queries), pairs, mask))
-        self._queries, self._keys = np.concatenate(self._queries), np.concatenate(self._keys)
+        self._groups: list[tuple[np.ndarray, ...]] = []
+        if rows.pairs.size * cols.pairs.size <= self.max_pairs:
+            row_classes, col_classes = [slice(None)], [slice(None)]
+        else:
+            row_classes, col_classes = _classes(rows.pairs), _classes(cols.pairs)
+        for row, col in product(row_classes, col_classes):
+            queries = _product(rows.queries[row], cols.queries[col], cols.num_queries)
+            keys = _product(rows.keys[row], cols.keys[col], cols.num_keys)
+            if len(row_classes) == len(col_classes) == 1:
+                row_pairs, col_pairs = rows.pairs[row], cols.pairs[col]
+            else:
+                row_pairs, col_pairs = rows.pairs[row][:1], cols.pairs[col][:1]
+            y, x = row_pairs[:, None, :, None, :, None], col_pairs[None, :, None, :, None, :]
+            mask = (y >= 0) & (x >= 0)
+            pairs = np.where(mask, y * cols.num_entries + x, rows.num_entries * cols.num_entries)
+            shape = (-1, queries.shape[1], keys.shape[1])
+            self._groups.append((queries, keys, pairs.reshape(shape), mask.reshape(shape)))
+        position = np.concatenate([queries.ravel() for queries, *_ in self._groups])
         self._inverse = np.empty(rows.num_queries * cols.num_queries, dtype=np.int64)
-        self._inverse[self._queries.ravel()] = np.arange(self._queries.size)
+        self._inverse[position] = np.arange(position.size)
 
     def on(self, device: torch.device) -> PlanTensors:
         """The plan's tensors on `device`."""
         if device in self._tensors:
             return self._tensors[device]
-        tensors = PlanTensors(
-            *(torch.from_numpy(a).to(device) for a in (self._queries, self._keys, self._inverse)),
-            classes=tuple(
-                TileClass(count, *(torch.from_numpy(a).to(device) for a in (pairs, mask)), masked=not mask.all())
-                for count, pairs, mask in self._classes
-            ),
+
+        def tensor(array: np.ndarray) -> Tensor:
+            return torch.from_numpy(array).to(device)
+
+        groups = tuple(
+            TileGroup(tensor(q.ravel()), tensor(k.ravel()), tensor(pairs), tensor(mask), not mask.all(), len(q))
+            for q, k, pairs, mask in self._groups
         )
-        if type(tensors.queries) is Tensor:  # an exporter's fake tensors must not outlive it
+        tensors = PlanTensors(groups, tensor(self._inverse))
+        if type(tensors.inverse) is Tensor:  # an exporter's fake tensors must not outlive it
             self._tensors[device] = tensors
         return tensors
 
 
-def _classes(pairs: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(tile indices, their common table) for each distinct table in `pairs` (tiles, T, w)."""
-    tables, inverse = np.unique(pairs, axis=0, return_inverse=True)
-    return [(np.flatnonzero(inverse.ravel() == i), table) for i, table in enumerate(tables)]
+def _classes(pairs: np.ndarray) -> list[np.ndarray]:
+    """Indices of the tiles that have each distinct table of `pairs` (tiles, T, w)."""
+    _, inverse = np.unique(pairs, axis=0, return_inverse=True)
+    return [np.flatnonzero(inverse.ravel() == i) for i in range(inverse.max() + 1)]
 
 
 def _product(rows: np.ndarray, cols: np.ndarray, width: int) -> np.ndarray:
@@ -121,22 +141,25 @@ def _product(rows: np.ndarray, cols: np.ndarray, width: int) -> np.ndarray:
 
 
 def relative_bias(table: Tensor, plan: PlanTensors) -> list[Tensor]:
-    """Additive attention bias of each tile class, -inf where a pair does not count.
+    """Additive attention bias of each group of tiles, -inf where a pair does not count.
 
     Args:
         table: (heads, entries) flattened relative position bias.
         plan: tiles to expand it for.
 
     Returns:
-        For each class a (1, heads, T, w) tensor.
+        For each group a (1, heads * tiles, T, w) tensor, or (1, heads, T, w) if its tiles share it.
     """
     table = F.pad(table, (0, 1), value=-torch.inf)
-    return [table.index_select(1, c.pairs.flatten()).view(1, -1, *c.pairs.shape) for c in plan.classes]
+    return [table.index_select(1, group.pairs.flatten()).view(1, -1, *group.pairs.shape[1:]) for group in plan.groups]
 
 
-def pair_mask(plan: PlanTensors) -> list[Tensor | None]:
-    """Boolean mask (1, 1, T, w) of each tile class, None where every pair counts."""
-    return [c.mask[None, None] if c.masked else None for c in plan.classes]
+def pair_mask(plan: PlanTensors, heads: int) -> list[Tensor | None]:
+    """Boolean mask of each group of tiles, shaped as `relative_bias`, or None where every pair counts."""
+    return [
+        group.mask.expand(heads, *group.mask.shape).reshape(1, -1, *group.mask.shape[1:]) if group.masked else None
+        for group in plan.groups
+    ]
 
 
 def local_attention(
@@ -151,37 +174,28 @@ def local_attention(
     """Attention from each tile of queries to its window of keys.
 
     Args:
-        q: queries (B, N, heads, d) in row-major order of the map.
-        k: keys (B, M, heads, d).
-        v: values (B, M, heads, d).
+        q: queries (B, heads, N, d) in row-major order of the map.
+        k: keys (B, heads, M, d).
+        v: values (B, heads, M, d).
         plan: tiles and windows; N and M are those of its axes.
-        bias: for each tile class an additive bias or boolean mask broadcastable to (1, heads, T, w), or None.
+        bias: for each group of tiles an additive bias or boolean mask as `relative_bias` shapes it, or None.
         scale: factor of the logits, d**-0.5 if None.
         dropout: rate of dropout on the attention weights.
 
     Returns:
-        (B, N, heads * d).
+        (B, heads, N, d).
     """
-    B, N, heads, d = q.shape
-    tiles, T = plan.queries.shape
-    # Tiles lead, so that a class is one contiguous batch of (tiles * B, heads, T, d) that shares a bias.
-    q, k, v = (
-        _gather(x, index).view(tiles * B, -1, heads, d).transpose(1, 2)
-        for x, index in ((q, plan.queries), (k, plan.keys), (v, plan.keys))
-    )
-    sizes = [c.count * B for c in plan.classes]
-    out = torch.cat(
-        [
-            F.scaled_dot_product_attention(*qkv, attn_mask=b, dropout_p=dropout, scale=scale).transpose(1, 2)
-            for *qkv, b in zip(q.split(sizes), k.split(sizes), v.split(sizes), bias, strict=True)
+    B, heads, _, d = q.shape
+    outs = []
+    for group, group_bias in zip(plan.groups, bias, strict=True):
+        # Tiles join the heads, where each has its own bias, or the batch, where they share one.
+        join = group.shared and group_bias is not None
+        tiles = [
+            x.index_select(2, index).view(B, heads, group.tiles, -1, d)
+            for x, index in ((q, group.queries), (k, group.keys), (v, group.keys))
         ]
-    )
-    out = out.reshape(tiles, B, T, heads * d).transpose(0, 1).reshape(B, tiles * T, heads * d)
-    return out.index_select(1, plan.inverse)
-
-
-def _gather(x: Tensor, index: Tensor) -> Tensor:
-    """Rows `index` (tiles, n) of every map of x (B, N, heads, d), tiles first: (tiles * B * n, heads, d)."""
-    B, N = x.shape[:2]
-    offset = torch.arange(B, device=x.device)[None, :, None] * N
-    return x.flatten(0, 1).index_select(0, (index[:, None] + offset).flatten())
+        tiles = [x.transpose(1, 2).flatten(0, 1) if join else x.flatten(1, 2) for x in tiles]
+        out = F.scaled_dot_product_attention(*tiles, attn_mask=group_bias, dropout_p=dropout, scale=scale)
+        out = out.unflatten(0, (B, group.tiles)).transpose(1, 2) if join else out
+        outs.append(out.reshape(B, heads, -1, d))
+    return torch.cat(outs, 2).index_select(2, plan.inverse)

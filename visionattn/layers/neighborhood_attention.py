@@ -65,10 +65,10 @@ def _plan_on(rows: tuple[int, ...], cols: tuple[int, ...], device: torch.device)
 class NeighborhoodAttention2d(nn.Module):
     """Self-attention of every position to the kernel_size x kernel_size positions around it.
 
-    "Neighborhood Attention Transformer", arXiv 2204.07143; dilated in arXiv 2209.15001; strided (generalised) in arXiv
-    2504.16922. At the border the window is shifted inwards, so every query has exactly kernel_size**2 keys. A map smaller
-    than kernel_size * dilation is padded with zeros at the bottom and right before the projection, and the padding
-    takes part, as in the published models.
+    "Neighborhood Attention Transformer", arXiv 2204.07143; dilated: arXiv 2209.15001; strided (generalised): arXiv
+    2504.16922. At the border the window is shifted inwards, so every query has exactly kernel_size**2 keys. A map
+    smaller than kernel_size * dilation is padded with zeros at the bottom and right before the projection, and the
+    padding takes part, as in the published models.
 
     Cost: 4 N C^2 + 2 N C K^2 multiply-adds for N = H W positions, C channels and a K x K window.
 
@@ -91,6 +91,7 @@ class NeighborhoodAttention2d(nn.Module):
         (B, H, W, C) to (B, H, W, C), any H and W.
 
     Example:
+        >>> import torch
         >>> attention = NeighborhoodAttention2d(64, num_heads=2, kernel_size=7, dilation=4)
         >>> attention(torch.randn(1, 30, 41, 64)).shape
         torch.Size([1, 30, 41, 64])
@@ -164,19 +165,44 @@ def _attend(attention: NeighborhoodAttention2d, qkv: Tensor) -> Tensor:
     heads, has_table = attention.num_heads, attention.rpb is not None
     rows, cols = ((length, *window) for length, window in zip((H, W), attention.window(H, W), strict=True))
     plan = _plan_on(rows, cols, qkv.device)
-    q, k, v = qkv.view(B, H * W, 3, heads, C // (3 * heads)).unbind(2)
+    q, k, v = qkv.view(B, H * W, 3, heads, C // (3 * heads)).permute(2, 0, 3, 1, 4)
     pad_h, pad_w = (max(kernel * dilation - length, 0) for length, kernel, dilation, _ in (rows, cols))
     if pad_h or pad_w:
         # The projection of a zero input is the bias. Padded positions are keys only.
         padding = qkv.new_zeros(C) if attention.qkv.bias is None else attention.qkv.bias.to(qkv.dtype)
         padded = torch.cat([qkv, padding.expand(B, H, pad_w, C)], 2)
         padded = torch.cat([padded, padding.expand(B, pad_h, W + pad_w, C)], 1)
-        _, k, v = padded.view(B, -1, 3, heads, C // (3 * heads)).unbind(2)
+        _, k, v = padded.view(B, -1, 3, heads, C // (3 * heads)).permute(2, 0, 3, 1, 4)
 
     def bias() -> list[Tensor | None]:
-        return relative_bias(attention.table(H, W).flatten(1).to(qkv.dtype), plan) if has_table else pair_mask(plan)
+        return (
+            relative_bias(attention.table(H, W).flatten(1).to(qkv.dtype), plan) if has_table else pair_mask(plan, heads)
+        )
 
     key, tables = (rows, cols, qkv.dtype, qkv.device), [attention.rpb] if has_table else []
     dropout = attention.attn_drop if attention.training else 0.0
     out = local_attention(q, k, v, plan, attention._bias_cache(key, tables, bias), attention.scale, dropout)
-    return out.view(B, H, W, C // 3)
+    return out.transpose(1, 2).reshape(B, H, W, C // 3)
+
+
+class TokenNeighborhoodAttention(NeighborhoodAttention2d):
+    """Neighbourhood attention on a sequence of patches: (B, H * W, C) and the grid (H, W) to (B, H * W, C)."""
+
+    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        return super().forward(x.unflatten(1, grid)).flatten(1, 2)
+
+
+class TokenRelPosAttention(TokenNeighborhoodAttention):
+    """Global attention with a relative position bias: neighbourhood attention with a window as large as the map.
+
+    The bias table is made for a `kernel_size` map; it is resampled bicubically for others.
+    """
+
+    def window(self, height: int, width: int) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+        return (height, 1, 1), (width, 1, 1)
+
+    def table(self, height: int, width: int) -> Tensor:
+        size = 2 * height - 1, 2 * width - 1
+        if self.rpb.shape[1:] == size:
+            return self.rpb
+        return F.interpolate(self.rpb[None], size, mode="bicubic", align_corners=False)[0]

@@ -1,2 +1,3 @@
+from . import convit as convit
 from . import dinat as dinat
 from . import van as van

@@ -7,15 +7,14 @@ second layer; DiNAT_s has Swin's patch embedding and merging; the isotropic mode
 
 from collections.abc import Sequence
 
-import torch
-import torch.nn.functional as F
 from timm.layers import LayerNorm2d, PatchEmbed, calculate_drop_path_rates, trunc_normal_
 from torch import Tensor, nn
 
 from ..backbone import Hierarchical, Isotropic, Stage
-from ..layers import NeighborhoodAttention2d
+from ..layers import NeighborhoodAttention2d, TokenNeighborhoodAttention, TokenRelPosAttention
 from ..layers.block import Block
-from ..layers.pointwise import Mlp, Pointwise
+from ..layers.patch import PatchMerging, PatchStem
+from ..layers.pointwise import Mlp
 from ..registry import Family, Variant, Weights, register_family
 from ..weights import renumber
 
@@ -51,7 +50,7 @@ LAYOUTS = {"official": OFFICIAL_RULES, "hf": HF_RULES + OFFICIAL_RULES}
 
 
 class ConvStem(nn.Module):
-    """Two strided 3 x 3 convolutions with nothing between them, then LayerNorm: (B, C_in, H, W) to a quarter the size."""
+    """Two strided 3 x 3 convolutions with nothing between them, then LayerNorm: to a quarter of the image's size."""
 
     def __init__(self, in_chans: int, dim: int, device=None, dtype=None) -> None:
         super().__init__()
@@ -76,32 +75,6 @@ class ConvDownsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.reduction(x))
-
-
-class PatchStem(nn.Module):
-    """Patches of 4 x 4 pixels and LayerNorm, the image zero-padded at the bottom and right: to a quarter the size."""
-
-    def __init__(self, in_chans: int, dim: int, device=None, dtype=None) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(in_chans, dim, 4, stride=4, device=device, dtype=dtype)
-        self.norm = LayerNorm2d(dim, eps=1e-5, device=device, dtype=dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.proj(F.pad(x, (0, -x.shape[3] % 4, 0, -x.shape[2] % 4))))
-
-
-class PatchMerging(nn.Module):
-    """Concatenates the 2 x 2 phases of the map, LayerNorm, linear: (B, C, H, W) to (B, 2C, ceil(H / 2), ceil(W / 2))."""
-
-    def __init__(self, dim: int, device=None, dtype=None) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(4 * dim, device=device, dtype=dtype)
-        self.reduction = Pointwise(4 * dim, 2 * dim, bias=False, device=device, dtype=dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2)).permute(0, 2, 3, 1)
-        x = torch.cat([x[:, row::2, col::2] for col in (0, 1) for row in (0, 1)], 3)
-        return self.reduction(self.norm(x)).permute(0, 3, 1, 2)
 
 
 def _init_weights(module: nn.Module) -> None:
@@ -206,50 +179,15 @@ class DiNATs(DiNAT):
     downsample_layer = PatchMerging
 
 
-class TokenNeighborhoodAttention(NeighborhoodAttention2d):
-    """Neighbourhood attention on a sequence of patches: (B, H * W, C) and the grid (H, W) to (B, H * W, C)."""
-
-    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        return super().forward(x.unflatten(1, grid)).flatten(1, 2)
-
-
-class TokenRelPosAttention(TokenNeighborhoodAttention):
-    """Global attention with a relative position bias, which is neighbourhood attention with a window as large as the map.
-
-    The bias table is made for a `kernel_size` map; it is resampled bicubically for others.
-    """
-
-    def window(self, height: int, width: int) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-        return (height, 1, 1), (width, 1, 1)
-
-    def table(self, height: int, width: int) -> Tensor:
-        size = 2 * height - 1, 2 * width - 1
-        if self.rpb.shape[1:] == size:
-            return self.rpb
-        return F.interpolate(self.rpb[None], size, mode="bicubic", align_corners=False)[0]
-
-
 class IsotropicDiNAT(Isotropic):
     """Isotropic NAT and DiNAT, and the ViT with relative position bias they are compared with.
 
-    Args:
-        in_chans: channels of the image.
-        num_classes: classes of the head, 0 for none.
-        global_pool: pooling before the head: "avg", "max", "avgmax" or "".
+    Args: those of `DiNAT` with one `depth`, and
+        global_pool: "avg", "max", "avgmax" or "" for none.
         img_size: image size in pixels that the position bias of the global model is made for.
         patch_size: side of a patch in pixels.
-        embed_dim: channels.
-        depth: blocks.
-        num_heads: attention heads.
-        mlp_ratio: hidden channels of the MLP per channel.
         kernel_size: attention window; None for global attention.
         dilation: dilation of every second block.
-        layer_scale: initial layer scale, None for no layer scale.
-        qkv_bias: bias of the query, key and value projections.
-        qk_scale: factor of the attention logits, head_dim**-0.5 if None.
-        drop_rate: dropout rate of the patch embedding, MLPs, attention outputs and head.
-        attn_drop_rate: dropout rate of the attention weights.
-        drop_path_rate: stochastic depth rate of the last block; it grows linearly from 0.
     """
 
     layouts = LAYOUTS
@@ -308,125 +246,101 @@ class IsotropicDiNAT(Isotropic):
         self.apply(_init_weights)
 
 
-def _dilations(depths: Sequence[int], dilations: Sequence[int]) -> list[list[int]]:
-    """Every second block of a stage has the stage's dilation."""
-    return [[d if j % 2 else 1 for j in range(depth)] for depth, d in zip(depths, dilations, strict=True)]
-
-
-def _pyramid(depths: Sequence[int], embed_dim: int, mlp_ratio: float, dilations: Sequence[int] = (), **kwargs) -> dict:
-    return {
-        "embed_dim": embed_dim,
-        "depths": depths,
-        "mlp_ratio": mlp_ratio,
-        "dilations": _dilations(depths, dilations) if dilations else None,
-    } | kwargs
-
-
-def _weights(url: str, hf: str | None = None, top1: float | None = None, size: int = 224, **kwargs) -> Weights:
-    return Weights(
-        (f"https://shi-labs.com/projects/{url}",),
-        f"shi-labs/{hf}" if hf else None,
-        top1,
-        size,
-        crop_pct=1.0 if size == 384 else 0.875,
-        **kwargs,
-    )
-
-
-def _in1k(name: str, top1: float) -> dict[str, Weights]:
-    folder = "nat/checkpoints/CLS/{}.pth" if name.startswith("nat") else "dinat/checkpoints/imagenet1k/{}_in1k_224.pth"
-    hf = None if "_s_" in name else f"{name.replace('_', '-')}-in1k-224"
-    return {"in1k": _weights(folder.format(name), hf, top1)}
-
-
-def _isotropic(name: str, top1: float) -> dict[str, Weights]:
-    return {"in1k": _weights(f"dinat/checkpoints/isotropic/{name}_in1k_224.pth", None, top1)}
-
-
-def _large(file: str, tag: str, hf: str | None = None, top1: float | None = None, size: int = 224) -> dict[str, Weights]:
-    note = "" if top1 else "head of another width than 1000: pass num_classes as in the file, or another number"
-    return {tag: _weights(f"dinat/checkpoints/{file}.pth", hf, top1, size, note=note)}
-
-
-SMALL, MEDIUM, SWIN_SMALL, SWIN_MEDIUM = (3, 4, 6, 5), (3, 4, 18, 5), (2, 2, 6, 2), (2, 2, 18, 2)
+PYRAMID, PYRAMID_DEEP, SWIN, SWIN_DEEP = (3, 4, 6, 5), (3, 4, 18, 5), (2, 2, 6, 2), (2, 2, 18, 2)
 D224, D384 = (8, 4, 2, 1), (13, 6, 3, 1)
 ISO_BASE = {"embed_dim": 768, "num_heads": 24}
 
 
-def _variant(kwargs: dict, gmacs: float, drop_path: float, weights: dict, size: int = 224, model=None) -> Variant:
-    return Variant(kwargs, gmacs, weights, {"drop_path_rate": drop_path}, size, model)
+def _variant(
+    model: type[nn.Module], kwargs: dict, gmacs: float, drop_path: float, path: str, tag: str = "in1k",
+    top1: float | None = None, hub: str | None = None, size: int = 224,
+) -> Variant:  # fmt: skip
+    note = "" if top1 else "the head is not 1000 wide: pass num_classes as in the file, or any other to drop it"
+    hub = f"shi-labs/{hub}" if hub else None
+    weights = Weights(
+        (f"https://shi-labs.com/projects/{path}.pth",), hub, top1, size, 1.0 if size == 384 else 0.875, note=note
+    )
+    return Variant(kwargs, gmacs, {tag: weights}, {"drop_path_rate": drop_path}, size, model)
 
 
+def _pyramid(
+    embed_dim: int, depths: Sequence[int], mlp_ratio: float, dilations: Sequence[int] | None = None, **kwargs
+) -> dict:
+    """Arguments of a pyramid in which every second block of a stage has the stage's dilation."""
+    if dilations:
+        kwargs["dilations"] = [[d if j % 2 else 1 for j in range(n)] for n, d in zip(depths, dilations, strict=True)]
+    return {"embed_dim": embed_dim, "depths": depths, "mlp_ratio": mlp_ratio, **kwargs}
+
+
+def _nat(size: str, kwargs: dict, gmacs: float, drop_path: float, top1: float) -> Variant:
+    path, hub = f"nat/checkpoints/CLS/nat_{size}", f"nat-{size}-in1k-224"
+    return _variant(DiNAT, kwargs, gmacs, drop_path, path, "in1k", top1, hub)
+
+
+def _dinat(size: str, kwargs: dict, gmacs: float, drop_path: float, top1: float) -> Variant:
+    path, hub = f"dinat/checkpoints/imagenet1k/dinat_{size}_in1k_224", f"dinat-{size}-in1k-224"
+    return _variant(DiNAT, kwargs, gmacs, drop_path, path, "in1k", top1, hub)
+
+
+def _dinat_s(size: str, kwargs: dict, gmacs: float, drop_path: float, top1: float) -> Variant:
+    return _variant(
+        DiNATs, kwargs, gmacs, drop_path, f"dinat/checkpoints/imagenet1k/dinat_s_{size}_in1k_224", "in1k", top1
+    )
+
+
+def _large(model: type, file: str, kwargs: dict, gmacs: float, top1: float | None = None, **rest) -> Variant:
+    folder, tag, drop_path = ("imagenet1k", "in22k_ft_in1k", 0.35) if top1 else ("imagenet22k", "in22k", 0.2)
+    return _variant(model, kwargs, gmacs, drop_path, f"dinat/checkpoints/{folder}/{file}", tag, top1, **rest)
+
+
+def _isotropic(name: str, kwargs: dict, gmacs: float, drop_path: float, top1: float) -> Variant:
+    return _variant(
+        IsotropicDiNAT, kwargs, gmacs, drop_path, f"dinat/checkpoints/isotropic/{name}_in1k_224", "in1k", top1
+    )
+
+
+DEEP_192, K11 = _pyramid(192, PYRAMID_DEEP, 2, D224), {"kernel_size": 11}
 VARIANTS = {
-    "nat_mini": _variant(_pyramid(SMALL, 64, 3), 2.695, 0.2, _in1k("nat_mini", 81.8)),
-    "nat_tiny": _variant(_pyramid(MEDIUM, 64, 3), 4.295, 0.2, _in1k("nat_tiny", 83.2)),
-    "nat_small": _variant(_pyramid(MEDIUM, 96, 2, layer_scale=1e-5), 7.772, 0.3, _in1k("nat_small", 83.7)),
-    "nat_base": _variant(_pyramid(MEDIUM, 128, 2, layer_scale=1e-5), 13.677, 0.5, _in1k("nat_base", 84.3)),
-    "dinat_mini": _variant(_pyramid(SMALL, 64, 3, D224), 2.695, 0.2, _in1k("dinat_mini", 81.8)),
-    "dinat_tiny": _variant(_pyramid(MEDIUM, 64, 3, D224), 4.295, 0.2, _in1k("dinat_tiny", 82.7)),
+    "nat_mini": _nat("mini", _pyramid(64, PYRAMID, 3), 2.695, 0.2, 81.8),
+    "nat_tiny": _nat("tiny", _pyramid(64, PYRAMID_DEEP, 3), 4.295, 0.2, 83.2),
+    "nat_small": _nat("small", _pyramid(96, PYRAMID_DEEP, 2, layer_scale=1e-5), 7.772, 0.3, 83.7),
+    "nat_base": _nat("base", _pyramid(128, PYRAMID_DEEP, 2, layer_scale=1e-5), 13.677, 0.5, 84.3),
+    "dinat_mini": _dinat("mini", _pyramid(64, PYRAMID, 3, D224), 2.695, 0.2, 81.8),
+    "dinat_tiny": _dinat("tiny", _pyramid(64, PYRAMID_DEEP, 3, D224), 4.295, 0.2, 82.7),
     # Unlike nat_small, dinat_small was trained without layer scale.
-    "dinat_small": _variant(_pyramid(MEDIUM, 96, 2, D224), 7.772, 0.3, _in1k("dinat_small", 83.8)),
-    "dinat_base": _variant(_pyramid(MEDIUM, 128, 2, D224, layer_scale=1e-5), 13.677, 0.5, _in1k("dinat_base", 84.4)),
-    "dinat_large": _variant(
-        _pyramid(MEDIUM, 192, 2, D224), 30.458, 0.35,
-        _large("imagenet1k/dinat_large_in22k_in1k_224", "in22k_ft_in1k", "dinat-large-in22k-in1k-224", 86.6),
+    "dinat_small": _dinat("small", _pyramid(96, PYRAMID_DEEP, 2, D224), 7.772, 0.3, 83.8),
+    "dinat_base": _dinat("base", _pyramid(128, PYRAMID_DEEP, 2, D224, layer_scale=1e-5), 13.677, 0.5, 84.4),
+    "dinat_large": _large(
+        DiNAT, "dinat_large_in22k_in1k_224", DEEP_192, 30.458, 86.6, hub="dinat-large-in22k-in1k-224"
     ),
-    "dinat_large_384": _variant(
-        _pyramid(MEDIUM, 192, 2, D384), 89.505, 0.35,
-        _large("imagenet1k/dinat_large_in22k_in1k_384", "in22k_ft_in1k", "dinat-large-in22k-in1k-384", 87.4, 384), 384,
+    "dinat_large_384": _large(
+        DiNAT, "dinat_large_in22k_in1k_384", _pyramid(192, PYRAMID_DEEP, 2, D384), 89.505, 87.4,
+        hub="dinat-large-in22k-in1k-384", size=384,
     ),
-    "dinat_large_384_11x11": _variant(
-        _pyramid(MEDIUM, 192, 2, D224, kernel_size=11), 92.085, 0.35,
-        _large("imagenet1k/dinat_large_in22k_in1k_384_11x11", "in22k_ft_in1k", "dinat-large-11x11-in22k-in1k-384", 87.5, 384),
-        384,
+    "dinat_large_384_11x11": _large(
+        DiNAT, "dinat_large_in22k_in1k_384_11x11", DEEP_192 | K11, 92.085, 87.5,
+        hub="dinat-large-11x11-in22k-in1k-384", size=384,
     ),
-    "dinat_large_21k": _variant(
-        _pyramid(MEDIUM, 192, 2, D224), 30.458, 0.2, _large("imagenet22k/dinat_large_in22k_224", "in22k")
+    "dinat_large_21k": _large(DiNAT, "dinat_large_in22k_224", DEEP_192, 30.458),
+    "dinat_large_21k_11x11": _large(DiNAT, "dinat_large_in22k_224_11x11interp", DEEP_192 | K11, 41.043),
+    "dinat_s_tiny": _dinat_s("tiny", _pyramid(96, SWIN, 4, D224), 4.491, 0.2, 81.8),
+    "dinat_s_small": _dinat_s("small", _pyramid(96, SWIN_DEEP, 4, D224), 8.741, 0.3, 83.5),
+    "dinat_s_base": _dinat_s("base", _pyramid(128, SWIN_DEEP, 4, D224), 15.431, 0.5, 83.8),
+    "dinat_s_large": _large(DiNATs, "dinat_s_large_in1k_224", _pyramid(192, SWIN_DEEP, 4, D224), 34.476, 86.5),
+    "dinat_s_large_384": _large(
+        DiNATs, "dinat_s_large_in1k_384", _pyramid(192, SWIN_DEEP, 4, D384), 101.314, 87.4, size=384
     ),
-    "dinat_large_21k_11x11": _variant(
-        _pyramid(MEDIUM, 192, 2, D224, kernel_size=11), 41.043, 0.2,
-        _large("imagenet22k/dinat_large_in22k_224_11x11interp", "in22k"),
-    ),
-    "dinat_s_tiny": _variant(
-        _pyramid(SWIN_SMALL, 96, 4, D224), 4.491, 0.2, _in1k("dinat_s_tiny", 81.8), model=DiNATs
-    ),
-    "dinat_s_small": _variant(
-        _pyramid(SWIN_MEDIUM, 96, 4, D224), 8.741, 0.3, _in1k("dinat_s_small", 83.5), model=DiNATs
-    ),
-    "dinat_s_base": _variant(
-        _pyramid(SWIN_MEDIUM, 128, 4, D224), 15.431, 0.5, _in1k("dinat_s_base", 83.8), model=DiNATs
-    ),
-    "dinat_s_large": _variant(
-        _pyramid(SWIN_MEDIUM, 192, 4, D224), 34.476, 0.35,
-        _large("imagenet1k/dinat_s_large_in1k_224", "in22k_ft_in1k", None, 86.5), model=DiNATs,
-    ),
-    "dinat_s_large_384": _variant(
-        _pyramid(SWIN_MEDIUM, 192, 4, D384), 101.314, 0.35,
-        _large("imagenet1k/dinat_s_large_in1k_384", "in22k_ft_in1k", None, 87.4, 384), 384, DiNATs,
-    ),
-    "dinat_s_large_21k": _variant(
-        _pyramid(SWIN_MEDIUM, 192, 4, D224), 34.476, 0.2, _large("imagenet22k/dinat_s_large_in22k_224", "in22k"),
-        model=DiNATs,
-    ),
-    "nat_isotropic_small": _variant({}, 4.308, 0.1, _isotropic("nat_isotropic_small", 80.0), model=IsotropicDiNAT),
-    "dinat_isotropic_small": _variant(
-        {"dilation": 2}, 4.308, 0.1, _isotropic("dinat_isotropic_small", 80.8), model=IsotropicDiNAT
-    ),
-    "vitrpb_small": _variant(
-        {"kernel_size": None}, 4.574, 0.1, _isotropic("vitrpb_small", 81.2), model=IsotropicDiNAT
-    ),
-    "nat_isotropic_base": _variant(ISO_BASE, 16.941, 0.4, _isotropic("nat_isotropic_base", 81.6), model=IsotropicDiNAT),
-    "dinat_isotropic_base": _variant(
-        {**ISO_BASE, "dilation": 2}, 16.941, 0.4, _isotropic("dinat_isotropic_base", 82.1), model=IsotropicDiNAT
-    ),
-    "vitrpb_base": _variant(
-        {**ISO_BASE, "kernel_size": None}, 17.472, 0.4, _isotropic("vitrpb_base", 82.5), model=IsotropicDiNAT
-    ),
-    "test_dinat": _variant(
-        _pyramid((2, 2, 2, 2), 16, 3, (2, 2, 1, 1), num_heads=(1, 2, 4, 8), kernel_size=3), 0.0, 0.0, {}, 32
+    "dinat_s_large_21k": _large(DiNATs, "dinat_s_large_in22k_224", _pyramid(192, SWIN_DEEP, 4, D224), 34.476),
+    "nat_isotropic_small": _isotropic("nat_isotropic_small", {}, 4.308, 0.1, 80.0),
+    "dinat_isotropic_small": _isotropic("dinat_isotropic_small", {"dilation": 2}, 4.308, 0.1, 80.8),
+    "vitrpb_small": _isotropic("vitrpb_small", {"kernel_size": None}, 4.574, 0.1, 81.2),
+    "nat_isotropic_base": _isotropic("nat_isotropic_base", ISO_BASE, 16.941, 0.4, 81.6),
+    "dinat_isotropic_base": _isotropic("dinat_isotropic_base", {**ISO_BASE, "dilation": 2}, 16.941, 0.4, 82.1),
+    "vitrpb_base": _isotropic("vitrpb_base", {**ISO_BASE, "kernel_size": None}, 17.472, 0.4, 82.5),
+    "test_dinat": Variant(
+        _pyramid(16, (2, 2, 2, 2), 3, (2, 2, 1, 1), num_heads=(1, 2, 4, 8), kernel_size=3), 0.002889, img_size=32
     ),
 }  # fmt: skip
-
 FAMILY = Family(
     "dinat",
     (

@@ -1,0 +1,41 @@
+"""Parity with outputs recorded from the published code."""
+
+from pathlib import Path
+
+import golden
+import numpy as np
+import pytest
+import torch
+
+import visionattn
+from visionattn.weights import convert_state_dict
+
+GOLDENS = sorted((Path(__file__).parent / "goldens").glob("*/*.npz"))
+
+
+@pytest.mark.parametrize("path", GOLDENS, ids=lambda path: path.stem)
+def test_parity(path):
+    meta, arrays = golden.load(path)
+    model = visionattn.create_model(meta["create"]["name"], **meta["create"]["kwargs"]).eval()
+    state_dict = convert_state_dict(golden.fill_state_dict(meta["keys"]), model)
+    model.load_state_dict(state_dict, strict=True)
+    for dtype in (torch.float32, torch.float64):
+        model.to(dtype)
+        x = torch.from_numpy(golden.fixed_input(tuple(meta["input_shape"]))).to(dtype)
+        with torch.no_grad():
+            features, stages = model.forward_intermediates(x)
+            found = {"logits": model.forward_head(features)}
+        found |= {f"feat_{i}": stage[:, ::8, ::2, ::2] for i, stage in enumerate(stages)}
+        tolerance = meta["tolerance"][str(dtype).removeprefix("torch.")]
+        for name, expected in arrays.items():
+            error = np.abs(found[name].numpy() - expected).max()
+            assert error <= tolerance * np.abs(expected).max(), (name, dtype, error)
+
+
+@pytest.mark.parametrize("path", GOLDENS, ids=lambda path: path.stem)
+def test_parameter_count(path):
+    meta, _ = golden.load(path)
+    with torch.device("meta"):
+        model = visionattn.create_model(meta["create"]["name"], **meta["create"]["kwargs"])
+    unused = sum(int(np.prod(shape)) for name, shape, _ in meta["keys"] if name.startswith("van.layernorm."))
+    assert sum(p.numel() for p in model.parameters()) == meta["num_params"] - unused

@@ -1,0 +1,130 @@
+"""Names, what is known of them, and the doors to timm and torch.hub."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import macs
+import pytest
+import timm
+import torch
+
+import visionattn
+from visionattn import cli
+from visionattn.errors import UnknownArgumentError, UnknownModelError, VisionattnError
+
+ROOT = Path(__file__).parent.parent
+ALL = visionattn.list_models()
+
+# Millions, as the papers' code has them.
+PARAMS = {
+    "nat_mini": 19.984, "nat_tiny": 27.902, "nat_small": 50.743, "nat_base": 89.770, "dinat_mini": 19.984,
+    "dinat_tiny": 27.902, "dinat_small": 50.720, "dinat_base": 89.770, "dinat_large": 200.944,
+    "dinat_large_384": 200.944, "dinat_large_384_11x11": 201.144, "dinat_large_21k": 200.944,
+    "dinat_large_21k_11x11": 201.144, "dinat_s_tiny": 28.288, "dinat_s_small": 49.606, "dinat_s_base": 87.768,
+    "dinat_s_large": 196.532, "dinat_s_large_384": 196.532, "dinat_s_large_21k": 196.532,
+    "nat_isotropic_small": 22.000, "dinat_isotropic_small": 22.000, "vitrpb_small": 22.080,
+    "nat_isotropic_base": 86.466, "dinat_isotropic_base": 86.466, "vitrpb_base": 86.627,
+    "van_b0": 4.106, "van_b1": 13.862, "van_b2": 26.578, "van_b3": 44.766, "van_b4": 60.283, "van_b5": 89.968,
+    "van_b6": 199.829, "convit_tiny": 5.711, "convit_tiny_plus": 9.973, "convit_small": 27.777,
+    "convit_small_plus": 48.980, "convit_base": 86.540, "convit_base_plus": 153.135,
+}  # fmt: skip
+
+
+def test_every_published_variant_is_registered():
+    assert set(PARAMS) == {name for name in ALL if not name.startswith("test_")}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_model_info(name):
+    info = visionattn.model_info(name)
+    assert info.params / 1e6 == pytest.approx(PARAMS[name], abs=6e-4) if name in PARAMS else info.params < 1e6
+    assert info.gmacs == pytest.approx(macs.count(name, info.input_size) / 1e9, rel=2e-3)
+    assert info.papers and info.license and info.origin
+    for weights in info.weights.values():
+        assert weights.urls or weights.hf_hub_id or weights.page or weights.note == "not released"
+        assert all(
+            re.fullmatch(r"https://[\w.-]+/[^\s]+", url) for url in (*weights.urls, *filter(None, [weights.page]))
+        )
+
+
+def test_tags():
+    assert visionattn.model_info("van_b5.in22k_ft_in1k_384").input_size == (3, 384, 384)
+    model = visionattn.create_model("test_dinat")
+    assert model.pretrained_cfg["architecture"] == "test_dinat"
+    with torch.device("meta"):
+        assert visionattn.create_model("van_b0.in1k").pretrained_cfg["mean"] == (0.5, 0.5, 0.5)
+        assert visionattn.create_model("van_b4.in22k").num_classes == 21841
+        assert visionattn.create_model("van_tiny").pretrained_cfg["architecture"] == "van_b0"
+    with pytest.raises(UnknownModelError, match="van_b0 has no weights tagged in2k; it has in1k"):
+        visionattn.create_model("van_b0.in2k")
+
+
+def test_list_models():
+    assert visionattn.list_models("test_*") == ["test_convit", "test_dinat", "test_van"]
+    assert visionattn.list_models(["van_b0", "nat_m*"]) == ["nat_mini", "van_b0"]
+    assert "dinat_small.in1k" in visionattn.list_models("dinat_*", pretrained=True)
+    assert not visionattn.list_models("van_b6", pretrained=True)
+    assert len(ALL) == len(set(ALL))
+
+
+def test_unknown_names_and_arguments():
+    with pytest.raises(UnknownModelError, match="unknown model dinat_smal; did you mean dinat_small"):
+        visionattn.create_model("dinat_smal")
+    with pytest.raises(UnknownArgumentError, match="test_van got unknown arguments kernel, window; it takes"):
+        visionattn.create_model("test_van", window=7, kernel=3)
+    with pytest.raises(UnknownArgumentError, match="window"):
+        timm.create_model("test_van", window=7)
+    with pytest.raises(VisionattnError, match="no weights to fetch for van_b6"):
+        visionattn.create_model("van_b6", pretrained=True)
+
+
+def test_none_stands_for_the_default():
+    assert visionattn.create_model("test_van", num_classes=None, drop_rate=None).num_classes == 1000
+
+
+def test_timm_knows_what_it_lacked():
+    assert all(timm.is_model(name) for name in ALL)
+    assert type(timm.create_model("test_dinat")) is type(visionattn.create_model("test_dinat"))
+    assert timm.create_model("convit_tiny").__module__ == "timm.models.convit"
+    assert visionattn.create_model("convit_tiny").__module__ == "visionattn.models.convit"
+    assert "dinat_small.in1k" in timm.list_pretrained("dinat_small*")
+    with torch.device("meta"):
+        assert timm.create_model("van_b0.in1k").pretrained_cfg["crop_pct"] == 0.9
+
+
+def test_register_model(monkeypatch):
+    monkeypatch.setattr("visionattn.registry._entries", dict(visionattn.registry._entries))
+
+    @visionattn.register_model
+    def my_backbone(pretrained=False, **kwargs):
+        return visionattn.create_model("test_van", **kwargs)
+
+    assert visionattn.create_model("my_backbone", num_classes=3).num_classes == 3
+    assert visionattn.model_info("my_backbone").params == visionattn.model_info("test_van").params
+    with pytest.raises(VisionattnError, match="my_backbone is registered already"):
+        visionattn.register_model(my_backbone)
+
+
+def test_hub(monkeypatch):
+    model = torch.hub.load(str(ROOT), "test_dinat", source="local", num_classes=3)
+    assert model(torch.randn(1, 3, 32, 32)).shape == (1, 3)
+    monkeypatch.setattr(torch.hub, "_get_cache_or_reload", lambda *args, **kwargs: str(ROOT))
+    assert torch.hub.list("visionattn/visionattn", trust_repo=True) == ALL
+
+
+def test_import_is_light():
+    heavy = "albumentations, accelerate, matplotlib, sklearn, tensorboard, jsonargparse, rich"
+    code = f"import sys, visionattn; print([m for m in '{heavy}'.split(', ') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT).stdout == "[]\n"
+
+
+def test_command(capsys):
+    assert cli.main(["list", "test_*"]) == 0
+    assert capsys.readouterr().out.split() == ["test_convit", "test_dinat", "test_van"]
+    assert cli.main(["info", "van_b0"]) == 0
+    out = capsys.readouterr().out
+    assert "4.106 M" in out and "75.4 %" in out and "van_tiny_754.pth.tar" in out and "apache-2.0" in out
+    assert cli.main(["info", "van_b7"]) == 2
+    assert capsys.readouterr().err.startswith("error: unknown model van_b7; did you mean van_b")

@@ -1,0 +1,138 @@
+"""Published layouts, wrappers, and files that are not what they should be."""
+
+import os
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import visionattn
+from visionattn.errors import VisionattnError
+from visionattn.weights import convert_state_dict, load_checkpoint, read_checkpoint
+
+TESTS = visionattn.list_models("test_*")
+
+
+@pytest.fixture
+def van():
+    return visionattn.create_model("test_van")
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, v in a.items())
+
+
+@pytest.mark.parametrize("name", TESTS)
+def test_our_own_layout_stays(name):
+    state_dict = visionattn.create_model(name).state_dict()
+    converted = convert_state_dict(state_dict, visionattn.create_model(name))
+    assert_same(converted, state_dict)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda sd: {"model": sd, "epoch": 3, "optimizer": {"state": {}}},
+        lambda sd: {"state_dict": {f"module.{k}": v for k, v in sd.items()}},
+        lambda sd: {"state_dict": {k: v * 0 for k, v in sd.items()}, "state_dict_ema": sd},
+        lambda sd: {"model": {"state_dict": {f"_orig_mod.module.{k}": v for k, v in sd.items()}}},
+        lambda sd: sd | {"training_state.step": torch.tensor(3)},
+    ],
+)
+def test_wrappers(van, wrap):
+    state_dict = van.state_dict()
+    assert_same(convert_state_dict(wrap(state_dict), van), state_dict)
+
+
+def test_a_headless_model_takes_a_checkpoint_with_head(van):
+    headless = visionattn.create_model("test_van", num_classes=0)
+    headless.load_state_dict(convert_state_dict(van.state_dict(), headless), strict=True)
+
+
+def test_another_model_is_refused(van):
+    state_dict = visionattn.create_model("test_dinat").state_dict()
+    with pytest.raises(
+        VisionattnError, match=r"does not fit test_van: missing \d+ keys \(.+, \.\.\.\); left over \d+ keys"
+    ):
+        convert_state_dict(state_dict, van)
+    state_dict = van.state_dict()
+    del state_dict["head.bias"]
+    with pytest.raises(VisionattnError, match=r"missing 1 keys \(head.bias\); left over none"):
+        convert_state_dict(state_dict, van)
+    with pytest.raises(VisionattnError, match="expected a state dict"):
+        convert_state_dict({"model": {}}, van)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_files(van, tmp_path, suffix):
+    path = tmp_path / f"van{suffix}"
+    state_dict = {k: v + 1 for k, v in van.state_dict().items()}
+    if suffix == ".pth":
+        torch.save({"model": state_dict}, path)
+    else:
+        save_file(state_dict, path, {"model": "test_van"})
+        assert read_checkpoint(path)[1] == {"model": "test_van"}
+    load_checkpoint(van, path)
+    assert_same(van.state_dict(), state_dict)
+    assert_same(visionattn.create_model("test_van", checkpoint_path=str(path)).state_dict(), state_dict)
+    features = visionattn.create_model("test_van", features_only=True, checkpoint_path=str(path))
+    assert torch.equal(features.stages_3.norm.weight, state_dict["stages.3.norm.weight"])
+    with pytest.raises(VisionattnError, match=r"does not fit test_van: 2 keys \(head.* instead of"):
+        visionattn.create_model("test_van", num_classes=3, checkpoint_path=str(path))
+    path.write_bytes(path.read_bytes()[:-1000])
+    before = {k: v.clone() for k, v in van.state_dict().items()}
+    with pytest.raises(VisionattnError, match=f"checkpoint {path} is damaged"):
+        load_checkpoint(van, path)
+    assert_same(van.state_dict(), before)
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+def test_nothing_is_executed(van, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": van.state_dict(), "args": Malicious()}, "bad.pth")
+    with pytest.raises(VisionattnError, match="holds more than tensors and plain containers"):
+        load_checkpoint(van, "bad.pth")
+    assert not (tmp_path / "executed").exists()
+    with pytest.raises(VisionattnError, match="does not exist"):
+        load_checkpoint(van, "missing.pth")
+    torch.save(torch.ones(2), "tensor.pth")
+    with pytest.raises(VisionattnError, match="holds a Tensor, expected a dictionary"):
+        load_checkpoint(van, "tensor.pth")
+
+
+def test_pretrained_converts_what_it_fetches(tmp_path):
+    """`pretrained=True` goes through timm's builder: a local file stands in for the download."""
+    source = visionattn.create_model("test_van")
+    published = {}
+    for key, value in source.state_dict().items():  # the official names
+        for ours, theirs in (
+            ("stem.", "patch_embed1."),
+            ("mixer.proj1", "attn.proj_1"),
+            ("mixer.proj2", "attn.proj_2"),
+        ):
+            key = key.replace(ours, theirs)
+        for s in "1234":
+            key = key.replace(f"stages.{int(s) - 1}.downsample.", f"patch_embed{s}.")
+            key = key.replace(f"stages.{int(s) - 1}.blocks.", f"block{s}.").replace(
+                f"stages.{int(s) - 1}.norm", f"norm{s}"
+            )
+        key = key.replace("mixer.lka.", "attn.spatial_gating_unit.").replace("mlp.dwconv", "mlp.dwconv.dwconv")
+        for ours, theirs in (("dilated", "conv_spatial"), ("depthwise", "conv0"), ("pointwise", "conv1")):
+            key = key.replace(f"unit.{ours}", f"unit.{theirs}")
+        key = key.replace("ls1.gamma", "layer_scale_1").replace("ls2.gamma", "layer_scale_2")
+        is_conv = key.endswith("weight") and any(n in key for n in ("proj_", "conv1", "fc"))
+        published[key] = value[:, :, None, None] if is_conv else value
+    torch.save({"state_dict": published}, tmp_path / "van.pth")
+    overlay = {"file": str(tmp_path / "van.pth")}
+    model = visionattn.create_model("test_van", pretrained=True, pretrained_cfg_overlay=overlay)
+    assert_same(model.state_dict(), source.state_dict())
+    overlay = {"file": str(tmp_path / "van.pth")}
+    model = visionattn.create_model(
+        "test_van", pretrained=True, pretrained_cfg_overlay=overlay, num_classes=3, in_chans=1
+    )
+    assert model.stem.proj.weight.shape[1] == 1 and model.num_classes == 3
+    assert torch.equal(model.stages[3].blocks[0].mlp.fc1.weight, source.stages[3].blocks[0].mlp.fc1.weight)

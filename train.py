@@ -1,0 +1,17 @@
+#!/usr/bin/env python
+"""Train a vision backbone: `accelerate launch train.py`, or `python train.py --help` for its options."""
+
+import sys
+
+from visionattn.training.config import parse_train, run
+
+
+def main(argv: list[str]) -> None:
+    config, resume = parse_train(argv)
+    from visionattn.training.trainer import train  # after parsing, so that --help and typos are answered at once
+
+    train(config, resume)
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

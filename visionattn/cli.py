@@ -1,0 +1,62 @@
+"""The `visionattn` command."""
+
+import argparse
+import sys
+
+from .errors import VisionattnError
+from .registry import list_models, model_info
+
+
+def _list(args: argparse.Namespace) -> None:
+    print("\n".join(list_models(args.filter, args.pretrained)))
+
+
+def _info(args: argparse.Namespace) -> None:
+    info = model_info(args.name)
+    rows = [
+        ("family", info.family),
+        ("parameters", f"{info.params / 1e6:.3f} M"),
+        ("multiply-adds", f"{info.gmacs:g} G" if info.gmacs is not None else "not stated"),
+        ("input", " x ".join(map(str, info.input_size))),
+        ("top-1", f"{info.top1} %" if info.top1 is not None else "none published"),
+        ("recipe", ", ".join(f"{k} {v}" for k, v in info.recipe.items()) or "none"),
+        ("code", info.origin),
+        ("licence", info.license),
+    ]
+    rows += [("paper", f"{title}, arXiv {arxiv}") for title, arxiv in info.papers]
+    for tag, weights in info.weights.items():
+        places = [*weights.urls, *([f"hf-hub:{weights.hf_hub_id}"] if weights.hf_hub_id else []), weights.page]
+        facts = [
+            f"top-1 {weights.top1} %" if weights.top1 else "",
+            f"{weights.img_size} x {weights.img_size}",
+            weights.note,
+        ]
+        rows += [(f"weights {tag}", "; ".join(filter(None, facts)))]
+        rows += [("", place) for place in filter(None, places)]
+    width = max(len(label) for label, _ in rows)
+    print(info.name)
+    print("\n".join(f"  {label:{width}}  {value}" for label, value in rows))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns the exit status, 2 for a request that cannot be met."""
+    parser = argparse.ArgumentParser("visionattn", description="Vision backbones built on attention.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    command = commands.add_parser("list", help="print the names of the models")
+    command.add_argument("filter", nargs="?", default="", help="shell pattern, 'dinat_*'")
+    command.add_argument("--pretrained", action="store_true", help="only names with published weights, with their tags")
+    command.set_defaults(run=_list)
+    command = commands.add_parser("info", help="print what is known of a model")
+    command.add_argument("name", help="name of the model, with or without the tag of its weights")
+    command.set_defaults(run=_info)
+    args = parser.parse_args(argv)
+    try:
+        args.run(args)
+    except VisionattnError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Images for training and validation: where they come from, how they are prepared, in which order they come."""

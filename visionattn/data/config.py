@@ -1,0 +1,92 @@
+"""Options of the images."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from visionattn.errors import VisionattnError
+
+
+@dataclass
+class DataConfig:
+    """Images and their preparation"""
+
+    name: str = ""
+    """digits (1,797 handwritten digits that ship with scikit-learn), folder, torch/<torchvision dataset> or
+    hfds/<Hugging Face dataset>; empty: folder where data.root is given, else digits."""
+    root: str | None = None
+    """Folder of the images: train/ and val/ that hold a folder per class, or a folder per class at once."""
+    train_split: str = "train"
+    """Name of the split to train on."""
+    val_split: str = "validation"
+    """Name of the split to validate on; folders may also call it val, valid, eval or evaluation."""
+    val_fraction: ClosedUnitInterval = 0.2
+    """Share of every class held out, always the same images, where the data brings no validation split."""
+    download: bool = False
+    """Let torchvision download a dataset that data.root lacks."""
+    img_size: PositiveInt | tuple[PositiveInt, PositiveInt] | None = None
+    """Input size in pixels, or height and width; null: the model's own."""
+    mean: tuple[float, ...] | None = None
+    """Channel means for normalisation; null: the model's own."""
+    std: tuple[PositiveFloat, ...] | None = None
+    """Channel standard deviations for normalisation; null: the model's own."""
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"] | None = None
+    """How images are resized; null: the model's own."""
+    crop_pct: PositiveFloat | None = 1.0
+    """Share of the resized image that the centre crop keeps in validation; null: the model's own."""
+    crop_mode: Literal["center", "squash", "border"] | None = None
+    """How validation fits other aspect ratios; null: the model's own."""
+    batch_size: PositiveInt = 64
+    """Images per step and process."""
+    eval_batch_size: PositiveInt = 256
+    """Images per validation step and process."""
+    num_workers: NonNegativeInt = 1
+    """Processes that load images, for each training process; 0: load in the training process itself."""
+
+
+@dataclass
+class AugmentConfig:
+    """Augmentation in training"""
+
+    scale: tuple[PositiveFloat, PositiveFloat] = (0.75, 1.0)
+    """Range of the random crop's area, as shares of the image."""
+    ratio: tuple[PositiveFloat, PositiveFloat] = (0.85, 1.18)
+    """Range of the random crop's aspect ratio."""
+    hflip: ClosedUnitInterval = 0.0
+    """Probability of a horizontal flip."""
+    vflip: ClosedUnitInterval = 0.0
+    """Probability of a vertical flip."""
+    color_jitter: NonNegativeFloat = 0.0
+    """Strength of brightness, contrast and saturation changes."""
+    auto_augment: str | None = None
+    """timm's policy string, such as rand-m9-mstd0.5-inc1, augmix-m3 or original."""
+    interpolation: Literal["random", "bilinear", "bicubic"] | None = None
+    """How random crops are resized; null: as data.interpolation."""
+    re_prob: ClosedUnitInterval = 0.0
+    """Probability of erasing a random rectangle."""
+    re_mode: Literal["const", "rand", "pixel"] = "pixel"
+    """What an erased rectangle is filled with: zeros, one random colour, or random pixels."""
+    mixup: NonNegativeFloat = 0.4
+    """Strength of mixup, its alpha; 0: off."""
+    cutmix: NonNegativeFloat = 0.0
+    """Strength of CutMix, its alpha; 0: off."""
+    mix_prob: ClosedUnitInterval = 1.0
+    """Probability that a batch is mixed, where mixup or cutmix is on."""
+    mix_switch_prob: ClosedUnitInterval = 0.5
+    """Probability of CutMix rather than mixup, where both are on."""
+    mix_mode: Literal["batch", "pair", "elem"] = "batch"
+    """Draw the mixture once for each batch, pair or image."""
+
+
+@contextmanager
+def user_input(what: str, *kinds: type[Exception]) -> Iterator[None]:
+    """Turn what a library raises about `what` the user gave into one clear line."""
+    try:
+        yield
+    except VisionattnError:
+        raise
+    except kinds as error:
+        raise VisionattnError(f"{what}: {' '.join(str(error).split()) or type(error).__name__}") from error

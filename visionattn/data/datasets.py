@@ -1,0 +1,188 @@
+"""Where images come from: the digits of scikit-learn, image folders, and what timm's dataset factory opens."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from timm.data import create_dataset
+
+from visionattn.data.config import DataConfig, user_input
+from visionattn.errors import VisionattnError
+
+SYNONYMS = [("train", "training"), ("validation", "val", "valid", "eval", "evaluation")]
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Labelled images that are decoded when asked for.
+
+    Args:
+        source: `source[i]` is (PIL image or binary file, label).
+        indices: Those entries of the source that belong to the set.
+        classes: Names of the classes, by label.
+        name: What errors call the source.
+    """
+
+    source: Any
+    indices: Sequence[int]
+    classes: list[str]
+    name: str
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def load(self, index: int, mode: str = "RGB") -> tuple[Image.Image, int]:
+        """The image, converted to `mode`, and its label."""
+        index = self.indices[index]
+        try:
+            image, label = self.source[index]
+            if not isinstance(image, Image.Image):
+                with image, Image.open(image) as file:
+                    return file.convert(mode), label
+            return image.convert(mode), label
+        except Exception as error:  # decoders raise whatever they like
+            known = hasattr(self.source, "filename")
+            place = self.source.filename(index, absolute=True) if known else f"image {index} of {self.name}"
+            raise VisionattnError(f"cannot read {place}: {error or type(error).__name__}") from error
+
+
+def load_datasets(config: DataConfig) -> tuple[ImageSet, ImageSet]:
+    """The images to train on and the images to validate on."""
+    kind = dataset_name(config)
+    if kind == "digits":
+        train, val = _split(_digits(), config.val_fraction)
+    elif kind == "folder":
+        train_folder, val_folder = _split_folders(config)
+        if train_folder == val_folder:
+            raise VisionattnError(
+                f"{config.root} holds {val_folder.name}/ to validate on, but no {config.train_split}/"
+            )
+        train = _open_folder(train_folder)
+        if len(train.classes) < 2:
+            raise VisionattnError(f"{train_folder} holds one class only ({train.classes[0]}): at least two are needed")
+        if val_folder is None:
+            train, val = _split(train, config.val_fraction)
+        else:
+            val = _open_folder(val_folder, train.classes)
+            if missing := sorted(set(train.classes) - set(val.classes)):
+                raise VisionattnError(f"{val_folder} lacks the classes {_few(missing)} of {train_folder}")
+    else:
+        train, val = (_open_by_timm(config, kind, split) for split in (config.train_split, config.val_split))
+        if val.classes != train.classes:
+            raise VisionattnError(f"the {config.train_split} and {config.val_split} splits of {kind} differ in classes")
+    return _not_empty(train, config), _not_empty(val, config)
+
+
+def load_validation(config: DataConfig, classes: list[str] | None = None) -> ImageSet:
+    """The images to validate on, labelled as in `classes`, of which a folder need not hold all."""
+    kind = dataset_name(config)
+    if kind == "digits":
+        val = _split(_digits(), config.val_fraction)[1]
+    elif kind == "folder":
+        train_folder, val_folder = _split_folders(config)
+        images = _open_folder(val_folder or train_folder, classes)
+        val = images if val_folder else _split(images, config.val_fraction)[1]
+    else:
+        val = _open_by_timm(config, kind, config.val_split)
+    return _not_empty(val, config)
+
+
+def dataset_name(config: DataConfig) -> str:
+    """What the options name, or imply by giving a folder."""
+    if config.name == "digits" and config.root is not None:
+        raise VisionattnError(f"digits take no data.root: add --data.name folder to read {config.root}")
+    return config.name or ("folder" if config.root is not None else "digits")
+
+
+def stratified_split(labels: Sequence[int], fraction: float) -> tuple[list[int], list[int]]:
+    """Indices that stay and indices held out: the same share of each class, always the same ones."""
+    labels, rng = np.asarray(labels), np.random.default_rng(0)
+    held_out = []
+    for label in np.unique(labels):
+        members = rng.permutation(np.flatnonzero(labels == label))
+        count = round(fraction * len(members))
+        if 0 < fraction < 1:  # both sides should see every class
+            count = min(max(count, 1), len(members) - 1)
+        held_out.extend(members[:count].tolist())
+    return sorted(set(range(len(labels))) - set(held_out)), sorted(held_out)
+
+
+def _split(images: ImageSet, fraction: float) -> tuple[ImageSet, ImageSet]:
+    samples = images.source.samples if hasattr(images.source, "samples") else images.source
+    stay, held_out = stratified_split([label for _, label in samples], fraction)
+    return replace(images, indices=stay), replace(images, indices=held_out)
+
+
+def _digits() -> ImageSet:
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    pixels = (digits.images * (255 / 16)).round().astype(np.uint8)  # 8 x 8 counts from 0 to 16
+    source = [(Image.fromarray(image), int(label)) for image, label in zip(pixels, digits.target, strict=True)]
+    return ImageSet(source, range(len(source)), [str(name) for name in digits.target_names], "digits")
+
+
+def _split_folders(config: DataConfig) -> tuple[Path, Path | None]:
+    """The folders to train and to validate on; no second where the first is to be split."""
+    if config.root is None:
+        raise VisionattnError("data.name folder needs data.root, the folder of the images")
+    root = Path(config.root)
+    if not root.is_dir():
+        raise VisionattnError(f"image folder {root} does not exist")
+
+    def find(split: str) -> Path | None:
+        names = [split, *(name for group in SYNONYMS if split in group for name in group)]
+        return next((root / name for name in names if (root / name).is_dir()), None)
+
+    train, val = find(config.train_split), find(config.val_split)
+    return train or val or root, val
+
+
+def _open_folder(folder: Path, classes: list[str] | None = None) -> ImageSet:
+    expected = f"expected {folder}/<class>/<image>, with images as {', '.join(EXTENSIONS)}"
+    class_folders = [entry for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith(".")]
+    if not class_folders:
+        raise VisionattnError(f"{folder} holds no class folders: {expected}")
+    with user_input(f"cannot read {folder}", RuntimeError, OSError):
+        reader = create_dataset("", root=str(folder), search_split=False, input_key=";".join(EXTENSIONS)).reader
+    parts = [Path(path).relative_to(folder).parts for path, _ in reader.samples]
+    if strays := [part[0] for part in parts if len(part) == 1]:
+        raise VisionattnError(f"{folder / strays[0]} lies outside the class folders: {expected}")
+    if empty := sorted({entry.name for entry in class_folders} - {part[0] for part in parts}):
+        raise VisionattnError(f"class folder {folder / empty[0]} holds no images: {expected}")
+    found = list(reader.class_to_idx)
+    if classes is not None and found != classes:
+        if unknown := sorted(set(found) - set(classes)):
+            raise VisionattnError(f"{folder} holds classes that the model was not trained on: {_few(unknown)}")
+        label = {reader.class_to_idx[name]: classes.index(name) for name in found}
+        reader.samples = [(path, label[old]) for path, old in reader.samples]
+    return ImageSet(reader, range(len(reader)), found, str(folder))
+
+
+def _open_by_timm(config: DataConfig, name: str, split: str) -> ImageSet:
+    kind = name.partition("/")[0].lower()
+    if kind not in ("torch", "hfds"):
+        accepted = "digits, folder, torch/<torchvision dataset> or hfds/<Hugging Face dataset>"
+        raise VisionattnError(f"unknown dataset {name}: data.name is {accepted}")
+    with user_input(f"cannot open dataset {name}", Exception):  # readers raise whatever they like
+        dataset = create_dataset(name, root=config.root, split=split, download=config.download)
+    source = getattr(dataset, "reader", dataset)
+    classes = list(getattr(source, "class_to_idx", None) or getattr(source, "classes", ()))
+    if not classes:
+        raise VisionattnError(f"dataset {name} does not say which classes it has")
+    return ImageSet(source, range(len(source)), [str(c) for c in classes], f"{name} ({split})")
+
+
+def _not_empty(images: ImageSet, config: DataConfig) -> ImageSet:
+    if not len(images):
+        raise VisionattnError(f"data.val_fraction {config.val_fraction} of {images.name} leaves no images on one side")
+    return images
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

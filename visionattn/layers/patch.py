@@ -1,0 +1,34 @@
+"""Patch embedding and merging of hierarchical transformers."""
+
+import torch
+import torch.nn.functional as F
+from timm.layers import LayerNorm2d
+from torch import Tensor, nn
+
+from .pointwise import Pointwise
+
+
+class PatchStem(nn.Module):
+    """Patches of 4 x 4 pixels and LayerNorm, the image zero-padded at the bottom and right: to a quarter the size."""
+
+    def __init__(self, in_chans: int, dim: int, device=None, dtype=None) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_chans, dim, 4, stride=4, device=device, dtype=dtype)
+        self.norm = LayerNorm2d(dim, eps=1e-5, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.proj(F.pad(x, (0, -x.shape[3] % 4, 0, -x.shape[2] % 4))))
+
+
+class PatchMerging(nn.Module):
+    """Concatenates the 2 x 2 phases of a map, LayerNorm, linear: (B, C, H, W) to (B, 2C, ceil(H / 2), ceil(W / 2))."""
+
+    def __init__(self, dim: int, device=None, dtype=None) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(4 * dim, device=device, dtype=dtype)
+        self.reduction = Pointwise(4 * dim, 2 * dim, bias=False, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2)).permute(0, 2, 3, 1)
+        x = torch.cat([x[:, row::2, col::2] for col in (0, 1) for row in (0, 1)], 3)
+        return self.reduction(self.norm(x)).permute(0, 3, 1, 2)

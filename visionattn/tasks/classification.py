@@ -1,0 +1,72 @@
+"""Image classification: targets, loss and metrics."""
+
+import torch
+from timm.data import Mixup
+from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from torch import nn
+from torch.nn import functional as F
+
+from visionattn.data.config import AugmentConfig
+from visionattn.data.loader import Stream, seeded
+from visionattn.tasks.config import LossConfig
+
+
+class Classification:
+    """Loss on mixed or plain targets.
+
+    Args:
+        loss: Options of the loss.
+        augment: Options of the augmentation, for mixup and cutmix.
+        num_classes: Number of classes.
+        seed: Seed of the mixtures.
+    """
+
+    metric = "top1"
+
+    def __init__(self, loss: LossConfig, augment: AugmentConfig, num_classes: int, seed: int) -> None:
+        self.seed = seed
+        self.mixup = None
+        if augment.mixup or augment.cutmix:
+            self.mixup = Mixup(
+                mixup_alpha=augment.mixup,
+                cutmix_alpha=augment.cutmix,
+                prob=augment.mix_prob,
+                switch_prob=augment.mix_switch_prob,
+                mode=augment.mix_mode,
+                label_smoothing=loss.smoothing,
+                num_classes=num_classes,
+            )
+        if loss.bce:
+            self.criterion: nn.Module = BinaryCrossEntropy(loss.smoothing)
+        elif self.mixup:
+            self.criterion = SoftTargetCrossEntropy()
+        elif loss.smoothing:
+            self.criterion = LabelSmoothingCrossEntropy(loss.smoothing)
+        else:
+            self.criterion = nn.CrossEntropyLoss()
+
+    def loss(self, model: nn.Module, images: torch.Tensor, targets: torch.Tensor, update: int) -> torch.Tensor:
+        """Loss of a batch; mixtures are drawn by (seed, update), the same in every process and part of an update."""
+        if self.mixup:
+            with seeded(self.seed, Stream.MIX, update):
+                images, targets = self.mixup(images, targets)
+        return self.criterion(model(images).float(), targets)
+
+
+class ClassificationMetrics:
+    """Sums for top-1, top-5 and loss over any number of batches and processes."""
+
+    def __init__(self) -> None:
+        self.sums = torch.zeros(4, dtype=torch.float64)  # correct, correct in five, loss, images
+
+    def update(self, logits: torch.Tensor, targets: torch.Tensor) -> None:
+        """Count a batch."""
+        ranked = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
+        loss = F.cross_entropy(logits, targets, reduction="sum")
+        self.sums += torch.tensor([ranked[:, 0].sum(), ranked.sum(), loss, len(targets)], dtype=torch.float64)
+
+    @staticmethod
+    def compute(sums: torch.Tensor) -> dict[str, float]:
+        """Metrics from the sums, added over the processes."""
+        top1, top5, loss, images = sums.tolist()
+        return {"top1": 100 * top1 / images, "top5": 100 * top5 / images, "loss": loss / images}

@@ -1,0 +1,1 @@
+"""Training and validation: typed options, the loop, checkpoints, and what a run leaves behind."""

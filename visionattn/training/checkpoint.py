@@ -1,0 +1,91 @@
+"""Checkpoints: safetensors only, written so that a crash at any moment leaves the last good file.
+
+A checkpoint is the model's weights under its own keys, plus a description of the run in the header. `last.safetensors`
+also holds what resuming needs: any nesting of dicts and lists, whose tensors lie under one prefix and whose shape and
+scalars are JSON in the header.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from visionattn.errors import VisionattnError
+from visionattn.weights import read_checkpoint
+
+PREFIX = "training_state."
+
+
+def save_checkpoint(
+    path: Path, weights: dict[str, torch.Tensor], description: dict[str, Any], state: dict | None = None
+) -> None:
+    """Write weights, description and, for resuming, the training state."""
+    tensors = {key: value.contiguous() for key, value in weights.items()}
+    metadata = {"format": "pt", "visionattn": json.dumps(description)}
+    if state is not None:
+        state_tensors: dict[str, torch.Tensor] = {}
+        metadata["training_state"] = json.dumps(_flatten(state, PREFIX, state_tensors))
+        tensors |= {key: value.contiguous() for key, value in state_tensors.items()}
+    temporary = path.with_name(f".{path.name}.tmp")
+    save_file(tensors, temporary, metadata)
+    temporary.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes files that only their owner may read
+    _replace(temporary, path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    _replace(temporary, path)
+
+
+def read_description(path: str | Path) -> dict[str, Any]:
+    """What a checkpoint of train.py says of itself; empty for other files."""
+    return json.loads(read_checkpoint(path)[1].get("visionattn", "{}"))
+
+
+def read_training_state(path: str | Path) -> dict[str, Any]:
+    """What `save_checkpoint` was given as state."""
+    tensors, metadata = read_checkpoint(path)
+    if "training_state" not in metadata:
+        raise VisionattnError(f"cannot resume from {path}: it holds weights only")
+    return _unflatten(json.loads(metadata["training_state"]), tensors)
+
+
+def _flatten(value: Any, key: str, tensors: dict[str, torch.Tensor]) -> Any:
+    """`value` as JSON, with its tensors moved to `tensors`; dicts as pairs, since their keys may be numbers."""
+    if isinstance(value, torch.Tensor):
+        tensors[key] = value
+        return {"tensor": key}
+    if isinstance(value, dict):
+        return {"dict": [[name, _flatten(item, f"{key}{name}.", tensors)] for name, item in value.items()]}
+    if isinstance(value, (list, tuple)):
+        items = [_flatten(item, f"{key}{i}.", tensors) for i, item in enumerate(value)]
+        return {"tuple": items} if isinstance(value, tuple) else items
+    return value
+
+
+def _unflatten(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    if isinstance(value, list):
+        return [_unflatten(item, tensors) for item in value]
+    if not isinstance(value, dict):
+        return value
+    (kind, content), *_ = value.items()
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "tuple":
+        return tuple(_unflatten(item, tensors) for item in content)
+    return {name: _unflatten(item, tensors) for name, item in content}
+
+
+def _replace(temporary: Path, path: Path) -> None:
+    """Put a finished file in its place, once its bytes are on the disk."""
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    os.fsync(folder)
+    os.close(folder)

@@ -1,0 +1,147 @@
+"""What a run tells while it goes and leaves behind: progress, metrics.csv, curves.png and trackers."""
+
+import csv
+import io
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from visionattn.training.checkpoint import write_text
+
+
+class RunLog:
+    """Log of one run, kept by the main process; the others' calls do nothing.
+
+    Args:
+        folder: Run folder.
+        accelerator: The run's accelerator, which owns the trackers.
+        epochs: Epochs of the run.
+        updates: Updates of an epoch.
+        start: Epoch to go on from; rows of metrics.csv from there on are dropped, since they come again.
+        config: Options of the run, for the trackers.
+    """
+
+    def __init__(
+        self, folder: Path, accelerator: Accelerator, epochs: int, updates: int, start: int, config: dict[str, Any]
+    ) -> None:
+        self.accelerator, self.main = accelerator, accelerator.is_main_process
+        self.epochs, self.updates = epochs, updates
+        self.csv, self.png = folder / "metrics.csv", folder / "curves.png"
+        self.rows: list[dict[str, Any]] = []
+        self.bar: Progress | None = None
+        accelerator.project_configuration.logging_dir = str(folder)
+        accelerator.init_trackers("visionattn", init_kwargs={"tensorboard": {"purge_step": start * updates}})
+        if not self.main:
+            return
+        if self.csv.exists():
+            complete = csv.DictReader(io.StringIO(self.csv.read_text()))
+            self.rows = [row for row in complete if None not in row.values() and int(row["epoch"]) < start]
+            self._write_rows()
+        for tracker in accelerator.trackers:
+            if tracker.name != "tensorboard":  # which would put the options into a folder of their own
+                tracker.store_init_configuration(config)
+
+    def start_epoch(self, epoch: int, update: int) -> None:
+        """Begin an epoch at an update."""
+        self.epoch, self.first, self.update, self.images = epoch, update, update, 0
+        self.began = self.told = time.time()
+        if self.main and sys.stdout.isatty():
+            head = TextColumn(f"epoch {epoch + 1}/{self.epochs}")
+            self.bar = Progress(
+                head, BarColumn(24), MofNCompleteColumn(), TextColumn("{task.description}"), transient=True
+            )
+            self.task = self.bar.add_task("", total=self.updates, completed=update)
+            self.bar.start()
+
+    def step(self, images: int) -> None:
+        """Count an update of so many images."""
+        self.update += 1
+        self.images += images
+        if self.bar:
+            self.bar.update(self.task, advance=1)
+
+    def report(self, loss: float, lr: float) -> None:
+        """Show loss and learning rate of the last update."""
+        if not self.main:
+            return
+        seconds = time.time() - self.began
+        left = self.updates * (self.epochs - self.epoch) - self.update
+        self.speed, eta = self.images / seconds, _duration(seconds / (self.update - self.first) * left)
+        line = f"loss {loss:.4f}  lr {lr:.2e}  {self.speed:.0f} images/s  ETA {eta}"
+        if self.bar:
+            self.bar.update(self.task, description=line)
+        elif time.time() - self.told > 10:  # a line now and then
+            self.told = time.time()
+            print(f"epoch {self.epoch + 1}/{self.epochs}  update {self.update}/{self.updates}  {line}", flush=True)
+        step = self.epoch * self.updates + self.update
+        self.accelerator.log({"train/batch_loss": loss, "train/lr": lr}, step=step)
+
+    def end_epoch(self, train_loss: float, lr: float, metrics: dict[str, float], best: float, metric: str) -> None:
+        """Record an epoch: a row, a line, the trackers and the curves."""
+        if not self.main:
+            return
+        self._stop_bar()
+        seconds = time.time() - self.began
+        row = {"epoch": self.epoch, "train_loss": f"{train_loss:.6f}"}
+        row |= {f"val_{name}": f"{value:.6f}" if name == "loss" else f"{value:.4f}" for name, value in metrics.items()}
+        row |= {"lr": f"{lr:.6e}", "seconds": f"{seconds:.2f}"}
+        self.rows.append(row)
+        self._write_rows()
+        self.accelerator.log(
+            {"train/loss": train_loss, **{f"val/{name}": value for name, value in metrics.items()}},
+            step=(self.epoch + 1) * self.updates,
+        )
+        self._draw()
+        eta = _duration(seconds * (self.epochs - self.epoch - 1))
+        values = "  ".join(f"val {name} {row[f'val_{name}']}" for name in metrics)
+        Console(soft_wrap=True, highlight=False).print(
+            f"epoch {self.epoch + 1}/{self.epochs}  loss {train_loss:.4f}  {values}  best {metric} {best:.4f}"
+            f"  lr {lr:.2e}  {self.speed:.0f} images/s  ETA {eta}"
+        )
+
+    def stop(self) -> None:
+        """Close the progress bar and the trackers."""
+        self._stop_bar()
+        self.accelerator.end_training()
+
+    def _stop_bar(self) -> None:
+        if self.bar:
+            self.bar.stop()
+            self.bar = None
+
+    def _write_rows(self) -> None:
+        text = io.StringIO()
+        writer = csv.DictWriter(text, self.rows[0] if self.rows else ["epoch"], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        write_text(self.csv, text.getvalue())
+
+    def _draw(self) -> None:
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(9, 3.5), layout="constrained")
+        losses, scores = figure.subplots(1, 2)
+        epochs = [int(row["epoch"]) + 1 for row in self.rows]
+        for axes, names, label in ((losses, ["train_loss", "val_loss"], "loss"), (scores, self._scores(), "%")):
+            for name in names:
+                axes.plot(epochs, [float(row[name]) for row in self.rows], label=name.replace("_", " "))
+            axes.set(xlabel="epoch", ylabel=label)
+            axes.grid(alpha=0.3)
+            axes.legend()
+        temporary = self.png.with_name(".curves.png")
+        figure.savefig(temporary, dpi=100)
+        temporary.replace(self.png)
+
+    def _scores(self) -> list[str]:
+        return [name for name in self.rows[0] if name.startswith("val_") and name != "val_loss"]
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
