@@ -52,9 +52,9 @@ def main() -> None:
     parser.add_argument("--backward", action="store_true", help="time forward and backward together")
     args = parser.parse_args()
     torch.manual_seed(0)
-    print(
-        f"{'shape':>16} {'heads':>8} {'kernel':>6} {'dilation':>8} {'gather ms':>10} {'ours ms':>9} {'ratio':>6} {'error':>8}"
-    )
+    columns = {"shape": 16, "heads": 8, "kernel": 6, "dilation": 8, "gather ms": 10, "ours ms": 9, "ratio": 6}
+    columns["error"] = 8
+    print(*(f"{name:>{width}}" for name, width in columns.items()))
     for batch, height, width, heads, dim, kernel, dilation in CASES:
         layer = NeighborhoodAttention2d(heads * dim, heads, kernel, dilation, device=args.device).eval()
         qkv = torch.randn(batch, height, width, 3 * heads * dim, device=args.device, requires_grad=args.backward)

@@ -7,7 +7,7 @@ from typing import Literal
 
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from visionattn.errors import VisionattnError
+from ..errors import VisionattnError
 
 
 @dataclass

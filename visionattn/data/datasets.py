@@ -10,8 +10,8 @@ import numpy as np
 from PIL import Image
 from timm.data import create_dataset
 
-from visionattn.data.config import DataConfig, user_input
-from visionattn.errors import VisionattnError
+from ..errors import VisionattnError
+from .config import DataConfig, user_input
 
 SYNONYMS = [("train", "training"), ("validation", "val", "valid", "eval", "evaluation")]
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from visionattn.data.datasets import ImageSet
-from visionattn.errors import VisionattnError
+from ..errors import VisionattnError
+from .datasets import ImageSet
 
 
 class Stream(IntEnum):

@@ -7,7 +7,7 @@ from typing import Any
 from timm.data import create_transform, resolve_model_data_config
 from torch import nn
 
-from visionattn.data.config import AugmentConfig, DataConfig, user_input
+from .config import AugmentConfig, DataConfig, user_input
 
 
 def resolve_preprocessing(config: DataConfig, model: nn.Module) -> DataConfig:

@@ -6,9 +6,9 @@ from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTarget
 from torch import nn
 from torch.nn import functional as F
 
-from visionattn.data.config import AugmentConfig
-from visionattn.data.loader import Stream, seeded
-from visionattn.tasks.config import LossConfig
+from ..data.config import AugmentConfig
+from ..data.loader import Stream, seeded
+from .config import LossConfig
 
 
 class Classification:

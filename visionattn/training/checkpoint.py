@@ -13,10 +13,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from visionattn.errors import VisionattnError
-from visionattn.weights import read_checkpoint
-
-PREFIX = "training_state."
+from ..errors import VisionattnError
+from ..weights import TRAINING_STATE, read_checkpoint
 
 
 def save_checkpoint(
@@ -27,7 +25,7 @@ def save_checkpoint(
     metadata = {"format": "pt", "visionattn": json.dumps(description)}
     if state is not None:
         state_tensors: dict[str, torch.Tensor] = {}
-        metadata["training_state"] = json.dumps(_flatten(state, PREFIX, state_tensors))
+        metadata["training_state"] = json.dumps(_flatten(state, TRAINING_STATE, state_tensors))
         tensors |= {key: value.contiguous() for key, value in state_tensors.items()}
     temporary = path.with_name(f".{path.name}.tmp")
     save_file(tensors, temporary, metadata)

@@ -16,9 +16,9 @@ import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from visionattn.data.config import AugmentConfig, DataConfig, user_input
-from visionattn.errors import VisionattnError
-from visionattn.tasks.config import LossConfig
+from ..data.config import AugmentConfig, DataConfig, user_input
+from ..errors import VisionattnError
+from ..tasks.config import LossConfig
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)  # --help shows the text under each field
 Config = TypeVar("Config")

@@ -10,16 +10,16 @@ from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import DataLoader
 
-import visionattn
-from visionattn.data.config import user_input
-from visionattn.data.datasets import load_validation
-from visionattn.data.loader import eval_loader, read_batches
-from visionattn.data.transforms import eval_transform, resolve_preprocessing
-from visionattn.errors import VisionattnError
-from visionattn.tasks.classification import ClassificationMetrics
-from visionattn.training.checkpoint import read_description, write_text
-from visionattn.training.config import ValidateConfig
-from visionattn.weights import load_checkpoint
+from ..data.config import user_input
+from ..data.datasets import load_validation
+from ..data.loader import eval_loader, read_batches
+from ..data.transforms import eval_transform, resolve_preprocessing
+from ..errors import VisionattnError
+from ..registry import create_model
+from ..tasks.classification import ClassificationMetrics
+from ..weights import load_checkpoint
+from .checkpoint import read_description, write_text
+from .config import ValidateConfig
 
 
 @torch.no_grad()
@@ -70,7 +70,7 @@ def validate(config: ValidateConfig) -> dict[str, float]:
         )
     classes = read_description(config.checkpoint).get("classes") if config.checkpoint else None
     images = load_validation(config.data, classes)
-    model = visionattn.create_model(config.model, pretrained=config.pretrained, **config.model_kwargs)
+    model = create_model(config.model, pretrained=config.pretrained, **config.model_kwargs)
     if config.checkpoint:
         load_checkpoint(model, config.checkpoint)
     expected = len(classes or images.classes)

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from visionattn.training.checkpoint import write_text
+from .checkpoint import write_text
 
 
 class RunLog:

@@ -17,18 +17,18 @@ from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3, dispatch_clip_grad
 from torch import nn
 
-import visionattn
-from visionattn.data.config import user_input
-from visionattn.data.datasets import dataset_name, load_datasets
-from visionattn.data.loader import Stream, TrainSampler, derive_seed, eval_loader, read_batches, train_loader
-from visionattn.data.transforms import eval_transform, preprocessing, resolve_preprocessing, train_transform
-from visionattn.errors import VisionattnError
-from visionattn.tasks.classification import Classification
-from visionattn.training.checkpoint import read_training_state, save_checkpoint, write_text
-from visionattn.training.config import OptimConfig, TrainConfig, plain, to_yaml
-from visionattn.training.evaluation import evaluate, image_mode, make_accelerator
-from visionattn.training.logging import RunLog
-from visionattn.weights import load_checkpoint
+from ..data.config import user_input
+from ..data.datasets import dataset_name, load_datasets
+from ..data.loader import Stream, TrainSampler, derive_seed, eval_loader, read_batches, train_loader
+from ..data.transforms import eval_transform, preprocessing, resolve_preprocessing, train_transform
+from ..errors import VisionattnError
+from ..registry import create_model
+from ..tasks.classification import Classification
+from ..weights import load_checkpoint
+from .checkpoint import read_training_state, save_checkpoint, write_text
+from .config import OptimConfig, TrainConfig, plain, to_yaml
+from .evaluation import evaluate, image_mode, make_accelerator
+from .logging import RunLog
 
 
 class Trainer:
@@ -55,7 +55,7 @@ class Trainer:
         self.classes = train_images.classes
         self.model_kwargs = config.model_kwargs | {"num_classes": len(self.classes)}
         torch.manual_seed(derive_seed(config.seed, Stream.MODEL))
-        model = visionattn.create_model(
+        model = create_model(
             config.model, pretrained=config.pretrained, checkpoint_path=config.checkpoint, **self.model_kwargs
         )
         data = replace(resolve_preprocessing(config.data, model), name=dataset_name(config.data))
