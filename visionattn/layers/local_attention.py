@@ -52,6 +52,7 @@ class TileGroup:
         mask: of the same shape, whether a pair counts.
         masked: whether there are pairs that do not.
         tiles: number of tiles.
+        shared: whether there are several tiles and they share their pairs.
     """
 
     queries: Tensor
@@ -60,10 +61,7 @@ class TileGroup:
     mask: Tensor
     masked: bool
     tiles: int
-
-    @property
-    def shared(self) -> bool:
-        return len(self.pairs) < self.tiles
+    shared: bool
 
 
 @dataclass(frozen=True)
@@ -120,7 +118,12 @@ class LocalPlan:
             return torch.from_numpy(array).to(device)
 
         groups = tuple(
-            TileGroup(tensor(q.ravel()), tensor(k.ravel()), tensor(pairs), tensor(mask), not mask.all(), len(q))
+            TileGroup(
+                *(tensor(array) for array in (q.ravel(), k.ravel(), pairs, mask)),
+                masked=not mask.all(),
+                tiles=len(q),
+                shared=len(pairs) < len(q),
+            )
             for q, k, pairs, mask in self._groups
         )
         tensors = PlanTensors(groups, tensor(self._inverse))
