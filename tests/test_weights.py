@@ -136,3 +136,22 @@ def test_pretrained_converts_what_it_fetches(tmp_path):
     )
     assert model.stem.proj.weight.shape[1] == 1 and model.num_classes == 3
     assert torch.equal(model.stages[3].blocks[0].mlp.fc1.weight, source.stages[3].blocks[0].mlp.fc1.weight)
+
+
+def test_index_buffers_of_files_are_dropped():
+    """The published ViT with relative position bias keeps its index table; it is rebuilt, never read."""
+    model = visionattn.create_model("vitrpb_small", depth=1, embed_dim=32, num_heads=2, num_classes=3)
+    published = {}
+    for key, value in model.state_dict().items():
+        key = key.replace("stem.", "patch_embed.").replace("blocks.0.", "layers.0.").replace("mixer.", "attn.")
+        published[key] = value
+    published["layers.0.attn.relative_position_index"] = torch.zeros(196, 196, dtype=torch.int64)
+    assert_same(convert_state_dict(published, model), model.state_dict())
+
+    model = visionattn.create_model("test_convit")
+    published = {}
+    for key, value in model.state_dict().items():
+        key = key.replace("stem.", "patch_embed.").replace("mixer.", "attn.").replace("pos_embed.weight", "pos_embed")
+        published[key] = value
+    published["blocks.0.attn.rel_indices"] = torch.zeros(1, 16, 16, 3)
+    assert_same(convert_state_dict(published, model), model.state_dict())

@@ -42,7 +42,7 @@ OFFICIAL_RULES = [
     (r"^(?:levels|layers)\.(\d+)\.downsample\.", renumber("stages.{0}.downsample.", 1)),
     (r"^(?:levels|layers)\.(\d+)\.blocks\.", r"stages.\1.blocks."),
     (r"^layers\.(\d+)\.", r"blocks.\1."),
-    (r"\.attn\.relative_position_index$", ""),
+    (r"^.*\.attn\.relative_position_index$", ""),
     (r"\.attn\.", ".mixer."),
     (r"gamma(\d)", r"ls\1.gamma"),
 ]
