@@ -10,8 +10,19 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import visionattn
-from visionattn.layers import GatedPositionalSelfAttention, NeighborhoodAttention2d
-from visionattn.models.convit import SelfAttention
+from visionattn.layers import (
+    AttentiveConv2d,
+    ChannelAttention,
+    ConnectivityPredictor,
+    GatedPositionalSelfAttention,
+    HaloAttention2d,
+    HiLoAttention,
+    NeighborhoodAttention2d,
+    PartialSelfAttention,
+    SelfAttention,
+    WindowAttention2d,
+)
+from visionattn.models.litv2 import DeformableMerging
 
 
 def _neighborhood(module, inputs):
@@ -25,20 +36,80 @@ def _neighborhood(module, inputs):
     return 2 * N * keys * C + 3 * (N - H * W) * C * C
 
 
+def _halo(module, inputs):
+    C, H, W = inputs[0].shape[-3:]
+    block, window, s = module.block_size, module.block_size + 2 * module.halo_size, module.query_stride
+    N = -(-H // block) * -(-W // block) * (block // s) ** 2  # with padded queries, which are projected too
+    dim = module.num_heads * module.dim_head
+    # The published position logits are products with the whole tables.
+    attention = N * (window**2 * (dim + module.dim_out) + 2 * (2 * window - 1) * dim)
+    return attention + (N - -(-H // s) * -(-W // s)) * C * dim
+
+
 def _dense(module, inputs):
     N, C = inputs[0].shape[1:]
     return 2 * N * N * C
+
+
+def _partial(module, inputs):
+    N = inputs[0].shape[2:].numel()
+    return 2 * N * N * module.widths[1]
 
 
 def _gated_positional(module, inputs):
     return _dense(module, inputs) + 3 * module.num_heads * inputs[0].shape[1] ** 2
 
 
+def _window(module, inputs):
+    _, H, W, C = inputs[0].shape
+    w = module.window_size
+    N = -(-H // w) * -(-W // w) * w**2  # with the padding, which the published code projects too
+    return 2 * N * w**2 * C + 4 * (N - H * W) * C * C
+
+
+def _channel(module, inputs):
+    C = inputs[0].shape[-1]
+    return 2 * inputs[0].shape[1:].numel() * C // module.num_heads
+
+
+def _attentive_conv(module, inputs):
+    _, C, H, W = inputs[0].shape
+    return (H * W - module.kernel_size**2) * C * C  # the published code projects the map before it pools it
+
+
+def _predictor(module, inputs):
+    (heads, N, d), (rank, reduced) = inputs[0].shape[1:], (module.proj_n.shape[1], module.proj_c_q.out_features)
+    return heads * N * (2 * d * reduced + 2 * reduced * rank + N * rank)
+
+
+def _hilo(module, inputs):
+    _, H, W, C = inputs[0].shape
+    w = module.window_size
+    windows = -(-H // w) * -(-W // w)
+    N, high = windows * w**2, C // module.num_heads * module.high_heads
+    # With the padding, which the published code projects too.
+    padded = (N - H * W) * (3 * C * high + high**2 + C * (C - high) + (C - high) ** 2)
+    return padded + 2 * N * (w**2 * high + windows * (C - high))
+
+
+def _deformable(module, inputs):
+    _, C, H, W = inputs[0].shape
+    return 8 * C * C * (H // 2) * (W // 2)  # the product with the samples; the interpolation is not counted
+
+
 # Multiply-adds of one sample in a layer besides its linear maps and convolutions, from the layer and its inputs.
 ATTENTION = {
     NeighborhoodAttention2d: _neighborhood,
     GatedPositionalSelfAttention: _gated_positional,
+    HaloAttention2d: _halo,
     SelfAttention: _dense,
+    ConnectivityPredictor: _predictor,
+    WindowAttention2d: _window,
+    ChannelAttention: _channel,
+    HiLoAttention: _hilo,
+    DeformableMerging: _deformable,
+    AttentiveConv2d: _attentive_conv,
+    PartialSelfAttention: _partial,
 }
 
 
@@ -58,6 +129,10 @@ def count(name, input_size):
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.empty(1, *input_size, device="meta"))
     counts = counter.get_flop_counts()["Global"]
+    for name, module in model.named_modules():
+        if isinstance(module, ConnectivityPredictor):  # of its products it depends which are executed as linear maps
+            for op, flops in counter.get_flop_counts()[f"{type(model).__name__}.{name}"].items():
+                counts[op] -= flops
     return (
         total
         + sum(counts.get(op, 0) for op in (torch.ops.aten.addmm, torch.ops.aten.mm, torch.ops.aten.convolution)) // 2

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import visionattn
+from visionattn.backbone import Isotropic
 from visionattn.weights import convert_state_dict
 
 GOLDENS = sorted((Path(__file__).parent / "goldens").glob("*/*.npz"))
@@ -20,14 +21,20 @@ def test_parity(path):
     state_dict = convert_state_dict(golden.fill_state_dict(meta["keys"]), model)
     model.load_state_dict(state_dict, strict=True)
     for dtype in (torch.float32, torch.float64):
+        tolerance = meta["tolerance"][str(dtype).removeprefix("torch.")]
+        if tolerance is None:  # a selection turns on ties
+            continue
         model.to(dtype)
         x = torch.from_numpy(golden.fixed_input(tuple(meta["input_shape"]))).to(dtype)
         with torch.no_grad():
             features, stages = model.forward_intermediates(x)
+            if isinstance(model, Isotropic):  # recorded as the patches after the final norm
+                stages = model.forward_intermediates(x, indices=1, norm=True, intermediates_only=True)
             found = {"logits": model.forward_head(features)}
         found |= {f"feat_{i}": stage[:, ::8, ::2, ::2] for i, stage in enumerate(stages)}
-        tolerance = meta["tolerance"][str(dtype).removeprefix("torch.")]
         for name, expected in arrays.items():
+            if name.startswith("extra_"):  # the family's own tests look at these
+                continue
             error = np.abs(found[name].numpy() - expected).max()
             assert error <= tolerance * np.abs(expected).max(), (name, dtype, error)
 

@@ -8,8 +8,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.autograd import gradcheck
+from torch.utils.flop_counter import FlopCounterMode
 
-from visionattn.layers import GatedPositionalSelfAttention, LargeKernelAttention, NeighborhoodAttention2d, VanAttention
+from visionattn.layers import (
+    GatedPositionalSelfAttention,
+    LargeKernelAttention,
+    NeighborhoodAttention2d,
+    SelfAttention,
+    TokenRelPosAttention,
+    VanAttention,
+)
 from visionattn.layers.cache import ParameterCache
 from visionattn.layers.local_attention import LocalPlan
 from visionattn.layers.neighborhood_attention import _plan, neighborhood_axis
@@ -250,3 +258,56 @@ def test_cache_keeps_one_result():
         assert [cache(key, [p], build) for key in "aabba"] == [3, 3, 4, 4, 5]
         p.add_(1)
         assert cache("a", [p], build) == 6
+
+
+H, W, C = 14, 28, 16
+
+
+@pytest.mark.parametrize(
+    "layer, shape, macs",
+    [
+        # Where groups are as large as the window no masked pair is computed.
+        (NeighborhoodAttention2d(C, 2, (7, 14), 2), (1, H, W, C), 4 * H * W * C**2 + 2 * H * W * C * 7 * 14),
+        (LargeKernelAttention(C), (1, C, H, W), H * W * (C * 25 + C * 49 + C**2)),
+        (VanAttention(C), (1, C, H, W), H * W * (C * 25 + C * 49 + C**2) + 2 * H * W * C**2),
+        (
+            GatedPositionalSelfAttention(C, 2),
+            (1, H * H, C),
+            4 * H**2 * C**2 + 2 * H**4 * C + H**2 * (H + H) * C,
+        ),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, torch.nn.Module) else "",
+)
+def test_costs(layer, shape, macs):
+    """The cost lines of the docstrings, less what FLOP counters do not count (the elementwise gate of N C)."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        layer(torch.randn(shape))
+    assert counter.get_total_flops() == 2 * macs
+
+
+@pytest.mark.parametrize("grid", [(4, 4), (3, 6)])
+def test_global_attention_with_relative_bias(grid):
+    layer = randomised(TokenRelPosAttention(8, 2, 4))
+    x = torch.randn(2, math.prod(grid), 8, dtype=torch.float64)
+    q, k, v = layer.qkv(x).view(2, -1, 3, 2, 4).permute(2, 0, 3, 1, 4)
+    row, col = torch.arange(math.prod(grid)) // grid[1], torch.arange(math.prod(grid)) % grid[1]
+    table = layer.rpb
+    if grid != (4, 4):
+        table = F.interpolate(table[None], (2 * grid[0] - 1, 2 * grid[1] - 1), mode="bicubic", align_corners=False)[0]
+    offset = row[None, :] - row[:, None] + grid[0] - 1, col[None, :] - col[:, None] + grid[1] - 1  # key - query
+    attention = (q @ k.transpose(-2, -1) * layer.scale + table[:, offset[0], offset[1]]).softmax(-1)
+    expected = layer.proj((attention @ v).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(layer(x, grid), expected, rtol=0, atol=1e-12)
+
+
+def test_self_attention():
+    layer = randomised(SelfAttention(12, 3, qkv_bias=True))
+    x = torch.randn(2, 7, 12, dtype=torch.float64)
+    q, k, v = layer.qkv(x).view(2, 7, 3, 3, 4).permute(2, 0, 3, 1, 4)
+    expected = layer.proj(((q @ k.transpose(-2, -1) / 2).softmax(-1) @ v).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-12)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        layer(x)
+    assert counter.get_total_flops() == 2 * 2 * (4 * 7 * 12**2 + 2 * 7**2 * 12)
+    with pytest.raises(ValueError, match="dim 12 is not divisible by num_heads 5"):
+        SelfAttention(12, 5)

@@ -4,20 +4,21 @@ They hold what every backbone repeats: timm's model contract (features, intermed
 parameter groups), input checks and position tables that follow the input size.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from typing import ClassVar
 
 import torch
-from timm.layers import create_classifier, resample_abs_pos_embed, to_2tuple, trunc_normal_
+from timm.layers import create_classifier, to_2tuple, trunc_normal_
 from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import global_pool_nlc
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .errors import VisionattnError
-from .layers.cache import ParameterCache
+from .layers.fuse import fuse_modules
+from .layers.position import PositionEmbedding, resample_rows
 
 
 class InputCheck(nn.Module):
@@ -50,12 +51,16 @@ class Backbone(nn.Module):
     Attributes:
         layouts: published layouts of the family's checkpoints, name to rules (see `weights.Rule`).
         first_conv: name of the convolution that takes the image.
+        classifier: name of the head, or names where there are several.
         feature_cfg: how timm's builder makes a feature extractor of the model.
+        averaged_weights: whether the published figures are those of averaged weights, where a checkpoint holds both.
     """
 
     layouts: ClassVar[dict[str, list]] = {}
     first_conv: ClassVar[str] = "stem.proj"
+    classifier: ClassVar[str | tuple[str, ...]] = "head"
     feature_cfg: ClassVar[dict]
+    averaged_weights: ClassVar[bool] = True
 
     def __init__(
         self, num_features: int, num_classes: int, in_chans: int, drop_rate: float, min_input_size: int
@@ -87,6 +92,11 @@ class Backbone(nn.Module):
         """Size of the map that is pooled, for an image size in pixels; None if it is a sequence."""
         return None
 
+    @staticmethod
+    def map_size(length: int, reduction: int) -> int:
+        """Length of an axis of the feature map of that reduction, for `length` pixels of the image."""
+        return -(-length // reduction)
+
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Names of parameters without weight decay, besides those with one dimension."""
@@ -96,6 +106,63 @@ class Backbone(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute activations in the backward pass instead of keeping them."""
         self.grad_checkpointing = enable
+
+    def adapt_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Last step of a conversion: makes a state dict in our layout fit this model's configuration, where it can.
+
+        Args:
+            state_dict: in our layout, of any model of the family (or of another; then whatever is returned).
+        """
+        return state_dict
+
+    @torch.jit.ignore
+    def fuse(self) -> "Backbone":
+        """Merge batch norms into the products next to them, in place, for faster inference.
+
+        Returns:
+            This model, whose output is the same up to rounding and whose parameters are others.
+
+        Raises:
+            VisionattnError: in training mode.
+        """
+        if self.training:
+            raise VisionattnError("expected a model in eval mode to fuse, got one in training mode: call eval() first")
+        fuse_modules(self)
+        return self
+
+    @torch.jit.ignore
+    def advance(self, epoch: float) -> None:
+        """Follow the paper's own schedules. Called before every update of a training run.
+
+        Args:
+            epoch: time since the start of the run in epochs, 2.5 in the middle of the third.
+        """
+
+    @torch.jit.ignore
+    def learn_from(self, teacher: nn.Module) -> None:
+        """Take a teacher, for `training_loss`. It is not a part of the model, nor trained, moved or saved with it.
+
+        Args:
+            teacher: a model of what the paper distils from, on the device of this one.
+
+        Raises:
+            VisionattnError: if the model has no use for a teacher, or not for this one.
+        """
+        raise VisionattnError(f"{self.check.name} learns from no teacher")
+
+    @torch.jit.ignore
+    def training_loss(self, loss: Tensor, images: Tensor, logits: Tensor) -> Tensor:
+        """Add the paper's own terms to the loss of a task. Called after a forward pass in training mode.
+
+        Args:
+            loss: of the task.
+            images: what the model was called with.
+            logits: what it returned.
+
+        Returns:
+            The loss to minimise.
+        """
+        return loss
 
     def _placement(self) -> dict:
         parameter = next(self.parameters())
@@ -175,6 +242,9 @@ class Hierarchical(Backbone):
         global_pool: "avg", "max", "avgmax", "catavgmax" or "" for none.
         drop_rate: dropout rate before the head.
         stem_stride: reduction of the stem.
+        norm_after_pool: apply `norm`, which then takes (B, C) too, to the pooled features instead of the map.
+        num_features: channels after `norm`, those of the last stage if None.
+        feature_norms: a norm of each stage's output, for `forward_intermediates` alone; NCHW.
 
     Shape:
         (B, in_chans, H, W) to (B, num_classes); stage i of `features_only` is (B, C_i, H_i, W_i).
@@ -192,14 +262,21 @@ class Hierarchical(Backbone):
         global_pool: str = "avg",
         drop_rate: float = 0.0,
         stem_stride: int = 4,
+        norm_after_pool: bool = False,
+        num_features: int | None = None,
+        feature_norms: Sequence[nn.Module] | None = None,
         device=None,
         dtype=None,
     ) -> None:
         reductions = [stem_stride * 2**i for i in range(len(stages))]
-        super().__init__(stages[-1].dim, num_classes, in_chans, drop_rate, min_input_size=reductions[-1])
+        num_features = num_features or stages[-1].dim
+        super().__init__(num_features, num_classes, in_chans, drop_rate, min_input_size=reductions[-1])
         self.stem = stem
         self.stages = nn.Sequential(*stages)
         self.norm = norm or nn.Identity()
+        self.norm_after_pool = norm_after_pool
+        self._check_pool(global_pool)
+        self.feature_norms = None if feature_norms is None else nn.ModuleList(feature_norms)
         self.global_pool, self.head_drop, self.head = create_classifier(
             self.num_features, num_classes, global_pool, drop_rate=drop_rate, device=device, dtype=dtype
         )
@@ -207,6 +284,13 @@ class Hierarchical(Backbone):
             {"num_chs": stage.dim, "reduction": reductions[i], "module": f"stages.{i}"}
             for i, stage in enumerate(stages)
         ]
+
+    def _check_pool(self, global_pool: str) -> None:
+        if self.norm_after_pool and global_pool == "catavgmax":
+            raise VisionattnError(
+                f"{self.check.name} expects a global_pool that keeps its {self.num_features} features, "
+                f"as the norm comes after it, got {global_pool!r}"
+            )
 
     @staticmethod
     def pool_size(img_size: int) -> tuple[int, int]:
@@ -227,7 +311,7 @@ class Hierarchical(Backbone):
             (r"^stages\.(\d+)\.downsample", (0,)),
             (r"^stages\.(\d+)\.blocks\.(\d+)", None),
             (r"^stages\.(\d+)\.norm", (99999,)),
-            (r"^norm", (99999,)),
+            (r"^(?:feature_norms|norm)", (99999,)),
         ]
         return {"stem": r"^stem", "blocks": r"^stages\.(\d+)" if coarse else blocks}
 
@@ -241,18 +325,23 @@ class Hierarchical(Backbone):
         """
         self.num_classes = num_classes
         pool = self.global_pool.pool_type if global_pool is None else global_pool
+        self._check_pool(pool)
         self.global_pool, self.head_drop, self.head = create_classifier(
-            self.num_features, num_classes, pool, drop_rate=self.drop_rate, **self._placement()
+            self.head_hidden_size, num_classes, pool, drop_rate=self.drop_rate, **self._placement()
         )
         self.train(self.training)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Image to the normalised map of the last stage, NCHW."""
-        return self.norm(self.stages(self.stem(self.check(x))))
+        """Image to the map of the last stage, NCHW, normalised unless that comes after the pooling."""
+        return self._map_norm(self.stages(self.stem(self.check(x))))
+
+    def _map_norm(self, x: Tensor) -> Tensor:
+        return x if self.norm_after_pool else self.norm(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Map of the last stage to logits, or to pooled features with `pre_logits`."""
-        x = self.head_drop(self.global_pool(x))
+        x = self.global_pool(x)
+        x = self.head_drop(self.norm(x) if self.norm_after_pool else x)
         return x if pre_logits else self.head(x)
 
     def forward_intermediates(
@@ -286,10 +375,11 @@ class Hierarchical(Backbone):
         for i, stage in enumerate(self.stages[: last + 1] if stop_early else self.stages):
             x = stage(x)
             if i in take:
-                intermediates.append(self.norm(x) if norm and i == final else x)
+                feature = self.norm(x) if norm and i == final else x
+                intermediates.append(feature if self.feature_norms is None else self.feature_norms[i](feature))
         if intermediates_only:
             return intermediates
-        return (self.norm(x) if i == final else x), intermediates
+        return (self._map_norm(x) if i == final else x), intermediates
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
@@ -307,48 +397,22 @@ class Hierarchical(Backbone):
         take, last = feature_take_indices(len(self.stages), indices)
         shorter = last < len(self.stages) - 1
         self.stages = self.stages[: last + 1]
-        self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
+        if self.feature_norms is not None:
+            self.feature_norms = self.feature_norms[: last + 1]
+        width = self.num_features
         if prune_norm or shorter:
             self.norm = nn.Identity()
-        if prune_head or shorter:
-            self.reset_classifier(0, "")
+            self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
+        if prune_head or self.num_features != width or shorter:
+            self.reset_classifier(0, "", reset_other=True)
         return take
-
-
-class PositionEmbedding(nn.Module):
-    """A learned vector for every patch, resampled bicubically for maps of another size.
-
-    Args:
-        grid_size: (height, width) of the patch map the table is made for.
-        dim: channels.
-
-    Shape:
-        (B, H * W, C) and the grid (H, W) to (B, H * W, C).
-    """
-
-    def __init__(self, grid_size: tuple[int, int], dim: int, device=None, dtype=None) -> None:
-        super().__init__()
-        self.grid_size = grid_size
-        self.weight = nn.Parameter(torch.empty(1, grid_size[0] * grid_size[1], dim, device=device, dtype=dtype))
-        self._cache = ParameterCache()
-        trunc_normal_(self.weight, std=0.02)
-
-    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        return x + _positions(self, grid)
-
-
-@torch.fx.wrap
-def _positions(module: PositionEmbedding, grid: tuple[int, int]) -> Tensor:
-    if tuple(grid) == module.grid_size:
-        return module.weight
-    resample = partial(resample_abs_pos_embed, module.weight, list(grid), list(module.grid_size), num_prefix_tokens=0)
-    return module._cache(tuple(grid), [module.weight], resample)
 
 
 class Isotropic(Backbone):
     """Patches of one size as a sequence of tokens, then norm, pooling and a linear head.
 
-    Blocks are called as `block(tokens, grid)` with grid the (height, width) of the patch map.
+    Blocks are called as `block(tokens, *arguments)` with what `block_arguments` returns, by default the grid: (height,
+    width) of the patch map.
 
     Args:
         stem: patch embedding, image to (B, N, C) tokens in row-major order.
@@ -358,11 +422,13 @@ class Isotropic(Backbone):
         patch_size: side of a patch in pixels; images are padded with zeros at the bottom and right to a multiple.
         img_size: image size the position table is made for, in pixels; other sizes resample it.
         pos_embed: learn a position embedding of the patches.
-        class_token: index of the block before which a class token is put in front, None for no class token.
+        class_token: index of the block before which a class token joins, -1 if it joins before the position embedding,
+            which then has a vector for it too, None for no class token.
         num_classes: classes of the head, 0 for none.
         in_chans: channels of the image.
         global_pool: "token" (the class token), "avg", "max", "avgmax" or "" for none.
         drop_rate: dropout rate after the position embedding and before the head.
+        class_token_last: the class token comes after the patches instead of before them.
 
     Shape:
         (B, in_chans, H, W) to (B, num_classes).
@@ -384,6 +450,7 @@ class Isotropic(Backbone):
         in_chans: int = 3,
         global_pool: str = "token",
         drop_rate: float = 0.0,
+        class_token_last: bool = False,
         device=None,
         dtype=None,
     ) -> None:
@@ -392,10 +459,13 @@ class Isotropic(Backbone):
         self.patch_size = patch_size
         self.grid_size = tuple(-(-size // patch_size) for size in to_2tuple(img_size))
         self.class_token_at = class_token
-        self.num_prefix_tokens = 0 if class_token is None else 1
+        self.class_token_last = class_token_last
+        self.num_prefix_tokens = 0 if class_token is None or class_token_last else 1
         self.global_pool = self._checked_pool(global_pool)
         self.cls_token = None if class_token is None else nn.Parameter(torch.empty(1, 1, embed_dim, **dd))
-        self.pos_embed = PositionEmbedding(self.grid_size, embed_dim, **dd) if pos_embed else None
+        own = int(class_token == -1)
+        slots = (0, own) if class_token_last else (own, 0)  # of the class token, before those of the patches and after
+        self.pos_embed = PositionEmbedding(self.grid_size, embed_dim, *slots, **dd) if pos_embed else None
         self.stem = stem
         self.pos_drop = nn.Dropout(drop_rate)
         self.blocks = nn.Sequential(*blocks)
@@ -444,30 +514,72 @@ class Isotropic(Backbone):
         placement = self._placement()
         self.head = nn.Linear(self.num_features, num_classes, **placement) if num_classes else nn.Identity()
 
+    def adapt_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Resamples a position table that was made for square images of another size."""
+        table, own = state_dict.get("pos_embed.weight"), self.pos_embed
+        if own is None or table is None or table.ndim != 3 or table.shape[1] == own.weight.shape[1]:
+            return state_dict
+        side = math.isqrt(table.shape[1] - own.prefix - own.suffix)
+        if side * side != table.shape[1] - own.prefix - own.suffix:
+            return state_dict
+        table = resample_rows(table[0], (side, side), own.grid_size, own.prefix, own.suffix)[None]
+        return state_dict | {"pos_embed.weight": table}
+
+    def block_arguments(self, x: Tensor, grid: tuple[int, int]) -> tuple:
+        """What every block is called with besides its tokens, made once for a forward pass.
+
+        Args:
+            x: tokens that the first block gets.
+            grid: (height, width) of the patch map.
+        """
+        return (grid,)
+
     def _embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Image to ((B, N, C) tokens with positions, grid)."""
         x = self.check(x)
         grid = -(-x.shape[-2] // self.patch_size), -(-x.shape[-1] // self.patch_size)
-        x = self.stem(_pad_to_multiple(x, self.patch_size))
+        x = self._with_class_token(self.stem(_pad_to_multiple(x, self.patch_size)), -1)
         if self.pos_embed is not None:
             x = self.pos_embed(x, grid)
         return self.pos_drop(x), grid
 
     def _with_class_token(self, x: Tensor, block: int) -> Tensor:
-        """`x` with the class token in front, if it joins before `block`."""
-        return torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], 1) if block == self.class_token_at else x
+        """`x` with the class token, if it joins before `block`."""
+        if block != self.class_token_at:
+            return x
+        token = self.cls_token.expand(x.shape[0], -1, -1)
+        return torch.cat([x, token] if self.class_token_last else [token, x], 1)
+
+    def _split(self, x: Tensor, block: int | None = None) -> tuple[Tensor, Tensor]:
+        """(patches, class token) of the tokens after `block`, or the last one; the second is empty if none joined."""
+        if self.class_token_at is None or (block is not None and block < self.class_token_at):
+            return x, x[:, :0]
+        return (x[:, :-1], x[:, -1:]) if self.class_token_last else (x[:, 1:], x[:, :1])
+
+    def _run(self, block: int, x: Tensor, *args) -> Tensor:
+        x = self._with_class_token(x, block)
+        return _recomputed(self.blocks[block], x, *args) if self.grad_checkpointing else self.blocks[block](x, *args)
+
+    def forward_tokens(self, x: Tensor) -> Tensor:
+        """Image to the tokens (B, N, C) that the last block returns."""
+        x, grid = self._embed(x)
+        args = self.block_arguments(x, grid)
+        for i in range(len(self.blocks)):
+            x = self._run(i, x, *args)
+        return x
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Image to normalised tokens (B, N, C), the class token first."""
-        x, grid = self._embed(x)
-        for i, block in enumerate(self.blocks):
-            x = self._with_class_token(x, i)
-            x = _recomputed(block, x, grid) if self.grad_checkpointing else block(x, grid)
-        return self.norm(x)
+        """Image to normalised tokens (B, N, C), the class token at its end of the sequence."""
+        return self.norm(self.forward_tokens(x))
+
+    def pool(self, x: Tensor) -> Tensor:
+        """Normalised tokens to what the head takes, or all of them where there is no pooling."""
+        patches, token = self._split(x)
+        return token[:, 0] if self.global_pool == "token" else global_pool_nlc(patches, self.global_pool, 0)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Tokens to logits, or to pooled features with `pre_logits`."""
-        x = self.head_drop(global_pool_nlc(x, self.global_pool, self.num_prefix_tokens))
+        x = self.head_drop(self.pool(x) if self.global_pool else x)
         return x if pre_logits else self.head(x)
 
     def forward_intermediates(
@@ -498,17 +610,15 @@ class Isotropic(Backbone):
             raise VisionattnError(f"expected output_fmt 'NCHW' or 'NLC', got {output_fmt!r}")
         take, last = feature_take_indices(len(self.blocks), indices)
         x, grid = self._embed(x)
+        args = self.block_arguments(x, grid)
         intermediates = []
-        for i, block in enumerate(self.blocks[: last + 1] if stop_early else self.blocks):
-            x = self._with_class_token(x, i)
-            x = _recomputed(block, x, grid) if self.grad_checkpointing else block(x, grid)
+        for i in range(last + 1 if stop_early else len(self.blocks)):
+            x = self._run(i, x, *args)
             if i in take:
-                y = self.norm(x) if norm else x
-                prefix = 0 if self.class_token_at is None or i < self.class_token_at else 1
-                patches = y[:, prefix:]
+                patches, token = self._split(self.norm(x) if norm else x, i)
                 if output_fmt == "NCHW":
                     patches = patches.transpose(1, 2).unflatten(2, grid)
-                intermediates.append((patches, y[:, :prefix]) if return_prefix_tokens else patches)
+                intermediates.append((patches, token) if return_prefix_tokens else patches)
         return intermediates if intermediates_only else (self.norm(x), intermediates)
 
     def prune_intermediate_layers(

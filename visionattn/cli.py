@@ -8,7 +8,33 @@ from .registry import list_models, model_info
 
 
 def _list(args: argparse.Namespace) -> None:
-    print("\n".join(list_models(args.filter, args.pretrained)))
+    print(models_table(args.filter) if args.table else "\n".join(list_models(args.filter, args.pretrained)))
+
+
+def models_table(filter: str = "") -> str:
+    """Markdown table of the models, one row for each set of published weights.
+
+    Args:
+        filter: shell pattern of names; all models if empty.
+    """
+    lines = [
+        "| model | weights | params M | GMACs | input | top-1 % | source | paper |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name in list_models(filter):
+        info = model_info(name)
+        papers = ", ".join(f"[{arxiv}](https://arxiv.org/abs/{arxiv})" for _, arxiv in info.papers)
+        for tag, weights in info.weights.items() or [("", None)]:
+            row = [f"`{name}`", tag, f"{info.params / 1e6:.3f}", f"{info.gmacs:g}", info.input_size[-1], "", "", papers]
+            if weights is not None:
+                places = [*weights.urls, weights.page]
+                links = [f"[file]({place})" for place in places if place]
+                if weights.hf_hub_id:
+                    links.append(f"[hub](https://huggingface.co/{weights.hf_hub_id})")
+                row[3:7] = weights.gmacs or info.gmacs, weights.img_size, weights.top1 or "", ", ".join(links)
+                row[6] = row[6] or weights.note
+            lines.append(f"| {' | '.join(map(str, row))} |")
+    return "\n".join(lines)
 
 
 def _info(args: argparse.Namespace) -> None:
@@ -45,6 +71,7 @@ def main(argv: list[str] | None = None) -> int:
     command = commands.add_parser("list", help="print the names of the models")
     command.add_argument("filter", nargs="?", default="", help="shell pattern, 'dinat_*'")
     command.add_argument("--pretrained", action="store_true", help="only names with published weights, with their tags")
+    command.add_argument("--table", action="store_true", help="print a Markdown table of what is known of them")
     command.set_defaults(run=_list)
     command = commands.add_parser("info", help="print what is known of a model")
     command.add_argument("name", help="name of the model, with or without the tag of its weights")

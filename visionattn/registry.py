@@ -34,6 +34,7 @@ class Weights:
         img_size: image size of the evaluation in pixels.
         crop_pct: part of the resized short side that the evaluation crops.
         num_classes: classes of the published head.
+        gmacs: multiply-adds in 1e9, where `img_size` is not the variant's.
         cfg: further entries of timm's `PretrainedCfg` (mean, std, crop_mode, ...).
         page: where the file can be fetched by hand, if it has no address of its own.
         note: what one must know to use them.
@@ -45,6 +46,7 @@ class Weights:
     img_size: int = 224
     crop_pct: float = 0.875
     num_classes: int = 1000
+    gmacs: float | None = None
     cfg: dict = field(default_factory=dict)
     page: str = ""
     note: str = ""
@@ -192,7 +194,7 @@ def _pretrained_cfg(name: str, tag: str, family: Family, variant: Variant, cls: 
         "crop_pct": weights.crop_pct,
         "interpolation": "bicubic",
         "first_conv": cls.first_conv,
-        "classifier": "head",
+        "classifier": cls.classifier,
         "license": family.license,
         "origin_url": family.origin,
         "paper_name": family.papers[0][0],
@@ -326,9 +328,18 @@ def model_info(name: str) -> ModelInfo:
         return ModelInfo(base, "", params, None, (3, 224, 224), None, {}, "", (), "", {})
     cfg = _tagged(base, tag, entry.cfgs) if tag else next(iter(entry.cfgs.values()))
     weights = entry.variant.weights
-    top1 = weights[cfg.tag].top1 if cfg.tag else None
+    chosen = weights[cfg.tag] if cfg.tag else Weights()
     family = entry.family
     return ModelInfo(
-        base, family.name, params, entry.variant.gmacs, cfg.input_size, top1, weights, family.license, family.papers,
-        family.origin, entry.variant.recipe,
-    )  # fmt: skip
+        name=base,
+        family=family.name,
+        params=params,
+        gmacs=chosen.gmacs or entry.variant.gmacs,
+        input_size=cfg.input_size,
+        top1=chosen.top1,
+        weights=weights,
+        license=family.license,
+        papers=family.papers,
+        origin=family.origin,
+        recipe=entry.variant.recipe,
+    )

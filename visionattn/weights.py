@@ -1,6 +1,7 @@
 """Reading checkpoints and converting published layouts to ours."""
 
 import re
+from argparse import Namespace
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from itertools import product
@@ -26,8 +27,14 @@ applied to the tensor where its pattern matched. In the resulting key
     "{a|b}"      unbinds the first dimension into the entries with "a" and with "b" in that place.
 """
 
-WRAPPERS = ("state_dict_ema", "model_ema", "ema_state_dict", "state_dict", "model_state_dict", "model", "module", "net")
+WRAPPERS = (
+    *("state_dict_ema", "model_ema", "ema_state_dict"),
+    *("state_dict", "model_state_dict", "model", "module", "net", "teacher"),
+)
 PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "encoder.")
+PARTS = ("vision_tower.", "visual.")
+"""Prefixes under which checkpoints of larger models hold a backbone; what is not under them is dropped."""
+torch.serialization.add_safe_globals([Namespace])  # plain options, which training scripts save beside the weights
 TRAINING_STATE = "training_state."
 """Prefix of what a training checkpoint holds besides the model."""
 
@@ -78,13 +85,18 @@ def _one_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0][:200]
 
 
-def unwrap(state_dict: Mapping) -> dict[str, Tensor]:
-    """The flat state dict inside wrapper keys (`model`, `state_dict`, ...), averaged weights before others.
+def unwrap(state_dict: Mapping, averaged: bool = True) -> dict[str, Tensor]:
+    """The flat state dict inside wrapper keys (`model`, `state_dict`, ...).
+
+    Args:
+        state_dict: tensors by name, possibly wrapped.
+        averaged: take averaged weights rather than others, where there are both.
 
     Raises:
         VisionattnError: if there are no tensors.
     """
-    while inner := next((state_dict[k] for k in WRAPPERS if isinstance(state_dict.get(k), Mapping)), None):
+    wrappers = sorted(WRAPPERS, key=lambda k: ("ema" in k) != averaged)
+    while inner := next((state_dict[k] for k in wrappers if isinstance(state_dict.get(k), Mapping)), None):
         state_dict = inner
     tensors = {k: v for k, v in state_dict.items() if isinstance(v, Tensor) and not k.startswith(TRAINING_STATE)}
     if not tensors:
@@ -109,8 +121,11 @@ def convert_state_dict(state_dict: Mapping, model: nn.Module) -> dict[str, Tenso
         VisionattnError: if no layout of the family fits; the message says which keys are missing and left over.
     """
     expected = set(model.state_dict())
-    source = unwrap(state_dict)
+    source = unwrap(state_dict, getattr(model, "averaged_weights", True))
     candidates = [source]
+    for part in PARTS:
+        if inside := {k.removeprefix(part): v for k, v in source.items() if k.startswith(part)}:
+            candidates.append(source := inside)
     while source and (prefix := next((p for p in PREFIXES if all(k.startswith(p) for k in source)), None)):
         source = {k.removeprefix(prefix): v for k, v in source.items()}
         candidates.append(source)
@@ -119,6 +134,8 @@ def convert_state_dict(state_dict: Mapping, model: nn.Module) -> dict[str, Tenso
     for candidate, rules in product(reversed(candidates), layouts):
         with suppress(RuntimeError, ValueError):  # tensors of a shape that the layout does not have
             converted.append(_apply(rules, candidate))
+    if adapt := getattr(model, "adapt_state_dict", None):
+        converted = [adapt(c) for c in converted]
     if "head.weight" not in expected:
         converted = [{k: v for k, v in c.items() if not k.startswith("head.")} for c in converted]
     best = min(converted, key=lambda c: len(expected ^ c.keys()))

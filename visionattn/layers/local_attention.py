@@ -89,17 +89,14 @@ class LocalPlan:
     def __init__(self, rows: AxisTiles, cols: AxisTiles) -> None:
         self._tensors: dict[torch.device, PlanTensors] = {}
         self._groups: list[tuple[np.ndarray, ...]] = []
-        if rows.pairs.size * cols.pairs.size <= self.max_pairs:
-            row_classes, col_classes = [slice(None)], [slice(None)]
-        else:
-            row_classes, col_classes = _classes(rows.pairs), _classes(cols.pairs)
+        large = rows.pairs.size * cols.pairs.size > self.max_pairs
+        row_classes, col_classes = (_classes(axis.pairs) if large else [slice(None)] for axis in (rows, cols))
         for row, col in product(row_classes, col_classes):
             queries = _product(rows.queries[row], cols.queries[col], cols.num_queries)
             keys = _product(rows.keys[row], cols.keys[col], cols.num_keys)
-            if len(row_classes) == len(col_classes) == 1:
-                row_pairs, col_pairs = rows.pairs[row], cols.pairs[col]
-            else:
-                row_pairs, col_pairs = rows.pairs[row][:1], cols.pairs[col][:1]
+            row_pairs, col_pairs = rows.pairs[row], cols.pairs[col]
+            if large:
+                row_pairs, col_pairs = row_pairs[:1], col_pairs[:1]
             y, x = row_pairs[:, None, :, None, :, None], col_pairs[None, :, None, :, None, :]
             mask = (y >= 0) & (x >= 0)
             pairs = np.where(mask, y * cols.num_entries + x, rows.num_entries * cols.num_entries)
@@ -143,6 +140,23 @@ def _product(rows: np.ndarray, cols: np.ndarray, width: int) -> np.ndarray:
     return (rows[:, None, :, None] * width + cols[None, :, None, :]).reshape(len(rows) * len(cols), -1)
 
 
+def pad_projection(x: Tensor, bias: Tensor | None, height: int, width: int) -> Tensor:
+    """Projection of a map that was zero-padded, from that of the map: the projection of a zero is the bias.
+
+    Args:
+        x: (B, H, W, C) projections.
+        bias: (C,) of the projection.
+        height: rows to add at the bottom.
+        width: columns to add at the right.
+    """
+    if not height and not width:
+        return x
+    B, H, W, C = x.shape
+    padding = x.new_zeros(C) if bias is None else bias.to(x.dtype)
+    x = torch.cat([x, padding.expand(B, H, width, C)], 2)
+    return torch.cat([x, padding.expand(B, height, W + width, C)], 1)
+
+
 def relative_bias(table: Tensor, plan: PlanTensors) -> list[Tensor]:
     """Additive attention bias of each group of tiles, -inf where a pair does not count.
 
@@ -165,6 +179,24 @@ def pair_mask(plan: PlanTensors, heads: int) -> list[Tensor | None]:
     ]
 
 
+def _with_axis_logits(q: Tensor, v: Tensor, rows: Tensor, cols: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The axis logits as further features of the queries, which a key selects by its place in the window.
+
+    Nothing of the size of all logits is stored. Fused attention wants queries, keys and values of one width, a multiple
+    of 8: zeros fill them up.
+
+    Returns:
+        Queries (B, heads, N, width), the features (w_rows * w_cols, width - d) that every window's keys get, and values
+        (B, heads, M, width).
+    """
+    features = q.shape[-1] + rows.shape[-1] + cols.shape[-1]
+    width = 8 * -(-max(features, v.shape[-1]) // 8)
+    row, col = (torch.eye(x.shape[-1], dtype=x.dtype, device=x.device) for x in (rows, cols))
+    places = torch.cat([row.repeat_interleave(len(col), 0), col.repeat(len(row), 1)], 1)
+    q = F.pad(torch.cat([q, rows, cols], -1), (0, width - features))
+    return q, F.pad(places, (0, width - features)), F.pad(v, (0, width - v.shape[-1]))
+
+
 def local_attention(
     q: Tensor,
     k: Tensor,
@@ -173,32 +205,41 @@ def local_attention(
     bias: Sequence[Tensor | None],
     scale: float | None = None,
     dropout: float = 0.0,
+    axis_logits: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Attention from each tile of queries to its window of keys.
 
     Args:
         q: queries (B, heads, N, d) in row-major order of the map.
         k: keys (B, heads, M, d).
-        v: values (B, heads, M, d).
+        v: values (B, heads, M, d_v).
         plan: tiles and windows; N and M are those of its axes.
         bias: for each group of tiles an additive bias or boolean mask as `relative_bias` shapes it, or None.
         scale: factor of the logits, d**-0.5 if None.
         dropout: rate of dropout on the attention weights.
+        axis_logits: (B, heads, N, w_rows) and (B, heads, N, w_cols), what each query adds to its logits for the keys
+            in each row and in each column of its window.
 
     Returns:
-        (B, heads, N, d).
+        (B, heads, N, d_v).
     """
     B, heads, _, d = q.shape
+    dim, places = v.shape[-1], None
+    if axis_logits is not None:
+        q, places, v = _with_axis_logits(q * (d**-0.5 if scale is None else scale), v, *axis_logits)
+        scale = 1.0
     outs = []
     for group, group_bias in zip(plan.groups, bias, strict=True):
         # Tiles join the heads, where each has its own bias, or the batch, where they share one.
         join = group.shared and group_bias is not None
         tiles = [
-            x.index_select(2, index).view(B, heads, group.tiles, -1, d)
+            x.index_select(2, index).view(B, heads, group.tiles, -1, x.shape[-1])
             for x, index in ((q, group.queries), (k, group.keys), (v, group.keys))
         ]
+        if places is not None:
+            tiles[1] = torch.cat([tiles[1], places.expand(*tiles[1].shape[:-1], -1)], -1)
         tiles = [x.transpose(1, 2).flatten(0, 1) if join else x.flatten(1, 2) for x in tiles]
         out = F.scaled_dot_product_attention(*tiles, attn_mask=group_bias, dropout_p=dropout, scale=scale)
         out = out.unflatten(0, (B, group.tiles)).transpose(1, 2) if join else out
-        outs.append(out.reshape(B, heads, -1, d))
+        outs.append(out[..., :dim].reshape(B, heads, -1, dim))
     return torch.cat(outs, 2).index_select(2, plan.inverse)

@@ -10,7 +10,15 @@ from timm.layers import to_2tuple, trunc_normal_
 from torch import Tensor, nn
 
 from .cache import ParameterCache
-from .local_attention import AxisTiles, LocalPlan, PlanTensors, local_attention, pair_mask, relative_bias
+from .local_attention import (
+    AxisTiles,
+    LocalPlan,
+    PlanTensors,
+    local_attention,
+    pad_projection,
+    pair_mask,
+    relative_bias,
+)
 from .pointwise import Pointwise
 
 
@@ -167,11 +175,8 @@ def _attend(attention: NeighborhoodAttention2d, qkv: Tensor) -> Tensor:
     plan = _plan_on(rows, cols, qkv.device)
     q, k, v = qkv.view(B, H * W, 3, heads, C // (3 * heads)).permute(2, 0, 3, 1, 4)
     pad_h, pad_w = (max(kernel * dilation - length, 0) for length, kernel, dilation, _ in (rows, cols))
-    if pad_h or pad_w:
-        # The projection of a zero input is the bias. Padded positions are keys only.
-        padding = qkv.new_zeros(C) if attention.qkv.bias is None else attention.qkv.bias.to(qkv.dtype)
-        padded = torch.cat([qkv, padding.expand(B, H, pad_w, C)], 2)
-        padded = torch.cat([padded, padding.expand(B, pad_h, W + pad_w, C)], 1)
+    if pad_h or pad_w:  # padded positions are keys only
+        padded = pad_projection(qkv, attention.qkv.bias, pad_h, pad_w)
         _, k, v = padded.view(B, -1, 3, heads, C // (3 * heads)).permute(2, 0, 3, 1, 4)
 
     def bias() -> list[Tensor | None]:

@@ -9,12 +9,29 @@ from .pointwise import Pointwise
 
 
 class PatchStem(nn.Module):
-    """Patches of 4 x 4 pixels and LayerNorm, the image zero-padded at the bottom and right: to a quarter the size."""
+    """Convolution of stride 4 and LayerNorm, the image zero-padded at the bottom and right: to a quarter the size.
 
-    def __init__(self, in_chans: int, dim: int, device=None, dtype=None) -> None:
+    Args:
+        in_chans: channels of the image.
+        dim: channels of the output.
+        kernel_size: of the convolution, by default of patches that do not overlap.
+        padding: of the convolution.
+        norm_eps: epsilon of the norm.
+    """
+
+    def __init__(
+        self,
+        in_chans: int,
+        dim: int,
+        kernel_size: int = 4,
+        padding: int = 0,
+        norm_eps: float = 1e-5,
+        device=None,
+        dtype=None,
+    ) -> None:
         super().__init__()
-        self.proj = nn.Conv2d(in_chans, dim, 4, stride=4, device=device, dtype=dtype)
-        self.norm = LayerNorm2d(dim, eps=1e-5, device=device, dtype=dtype)
+        self.proj = nn.Conv2d(in_chans, dim, kernel_size, 4, padding, device=device, dtype=dtype)
+        self.norm = LayerNorm2d(dim, eps=norm_eps, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.proj(F.pad(x, (0, -x.shape[3] % 4, 0, -x.shape[2] % 4))))

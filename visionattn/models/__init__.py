@@ -1,3 +1,12 @@
+from . import attnet as attnet
 from . import convit as convit
+from . import davit as davit
 from . import dinat as dinat
+from . import focalnet as focalnet
+from . import halonet as halonet
+from . import hornet as hornet
+from . import illama as illama
+from . import litv2 as litv2
+from . import patnet as patnet
+from . import sparsifiner as sparsifiner
 from . import van as van

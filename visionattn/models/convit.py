@@ -5,53 +5,23 @@
 
 from functools import partial
 
-import torch.nn.functional as F
 from timm.layers import PatchEmbed, calculate_drop_path_rates, trunc_normal_
-from torch import Tensor, nn
+from torch import nn
 
 from ..backbone import Isotropic
 from ..errors import VisionattnError
-from ..layers import GatedPositionalSelfAttention
+from ..layers import GatedPositionalSelfAttention, SelfAttention
 from ..layers.block import Block
-from ..layers.pointwise import Mlp, Pointwise
+from ..layers.pointwise import Mlp
 from ..registry import Family, Variant, Weights, register_family
 
 # The official layout and timm's are the same.
 RULES = [
     (r"^pos_embed$", "pos_embed.weight"),
     (r"^patch_embed\.", "stem."),
-    (r"\.attn\.rel_indices$", ""),
+    (r"^.*\.attn\.rel_indices$", ""),
     (r"\.attn\.", ".mixer."),
 ]
-
-
-class SelfAttention(nn.Module):
-    """Plain multi-head self-attention: (B, N, C) to (B, N, C)."""
-
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        qkv_bias: bool = False,
-        qk_scale: float | None = None,
-        attn_drop: float = 0.0,
-        proj_drop: float = 0.0,
-        device=None,
-        dtype=None,
-    ) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.scale = qk_scale or (dim // num_heads) ** -0.5
-        self.qkv = Pointwise(dim, 3 * dim, bias=qkv_bias, device=device, dtype=dtype)
-        self.attn_drop = attn_drop
-        self.proj = Pointwise(dim, dim, device=device, dtype=dtype)
-        self.proj_drop = nn.Dropout(proj_drop)
-
-    def forward(self, x: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
-        qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        dropout = self.attn_drop if self.training else 0.0
-        x = F.scaled_dot_product_attention(qkv[0], qkv[1], qkv[2], dropout_p=dropout, scale=self.scale)
-        return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
 
 
 class ConViT(Isotropic):

@@ -3,14 +3,17 @@
 import math
 from collections.abc import Sequence
 
+import torch
 from timm.layers import LayerNorm2d, LayerScale2d, calculate_drop_path_rates, trunc_normal_
 from torch import Tensor, nn
 
 from ..backbone import Hierarchical, Stage
 from ..layers import VanAttention
 from ..layers.block import Block
-from ..layers.large_kernel_attention import depthwise
-from ..layers.pointwise import Pointwise, Pointwise2d
+from ..layers.conv_norm import ConvNorm
+from ..layers.depthwise_mlp import DepthwiseMlp
+from ..layers.fuse import is_batch_norm, scale_and_shift, scale_input, scale_output
+from ..layers.pointwise import Pointwise
 from ..registry import Family, Variant, Weights, register_family
 from ..weights import renumber
 
@@ -51,34 +54,40 @@ OFFICIAL_RULES = [
 ]
 
 
-class ConvEmbed(nn.Module):
-    """Overlapping strided convolution and batch norm: (B, C_in, H, W) to (B, C_out, ceil(H / s), ceil(W / s))."""
+class VanBlock(Block):
+    """`Block` with batch norms, which `fuse` merges into its products.
 
-    def __init__(self, in_chans: int, dim: int, kernel_size: int, stride: int, device=None, dtype=None) -> None:
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        self.proj = nn.Conv2d(in_chans, dim, kernel_size, stride, kernel_size // 2, **dd)
-        self.norm = nn.BatchNorm2d(dim, **dd)
+    Args: those of `Block`.
+    """
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.register_buffer("shortcut", None)  # what multiplies the input in a merged block
+
+    def fuse(self) -> None:
+        """Merge norms and layer scales for inference.
+
+        With norm1 as s x + t the first half, x + g1 (proj2(y) + s x + t), is (1 + g1 s) x + g1 (proj2(y) + t).
+        """
+        if not (is_batch_norm(self.norm1) and self.mixer.shortcut):
+            return
+        scale, shift = scale_and_shift(self.norm1)
+        gain = getattr(self.ls1, "gamma", torch.ones_like(scale)).detach().double()
+        scale_input(self.mixer.proj1, scale, shift)
+        scale_output(self.mixer.proj2, gain, gain * shift)
+        self.mixer.shortcut = False
+        self.shortcut = (1 + gain * scale)[:, None, None].to(self.norm1.running_mean)
+        scale_input(self.mlp.fc1, *scale_and_shift(self.norm2))
+        if hasattr(self.ls2, "gamma"):
+            scale_output(self.mlp.fc2, self.ls2.gamma.detach())
+        for name in ("norm1", "norm2", "ls1", "ls2"):
+            setattr(self, name, nn.Identity())
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.proj(x))
-
-
-class DepthwiseMlp(nn.Module):
-    """MLP with a 3 x 3 depthwise convolution before the activation: (B, C, H, W) to (B, C, H, W)."""
-
-    def __init__(self, dim: int, hidden_dim: int, drop: float = 0.0, device=None, dtype=None) -> None:
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        self.fc1 = Pointwise2d(dim, hidden_dim, **dd)
-        self.dwconv = depthwise(hidden_dim, 3, **dd)
-        self.act = nn.GELU()
-        self.drop1 = nn.Dropout(drop)
-        self.fc2 = Pointwise2d(hidden_dim, dim, **dd)
-        self.drop2 = nn.Dropout(drop)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.drop2(self.fc2(self.drop1(self.act(self.dwconv(self.fc1(x))))))
+        if self.shortcut is None:
+            return super().forward(x)
+        x = torch.addcmul(self.mixer(x), x, self.shortcut)
+        return x + self.mlp(x)
 
 
 def _init_weights(module: nn.Module) -> None:
@@ -132,7 +141,7 @@ class VAN(Hierarchical):
         stages = []
         for i, (dim, ratio) in enumerate(zip(embed_dims, mlp_ratios, strict=True)):
             blocks = [
-                Block(
+                VanBlock(
                     dim,
                     VanAttention(dim, **dd),
                     DepthwiseMlp(dim, int(dim * ratio), drop_rate, **dd),
@@ -144,10 +153,10 @@ class VAN(Hierarchical):
                 )
                 for rate in rates[i]
             ]
-            downsample = ConvEmbed(embed_dims[i - 1], dim, 3, 2, **dd) if i else None
+            downsample = ConvNorm(embed_dims[i - 1], dim, 3, 2, bias=True, **dd) if i else None
             stages.append(Stage(blocks, dim, downsample, LayerNorm2d(dim, eps=norm_eps, **dd)))
         super().__init__(
-            ConvEmbed(in_chans, embed_dims[0], 7, 4, **dd),
+            ConvNorm(in_chans, embed_dims[0], 7, 4, bias=True, **dd),
             stages,
             None,
             num_classes,
@@ -173,12 +182,17 @@ def _in1k(size: str, file: str, mirror: str, top1: float) -> dict[str, Weights]:
     return {"in1k": Weights(urls, f"Visual-Attention-Network/van-{size.lower()}", top1, crop_pct=0.9, cfg=HALF)}
 
 
-def _in22k(name: str, top1: float, top1_384: float) -> dict[str, Weights]:
+def _in22k(name: str, top1: float, top1_384: float, gmacs_384: float) -> dict[str, Weights]:
     """The 22k backbone, which is on a page, and its fine-tuned versions, which were not released."""
     return {
         "in22k_ft_in1k": Weights(top1=top1, note="not released"),
         "in22k_ft_in1k_384": Weights(
-            top1=top1_384, img_size=384, crop_pct=1.0, cfg={"crop_mode": "squash"}, note="not released"
+            top1=top1_384,
+            img_size=384,
+            crop_pct=1.0,
+            gmacs=gmacs_384,
+            cfg={"crop_mode": "squash"},
+            note="not released",
         ),
         "in22k": Weights(num_classes=21841, page=PAGE, note=f"file {name}_22k.pth"),
     }
@@ -203,11 +217,11 @@ VARIANTS = {
         (3, 6, 40, 3),
         12.144,
         {"in1k": Weights(top1=84.2, crop_pct=0.9, cfg=HALF, page=PAGE, note="file van_b4.pth")}
-        | _in22k("van_b4", 85.7, 86.6),
+        | _in22k("van_b4", 85.7, 86.6, 35.687),
         None,
     ),
-    "van_b5": _variant(LARGE, (3, 3, 24, 3), 17.129, _in22k("van_b5", 86.3, 87.0), None),
-    "van_b6": _variant((96, 192, 384, 768), (6, 6, 90, 6), 38.710, _in22k("van_b6", 86.9, 87.8), None),
+    "van_b5": _variant(LARGE, (3, 3, 24, 3), 17.129, _in22k("van_b5", 86.3, 87.0, 50.337), None),
+    "van_b6": _variant((96, 192, 384, 768), (6, 6, 90, 6), 38.710, _in22k("van_b6", 86.9, 87.8, 113.759), None),
     "test_van": Variant(
         {"embed_dims": (16, 32, 64, 128), "depths": (1, 1, 2, 1), "mlp_ratios": (4, 4, 2, 2)}, 0.001432, img_size=32
     ),

@@ -1,9 +1,11 @@
 """Image classification: targets, loss and metrics."""
 
+from collections.abc import Callable
+
 import torch
 from timm.data import Mixup
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..data.config import AugmentConfig
@@ -19,12 +21,20 @@ class Classification:
         augment: Options of the augmentation, for mixup and cutmix.
         num_classes: Number of classes.
         seed: Seed of the mixtures.
+        training_loss: What the model makes of the loss, from (loss, images, logits); see `Backbone.training_loss`.
     """
 
     metric = "top1"
 
-    def __init__(self, loss: LossConfig, augment: AugmentConfig, num_classes: int, seed: int) -> None:
-        self.seed = seed
+    def __init__(
+        self,
+        loss: LossConfig,
+        augment: AugmentConfig,
+        num_classes: int,
+        seed: int,
+        training_loss: Callable[[Tensor, Tensor, Tensor], Tensor],
+    ) -> None:
+        self.seed, self.training_loss = seed, training_loss
         self.mixup = None
         if augment.mixup or augment.cutmix:
             self.mixup = Mixup(
@@ -45,12 +55,13 @@ class Classification:
         else:
             self.criterion = nn.CrossEntropyLoss()
 
-    def loss(self, model: nn.Module, images: torch.Tensor, targets: torch.Tensor, update: int) -> torch.Tensor:
+    def loss(self, model: nn.Module, images: Tensor, targets: Tensor, update: int) -> Tensor:
         """Loss of a batch; mixtures are drawn by (seed, update), the same in every process and part of an update."""
         if self.mixup:
             with seeded(self.seed, Stream.MIX, update):
                 images, targets = self.mixup(images, targets)
-        return self.criterion(model(images).float(), targets)
+        logits = model(images).float()
+        return self.training_loss(self.criterion(logits, targets), images, logits)
 
 
 class ClassificationMetrics:
@@ -59,14 +70,14 @@ class ClassificationMetrics:
     def __init__(self) -> None:
         self.sums = torch.zeros(4, dtype=torch.float64)  # correct, correct in five, loss, images
 
-    def update(self, logits: torch.Tensor, targets: torch.Tensor) -> None:
+    def update(self, logits: Tensor, targets: Tensor) -> None:
         """Count a batch."""
         ranked = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
         loss = F.cross_entropy(logits, targets, reduction="sum")
         self.sums += torch.tensor([ranked[:, 0].sum(), ranked.sum(), loss, len(targets)], dtype=torch.float64)
 
     @staticmethod
-    def compute(sums: torch.Tensor) -> dict[str, float]:
+    def compute(sums: Tensor) -> dict[str, float]:
         """Metrics from the sums, added over the processes."""
         top1, top5, loss, images = sums.tolist()
         return {"top1": 100 * top1 / images, "top5": 100 * top5 / images, "loss": loss / images}

@@ -92,6 +92,12 @@ class TrainConfig:
     """Start from the published weights."""
     checkpoint: str = ""
     """Start from the weights in this file."""
+    teacher: str = ""
+    """Model to learn from, for a model whose paper has it learn from one."""
+    teacher_kwargs: dict[str, Any] = field(default_factory=dict)
+    """More arguments of create_model for the teacher."""
+    teacher_checkpoint: str = ""
+    """Weights of the teacher; empty: its published ones."""
     epochs: PositiveInt = 40
     """Passes over the training images."""
     seed: NonNegativeInt = 0

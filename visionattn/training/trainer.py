@@ -17,6 +17,7 @@ from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3, dispatch_clip_grad
 from torch import nn
 
+from ..backbone import Backbone
 from ..data.config import user_input
 from ..data.datasets import dataset_name, load_datasets
 from ..data.loader import Stream, TrainSampler, derive_seed, eval_loader, read_batches, train_loader
@@ -72,11 +73,19 @@ class Trainer:
         )
         self.updates = self.sampler.updates
 
-        self.task = Classification(config.loss, config.augment, len(self.classes), config.seed)
+        # What a paper adds to the loop is the model's own. Any module can be registered; a bare Backbone adds nothing.
+        self.mechanics = model if isinstance(model, Backbone) else Backbone(0, 0, 0, 0.0, 0)
+        self.task = Classification(
+            config.loss, config.augment, len(self.classes), config.seed, self.mechanics.training_loss
+        )
         optimizer = make_optimizer(config.optim, model)
         self.schedule = make_schedule(config, optimizer, self.updates)
         model.to(accelerator.device)
         self.ema = ModelEmaV3(model, config.ema.decay, use_warmup=config.ema.warmup) if config.ema.decay else None
+        if config.teacher:
+            published = not config.teacher_checkpoint
+            teacher = create_model(config.teacher, published, config.teacher_checkpoint, **config.teacher_kwargs)
+            self.mechanics.learn_from(teacher.to(accelerator.device))
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.bare_model = accelerator.unwrap_model(self.model)
         self.epoch = self.update = 0  # where the next update is
@@ -119,6 +128,7 @@ class Trainer:
             update = self.epoch * self.updates + self.update
             if i % optim.accumulation == 0:
                 self.schedule.step_update(update)
+                self.mechanics.advance(update / self.updates)
             # What the model draws (drop path, dropout) follows from the step too, so no state of generators is kept.
             torch.manual_seed(
                 derive_seed(config.seed, Stream.MODEL, update, i % optim.accumulation, accelerator.process_index)

@@ -1,0 +1,74 @@
+"""Attention between channels."""
+
+import torch
+from torch import Tensor, nn
+
+from .pointwise import Pointwise
+from .precision import without_autocast
+
+
+class ChannelAttention(nn.Module):
+    """Self-attention in which the tokens are channels and their features are the whole map.
+
+    "DaViT: Dual Attention Vision Transformers", arXiv 2204.03645. Channels attend to those of their own group:
+
+        A = softmax(scale * first^T second),    out = mixed A^T
+
+    with (first, second, mixed) = (k, v, q) and scale d**-0.5 for groups of d channels in version 1, the paper's
+    published weights, and (q, k, v) and N**-0.5 for N positions in version 2, Florence-2's. Global, yet linear in N.
+
+    Cost: 4 N C^2 + 2 N C d multiply-adds for N positions, C channels and groups of d = C / num_heads.
+
+    Args:
+        dim: channels C.
+        num_heads: groups of channels; must divide `dim`.
+        qkv_bias: bias of the query, key and value projections.
+        version: 1 or 2.
+
+    Raises:
+        ValueError: if `num_heads` does not divide `dim` or there is no such version.
+
+    Shape:
+        (B, ..., C) to (B, ..., C): maps (B, H, W, C) or sequences (B, N, C).
+
+    Example:
+        >>> import torch
+        >>> ChannelAttention(64, num_heads=2)(torch.randn(1, 30, 41, 64)).shape
+        torch.Size([1, 30, 41, 64])
+    """
+
+    def __init__(
+        self, dim: int, num_heads: int = 8, qkv_bias: bool = True, version: int = 1, device=None, dtype=None
+    ) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"dim {dim} is not divisible by num_heads {num_heads}")
+        if version not in (1, 2):
+            raise ValueError(f"expected version 1 or 2, got {version}")
+        self.num_heads = num_heads
+        self.version = version
+        self.qkv = Pointwise(dim, 3 * dim, bias=qkv_bias, device=device, dtype=dtype)
+        self.proj = Pointwise(dim, dim, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(_attend(self, self.qkv(x)))
+
+    def extra_repr(self) -> str:
+        return f"num_heads={self.num_heads}, version={self.version}"
+
+
+@torch.fx.wrap
+def _attend(attention: ChannelAttention, qkv: Tensor) -> Tensor:
+    """(B, ..., 3C) projections to (B, ..., C)."""
+    q, k, v = qkv.flatten(1, -2).unflatten(2, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, N, d)
+    if attention.version == 1:
+        first, second, mixed, scale = k, v, q, q.shape[3] ** -0.5
+    else:
+        first, second, mixed, scale = q, k, v, q.shape[2] ** -0.5
+    # The logits are sums over the map: in float32 at least. Fused attention would take N as its head dimension, which
+    # its kernels do not.
+    dtype = torch.promote_types(qkv.dtype, torch.float32)
+    with without_autocast(qkv):
+        weights = (first.to(dtype).transpose(2, 3) @ second.to(dtype) * scale).softmax(3)
+    out = mixed @ weights.to(mixed.dtype).transpose(2, 3)
+    return out.transpose(1, 2).reshape(*qkv.shape[:-1], -1)

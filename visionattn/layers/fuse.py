@@ -1,0 +1,96 @@
+"""Merging batch norms into the linear maps and convolutions next to them, for inference.
+
+A module that can be merged has a method `fuse()` that changes it in place; `fuse_modules` calls those of a whole model.
+For norms that follow a product nothing need be written: the pairs that a class names in its attribute `fused_pairs`,
+`fused_pairs = (("conv", "norm"),)`, and neighbours in an `nn.Sequential` are merged by themselves.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
+
+
+def fuse_modules(model: nn.Module) -> None:
+    """Merge all that can be merged inside `model`, in place; inner modules first.
+
+    Args:
+        model: a model in eval mode.
+    """
+    for module in reversed(list(model.modules())[1:]):
+        if isinstance(module, nn.Sequential):
+            names = list(module._modules)
+            pairs = zip(names, names[1:], strict=False)
+        else:
+            pairs = getattr(module, "fused_pairs", ())
+        for product, norm in pairs:
+            fuse_pair(module, product, norm)
+        if hasattr(module, "fuse"):
+            module.fuse()
+
+
+def fuse_pair(parent: nn.Module, product: str, norm: str) -> None:
+    """Merge a norm into the product before it and put the norm's activation, if any, in its place.
+
+    Anything but a batch norm with running statistics after a convolution or linear map is left as it is.
+
+    Args:
+        parent: the module both belong to.
+        product: name of the convolution or linear map.
+        norm: name of the norm.
+    """
+    first, second = getattr(parent, product), getattr(parent, norm)
+    if isinstance(first, nn.Linear | nn.Conv1d | nn.Conv2d) and is_batch_norm(second):
+        scale_output(first, *scale_and_shift(second))
+        setattr(parent, norm, getattr(second, "act", nn.Identity()))  # timm's norms may come with an activation
+
+
+def is_batch_norm(module: nn.Module) -> bool:
+    """Whether `module` is an affine function of every channel in eval mode, apart from timm's activation after it."""
+    return isinstance(module, BatchNorm) and module.running_mean is not None
+
+
+def scale_and_shift(norm: BatchNorm) -> tuple[Tensor, Tensor]:
+    """Batch norm in eval mode as x * scale + shift, in float64."""
+    mean, var = norm.running_mean.double(), norm.running_var.double()
+    scale = (var + norm.eps).rsqrt()
+    if norm.weight is None:
+        return scale, -mean * scale
+    scale = norm.weight.detach().double() * scale
+    return scale, norm.bias.detach().double() - mean * scale
+
+
+@torch.no_grad()
+def scale_output(product: nn.Linear | nn.Conv2d, scale: Tensor, shift: Tensor | None = None) -> None:
+    """Make `product(x)` what `product(x) * scale + shift` was.
+
+    Args:
+        product: convolution or linear map.
+        scale: per output channel.
+        shift: per output channel, None for none.
+    """
+    weight, scale = product.weight, scale.double()
+    product.weight = _like(weight.double() * scale.view(-1, *[1] * (weight.ndim - 1)), weight)
+    bias = product.bias
+    if bias is not None:
+        shift = bias.double() * scale + (0 if shift is None else shift)
+    if shift is not None:
+        product.bias = _like(shift, weight)
+
+
+@torch.no_grad()
+def scale_input(product: nn.Linear, scale: Tensor | None, shift: Tensor) -> None:
+    """Make `product(x)` what `product(x * scale + shift)` was.
+
+    Args:
+        product: linear map.
+        scale: per input channel, None for 1.
+        shift: per input channel.
+    """
+    weight, bias = product.weight.double(), product.bias
+    product.bias = _like(weight @ shift.double() + (0 if bias is None else bias.double()), product.weight)
+    if scale is not None:
+        product.weight = _like(weight * scale.double(), product.weight)
+
+
+def _like(value: Tensor, parameter: nn.Parameter) -> nn.Parameter:
+    return nn.Parameter(value.to(parameter), parameter.requires_grad)
