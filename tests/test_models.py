@@ -17,6 +17,11 @@ from visionattn.errors import VisionattnError
 
 ALL = visionattn.list_models()
 TESTS = visionattn.list_models("test_*")
+# Every published variant in the slow tests; in the quick ones those that show something of their own.
+QUICK = {*TESTS, "dinat_mini", "dinat_s_tiny", "vitrpb_small", "van_b0", "convit_tiny", "halonet26t", "haloregnetz_b"}
+QUICK |= {"davit_tiny", "davit_base_fl", "attnet_xxs", "focalnet_tiny_srf", "focalnet_tiny_iso", "hornet_tiny_gf"}
+QUICK |= {"litv2_small", "patnet_t0", "patnet_t2_full", "illama_tiny", "sparsifiner_deit_small", "sparsifiner_lvvit_s"}
+EVERY = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in ALL]
 SIZES = [(32, 32), (97, 61), (224, 320), (333, 500)]
 
 
@@ -43,7 +48,7 @@ def close(a, b, atol=1e-5):
     torch.testing.assert_close(a, b, rtol=0, atol=atol)
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", EVERY)
 def test_gradients_reach_every_parameter(name):
     model = model_on_meta(name, num_classes=42).train()
     out = model(image(64, 96, device="meta"))
@@ -52,7 +57,7 @@ def test_gradients_reach_every_parameter(name):
     assert [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", EVERY)
 def test_pretrained_cfg_and_classifier(name):
     model = model_on_meta(name)
     cfg, keys = model.pretrained_cfg, model.state_dict().keys()
@@ -79,7 +84,7 @@ def test_pretrained_cfg_and_classifier(name):
     assert model_on_meta(name, num_classes=0, global_pool="")(x).shape == features.shape
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", EVERY)
 @pytest.mark.parametrize("create", [visionattn.create_model, timm.create_model])
 def test_features_only(name, create):
     if create is timm.create_model and not timm.model_entrypoint(name).__module__.startswith("visionattn"):
@@ -95,14 +100,14 @@ def test_features_only(name, create):
         assert feature.shape == (2, chans, math.ceil(size / reduction), math.ceil(size / reduction))
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", EVERY)
 @pytest.mark.parametrize("chans", [1, 5])
 def test_in_chans(name, chans):
     model = model_on_meta(name, in_chans=chans, num_classes=42)
     assert model(image(chans=chans, device="meta")).shape == (2, 42)
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", EVERY)
 def test_parameter_groups(name):
     model = model_on_meta(name, num_classes=42)
     names = dict(model.named_parameters())
@@ -233,7 +238,7 @@ def test_compile(name, backend):
 def test_compiled_graph_follows_the_size(name):
     torch._dynamo.reset()
     model = visionattn.create_model(name).eval()
-    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=False)
     for size in ((32, 32), (64, 48), (33, 70)):
         x = image(*size)
         close(compiled(x), model(x))
@@ -295,7 +300,7 @@ def norms(model, *kinds):
     return {m.eps for m in model.modules() if isinstance(m, kinds)}
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", EVERY)
 def test_activations_are_exact_gelu(name):
     assert {m.approximate for m in model_on_meta(name).modules() if isinstance(m, nn.GELU)} <= {"none"}
 

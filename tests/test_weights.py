@@ -155,3 +155,12 @@ def test_index_buffers_of_files_are_dropped():
         published[key] = value
     published["blocks.0.attn.rel_indices"] = torch.zeros(1, 16, 16, 3)
     assert_same(convert_state_dict(published, model), model.state_dict())
+
+
+@pytest.mark.parametrize("name", TESTS)
+def test_no_family_takes_the_checkpoints_of_another(name):
+    model = visionattn.create_model(name)
+    for other in TESTS:
+        if other != name:
+            with pytest.raises(VisionattnError, match=f"state dict does not fit {name}: missing .*; left over"):
+                convert_state_dict(visionattn.create_model(other).state_dict(), model)

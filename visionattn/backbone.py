@@ -74,12 +74,6 @@ class Backbone(nn.Module):
         self.grad_checkpointing = False
         self.feature_info: list[dict] = []
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        raise NotImplementedError
-
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
 

@@ -34,7 +34,6 @@ WRAPPERS = (
 PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "encoder.")
 PARTS = ("vision_tower.", "visual.")
 """Prefixes under which checkpoints of larger models hold a backbone; what is not under them is dropped."""
-torch.serialization.add_safe_globals([Namespace])  # plain options, which training scripts save beside the weights
 TRAINING_STATE = "training_state."
 """Prefix of what a training checkpoint holds besides the model."""
 
@@ -71,7 +70,8 @@ def read_checkpoint(path: str | PathLike) -> tuple[dict[str, Tensor], dict[str, 
         except (SafetensorError, OSError, ValueError) as e:
             raise VisionattnError(f"checkpoint {path} is damaged or not a safetensors file ({_one_line(e)})") from e
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([Namespace]):  # plain options, which scripts save beside the weights
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # torch.load raises whatever its unpickler and archive reader meet
         raise VisionattnError(
             f"checkpoint {path} is damaged or holds more than tensors and plain containers ({_one_line(e)})"
@@ -130,12 +130,10 @@ def convert_state_dict(state_dict: Mapping, model: nn.Module) -> dict[str, Tenso
         source = {k.removeprefix(prefix): v for k, v in source.items()}
         candidates.append(source)
     layouts = [[], *getattr(model, "layouts", {}).values()]
-    converted = []
+    adapt, converted = getattr(model, "adapt_state_dict", dict), []
     for candidate, rules in product(reversed(candidates), layouts):
         with suppress(RuntimeError, ValueError):  # tensors of a shape that the layout does not have
-            converted.append(_apply(rules, candidate))
-    if adapt := getattr(model, "adapt_state_dict", None):
-        converted = [adapt(c) for c in converted]
+            converted.append(adapt(_apply(rules, candidate)))
     if "head.weight" not in expected:
         converted = [{k: v for k, v in c.items() if not k.startswith("head.")} for c in converted]
     best = min(converted, key=lambda c: len(expected ^ c.keys()))
