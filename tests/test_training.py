@@ -206,6 +206,14 @@ def test_any_state_survives_a_checkpoint(tmp_path: Path):
     assert os.listdir(tmp_path) == ["c.safetensors"]
 
 
+def test_tied_parameters_survive_a_checkpoint(tmp_path: Path):
+    model = visionattn.create_model("test_sparsifiner", share_inout_proj=True)
+    save_checkpoint(tmp_path / "c.safetensors", model.state_dict(), {"model": "test_sparsifiner"})
+    other = visionattn.create_model("test_sparsifiner", share_inout_proj=True)
+    load_checkpoint(other, tmp_path / "c.safetensors")
+    assert_same_weights(other.state_dict(), model.state_dict())
+
+
 def test_files_and_command_line_override_each_other_in_order(tmp_path: Path):
     (tmp_path / "a.yaml").write_text("epochs: 3\nseed: 4\ndata: {batch_size: 8}\n")
     (tmp_path / "b.yaml").write_text("seed: 5\ndata: {num_workers: 0}\n")

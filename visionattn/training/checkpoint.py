@@ -21,16 +21,25 @@ def save_checkpoint(
     path: Path, weights: dict[str, torch.Tensor], description: dict[str, Any], state: dict | None = None
 ) -> None:
     """Write weights, description and, for resuming, the training state."""
-    tensors = {key: value.contiguous() for key, value in weights.items()}
+    tensors = dict(weights)
     metadata = {"format": "pt", "visionattn": json.dumps(description)}
     if state is not None:
         state_tensors: dict[str, torch.Tensor] = {}
         metadata["training_state"] = json.dumps(_flatten(state, TRAINING_STATE, state_tensors))
-        tensors |= {key: value.contiguous() for key, value in state_tensors.items()}
+        tensors |= state_tensors
     temporary = path.with_name(f".{path.name}.tmp")
-    save_file(tensors, temporary, metadata)
+    save_file(_separate(tensors), temporary, metadata)
     temporary.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes files that only their owner may read
     _replace(temporary, path)
+
+
+def _separate(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Contiguous tensors of which none share memory, as tied parameters do: safetensors refuses those."""
+    separate, seen = {}, set()
+    for key, value in tensors.items():
+        separate[key] = value.clone() if value.data_ptr() in seen else value.contiguous()
+        seen.add(value.data_ptr())
+    return separate
 
 
 def write_text(path: Path, text: str) -> None:
