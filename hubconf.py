@@ -4,7 +4,7 @@ from functools import partial as _partial
 
 import visionattn as _visionattn
 
-dependencies = ["torch", "timm", "safetensors"]
+dependencies = ["torch", "timm", "safetensors", "huggingface_hub"]
 
 
 def _entry(_name):

@@ -104,7 +104,7 @@ def test_unknown_names_and_arguments():
         visionattn.create_model("test_van", window=7, kernel=3)
     with pytest.raises(UnknownArgumentError, match="window"):
         timm.create_model("test_van", window=7)
-    with pytest.raises(VisionattnError, match="no weights to fetch for van_b6"):
+    with pytest.raises(VisionattnError, match="cannot fetch van_b6.in22k_ft_in1k: no weights were released"):
         visionattn.create_model("van_b6", pretrained=True)
 
 

@@ -1,5 +1,6 @@
 """Vision backbones built on attention and attention-like token mixers."""
 
+from . import data as data
 from . import models as models
 from .registry import create_model, list_models, model_info, register_model
 

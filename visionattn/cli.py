@@ -1,7 +1,9 @@
 """The `visionattn` command."""
 
 import argparse
+import json
 import sys
+from typing import Any
 
 from .errors import VisionattnError
 from .registry import list_models, model_info
@@ -64,6 +66,32 @@ def _info(args: argparse.Namespace) -> None:
     print("\n".join(f"  {label:{width}}  {value}" for label, value in rows))
 
 
+def _convert(args: argparse.Namespace) -> None:
+    from .sharing import convert_file
+
+    made = convert_file(args.file, args.out, args.model, dict(args.kwargs), args.source, args.replace)
+    facts = f"{made['num_classes']} classes, from {made['source']}, licence {made['license']}"
+    print(f"{args.out}: {made['model']}, {facts}")
+    for what, keys in made["adapted"].items():
+        print(f"{what}: {', '.join(keys)}")
+
+
+def _push(args: argparse.Namespace) -> None:
+    from .sharing import push
+
+    print(f"visionattn.create_model({push(args.checkpoint, args.place, args.private, args.message)!r})")
+
+
+def _key_value(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"expected KEY=VALUE, got {text}")
+    try:
+        return key, json.loads(value)
+    except ValueError:
+        return key, value
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit status, 2 for a request that cannot be met."""
     parser = argparse.ArgumentParser("visionattn", description="Vision backbones built on attention.")
@@ -76,6 +104,20 @@ def main(argv: list[str] | None = None) -> int:
     command = commands.add_parser("info", help="print what is known of a model")
     command.add_argument("name", help="name of the model, with or without the tag of its weights")
     command.set_defaults(run=_info)
+    command = commands.add_parser("convert", help="turn a published file into a safetensors file that names its model")
+    command.add_argument("file", help="file in any published layout of the model's family")
+    command.add_argument("out", help="safetensors file to write")
+    command.add_argument("--model", required=True, help="name of the model, with the tag of the weights if need be")
+    command.add_argument("--kwargs", nargs="+", type=_key_value, default=[], metavar="KEY=VALUE", help="its arguments")
+    command.add_argument("--source", default="", help="where the file is from, for the header")
+    command.add_argument("--replace", action="store_true", help="write over a file that is there")
+    command.set_defaults(run=_convert)
+    command = commands.add_parser("push", help="share a checkpoint of train.py or convert, to be created by its place")
+    command.add_argument("checkpoint", help="safetensors file")
+    command.add_argument("place", help="user/repository on the Hugging Face hub, or local-dir:FOLDER")
+    command.add_argument("--private", action="store_true", help="keep a new repository private")
+    command.add_argument("--message", default="Add model", help="message of the commit")
+    command.set_defaults(run=_push)
     args = parser.parse_args(argv)
     try:
         args.run(args)

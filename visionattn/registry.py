@@ -3,24 +3,33 @@
 import difflib
 import fnmatch
 import inspect
+import json
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from functools import cache
+from pathlib import Path
 
 import timm
 import torch
 from timm.models import PretrainedCfg, build_model_with_cfg, generate_default_cfgs
 from timm.models import register_model as register_with_timm
+from timm.models._hub import load_model_config_from_hf, load_model_config_from_path
 from torch import nn
 
+from .download import HUB, fetch
 from .errors import UnknownArgumentError, UnknownModelError, VisionattnError
-from .weights import convert_state_dict, load_checkpoint
+from .files import DESCRIPTION, find_file, one_line, read_metadata
+from .weights import load_pretrained
 
 BUILDER_ARGUMENTS = {
     *("features_only", "out_indices", "feature_cls", "output_fmt", "cache_dir"),
     *("pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict", "pretrained_model_args"),
 }
 """What timm's builder takes besides the arguments of the model's class."""
+
+
+FILE_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt")
 
 
 @dataclass(frozen=True)
@@ -206,7 +215,8 @@ def _pretrained_cfg(name: str, tag: str, family: Family, variant: Variant, cls: 
 def _builder(
     name: str, cls: type[nn.Module], variant: Variant, cfgs: dict[str, PretrainedCfg]
 ) -> Callable[..., nn.Module]:
-    accepted = set(inspect.signature(cls).parameters)
+    own = set(inspect.signature(cls).parameters)
+    accepted = own | {"img_size"}
 
     def build(pretrained: bool = False, checkpoint_path: str = "", **kwargs) -> nn.Module:
         if unknown := sorted(kwargs.keys() - accepted - BUILDER_ARGUMENTS):
@@ -218,26 +228,33 @@ def _builder(
             cfg = _tagged(name, cfg, cfgs)
         if not isinstance(cfg, dict):
             cfg = cfg.to_dict()
-        sources = cfg | (kwargs.get("pretrained_cfg_overlay") or {})
-        if pretrained and not any(sources.get(key) for key in ("url", "hf_hub_id", "file", "state_dict")):
-            raise VisionattnError(f"no weights to fetch for {name}; see visionattn.model_info({name!r}).weights")
-        if checkpoint_path and kwargs.get("features_only"):
-            kwargs["num_classes"] = 0  # whatever the checkpoint's classes
+        overlay = dict(kwargs.pop("pretrained_cfg_overlay", None) or {})
+        weights = []
+        if pretrained:
+            weights.append(_published(name, cfg, overlay, variant, kwargs.get("cache_dir")))
+        if checkpoint_path:
+            weights.append(checkpoint_path)
+        if weights and kwargs.get("features_only"):
+            kwargs["num_classes"] = 0  # whatever the file's classes
+        if size := kwargs.get("img_size"):
+            overlay = {"input_size": (cfg["input_size"][0], *_checked_size(size)), "pool_size": None} | overlay
+            if "img_size" not in own:
+                del kwargs["img_size"]
 
         def construct(**kwargs) -> nn.Module:
             model = cls(**kwargs)
             model.pretrained_cfg = cfg
             model.check.name = name
-            if checkpoint_path:
-                load_checkpoint(model, checkpoint_path)
+            for file in weights:
+                load_pretrained(model, file)
             return model
 
         return build_model_with_cfg(
             construct,
             name,
-            pretrained,
+            False,  # timm's own loading knows one source and none of the layouts
             pretrained_cfg=cfg,
-            pretrained_filter_fn=convert_state_dict,
+            pretrained_cfg_overlay=overlay,
             feature_cfg=dict(cls.feature_cfg),
             **variant.kwargs | kwargs,
         )
@@ -245,10 +262,50 @@ def _builder(
     return build
 
 
+def _checked_size(size: int | tuple[int, int]) -> tuple[int, int]:
+    sizes = (size, size) if isinstance(size, int) else tuple(size)
+    if len(sizes) != 2 or any(not isinstance(s, int) or s < 1 for s in sizes):
+        raise UnknownArgumentError(f"expected img_size in pixels, one number or (height, width), got {size!r}")
+    return sizes
+
+
+def _published(name: str, cfg: dict, overlay: dict, variant: Variant, cache_dir: str | None) -> Path | dict:
+    """The file, fetched if need be, or the state dict that `pretrained=True` asks for."""
+    places = overlay if any(overlay.get(key) for key in ("state_dict", "file", "url", "hf_hub_id")) else cfg
+    if places.get("state_dict"):
+        return places["state_dict"]
+    if places.get("file"):
+        return find_file(places["file"])
+    tag, first = cfg.get("tag") or "", next(iter(variant.weights), "")
+    published = variant.weights.get(tag, Weights())
+    sources = []
+    if hub := places.get("hf_hub_id"):
+        sources.append(f"{HUB}{hub}" + (f":{places['hf_hub_filename']}" if places.get("hf_hub_filename") else ""))
+    if url := places.get("url"):
+        sources += published.urls if url in published.urls else [url]
+    names = [f"{name}.{tag}"] if tag else []
+    if tag == first:
+        names.append(name)
+    by_hand = f"{published.page} ({published.note})" if published.page and published.note else published.page
+    return fetch(names or [name], sources, by_hand, cache_dir)
+
+
 def _tagged(name: str, tag: str, cfgs: dict[str, PretrainedCfg]) -> PretrainedCfg:
     if tag not in cfgs:
         raise UnknownModelError(f"{name} has no weights tagged {tag}; it has {', '.join(filter(None, cfgs)) or 'none'}")
     return cfgs[tag]
+
+
+def split_tag(name: str) -> tuple[str, str]:
+    """(registered name, tag or "") of a name.
+
+    Args:
+        name: registered name or alias, with or without a tag.
+
+    Raises:
+        UnknownModelError: if there is no such name.
+    """
+    return _find(name)[:2]
 
 
 def _find(name: str) -> tuple[str, str, _Entry]:
@@ -262,15 +319,22 @@ def _find(name: str) -> tuple[str, str, _Entry]:
     return base, tag, _entries[base]
 
 
-def create_model(name: str, pretrained: bool = False, checkpoint_path: str = "", **kwargs) -> nn.Module:
+def create_model(name: str, pretrained: bool | None = None, checkpoint_path: str = "", **kwargs) -> nn.Module:
     """Create a model.
 
+    Weights of the family that do not fit as they are, for other classes, channels, image or window sizes, are adapted;
+    what was re-initialised, dropped or resized is logged in one line.
+
     Args:
-        name: registered name with optional tag of its weights, `dinat_small` or `dinat_small.in1k`.
-        pretrained: load the published weights of the tag, or of the first one.
+        name: registered name with optional tag of its weights, `dinat_small` or `dinat_small.in1k`; or what names model
+            and weights: `path/to/file.safetensors` of `visionattn convert` or train.py, `hf-hub:user/repository` or
+            `local-dir:folder`.
+        pretrained: load the weights, the published ones of the tag or of the first one for a registered name. None:
+            no for a registered name, yes for files and repositories.
         checkpoint_path: file to load in any published layout of the family; after `pretrained`.
         **kwargs: arguments of the model's class (`num_classes`, `in_chans`, `drop_path_rate`, ...) and of timm's
-            builder (`features_only`, `out_indices`, ...). None stands for the default.
+            builder (`features_only`, `out_indices`, ...). None stands for the default. `img_size` is the size that
+            position tables are made for, where a model has some, and the one that its data are prepared at.
 
     Returns:
         The model, or a list-of-maps feature extractor with `features_only=True`.
@@ -278,18 +342,58 @@ def create_model(name: str, pretrained: bool = False, checkpoint_path: str = "",
     Raises:
         UnknownModelError: if there is no such name or tag.
         UnknownArgumentError: if the model does not take one of the arguments.
-        VisionattnError: if weights cannot be read or do not fit.
+        VisionattnError: if weights cannot be fetched or read, or do not fit.
     """
-    base, tag, entry = _find(name)
     kwargs = {k: v for k, v in kwargs.items() if v is not None}
+    if ":" in name or name.endswith(FILE_SUFFIXES):
+        name, cfg, model_kwargs = _described(name, kwargs.get("cache_dir"))
+        overlay = cfg | kwargs.get("pretrained_cfg_overlay", {})
+        kwargs = model_kwargs | kwargs | {"pretrained_cfg_overlay": overlay}
+        pretrained = pretrained is not False
+    base, tag, entry = _find(name)
     if entry.variant is None:
-        model = entry.build(pretrained=pretrained, **kwargs)
+        model = entry.build(pretrained=bool(pretrained), **kwargs)
         if checkpoint_path:
-            load_checkpoint(model, checkpoint_path)
+            load_pretrained(model, checkpoint_path)
         return model
     if tag:
         kwargs["pretrained_cfg"] = _tagged(base, tag, entry.cfgs)
-    return entry.build(pretrained=pretrained, checkpoint_path=checkpoint_path, **kwargs)
+    return entry.build(pretrained=bool(pretrained), checkpoint_path=checkpoint_path, **kwargs)
+
+
+def _described(place: str, cache_dir: str | None) -> tuple[str, dict, dict]:
+    """(model name, entries of the pretrained configuration, arguments of the model) of a file or repository."""
+    kind, _, rest = place.partition(":")
+    try:
+        if kind in ("hf-hub", "hf_hub"):
+            cfg, name, kwargs = load_model_config_from_hf(rest, cache_dir=cache_dir)
+        elif kind == "local-dir":
+            cfg, name, kwargs = load_model_config_from_path(rest)
+        elif place.endswith(FILE_SUFFIXES):
+            return _described_by_header(place)
+        else:
+            raise UnknownModelError(f"unknown model {place}: expected a name, a file, hf-hub:... or local-dir:...")
+    except VisionattnError:
+        raise
+    except Exception as e:  # what the network, the hub and the parser of its file raise is theirs
+        raise VisionattnError(f"cannot read the configuration of {place}: {one_line(e)}") from e
+    known = {f.name for f in fields(PretrainedCfg)}
+    return name, {k: v for k, v in cfg.items() if k in known}, kwargs
+
+
+def _described_by_header(path: str) -> tuple[str, dict, dict]:
+    try:
+        description = json.loads(read_metadata(path).get(DESCRIPTION, "{}"))
+        name, classes = description["model"], description.get("classes")
+        kwargs = description.get("model_kwargs", {})
+        cfg = description.get("preprocessing", {}) | {"file": path, "label_names": classes}
+        if "num_classes" in kwargs:
+            cfg["num_classes"] = kwargs["num_classes"]
+        return name, cfg, kwargs
+    except (ValueError, KeyError, TypeError) as e:
+        if isinstance(e, VisionattnError):
+            raise
+        raise VisionattnError(f"{path} does not say which model it is of: give it as checkpoint_path of a name") from e
 
 
 def list_models(filter: str | Iterable[str] = "", pretrained: bool = False) -> list[str]:
@@ -311,6 +415,12 @@ def list_models(filter: str | Iterable[str] = "", pretrained: bool = False) -> l
     return sorted(names)
 
 
+@cache
+def _count_parameters(name: str) -> int:
+    with torch.device("meta"):
+        return sum(p.numel() for p in _entries[name].build().parameters())
+
+
 def model_info(name: str) -> ModelInfo:
     """What is known of a model without its weights.
 
@@ -321,9 +431,7 @@ def model_info(name: str) -> ModelInfo:
         UnknownModelError: if there is no such name or tag.
     """
     base, tag, entry = _find(name)
-    with torch.device("meta"):
-        model = entry.build()
-    params = sum(p.numel() for p in model.parameters())
+    params = _count_parameters(base)
     if entry.variant is None:
         return ModelInfo(base, "", params, None, (3, 224, 224), None, {}, "", (), "", {})
     cfg = _tagged(base, tag, entry.cfgs) if tag else next(iter(entry.cfgs.values()))

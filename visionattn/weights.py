@@ -1,18 +1,22 @@
-"""Reading checkpoints and converting published layouts to ours."""
+"""Converting published layouts to ours, and fitting weights to other models of their family."""
 
+import logging
 import re
-from argparse import Namespace
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from itertools import product
 from os import PathLike
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from .errors import VisionattnError
+from .files import read_checkpoint
+
+_logger = logging.getLogger("visionattn")
 
 Rule = (
     tuple[str, str | Callable[[re.Match], str]]
@@ -31,9 +35,11 @@ WRAPPERS = (
     *("state_dict_ema", "model_ema", "ema_state_dict"),
     *("state_dict", "model_state_dict", "model", "module", "net", "teacher"),
 )
-PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "encoder.")
-PARTS = ("vision_tower.", "visual.")
+PREFIXES = ("module.", "_orig_mod.", "model.", "encoder.")
+PARTS = ("vision_tower.", "visual.", "backbone.")
 """Prefixes under which checkpoints of larger models hold a backbone; what is not under them is dropped."""
+MISFITS = (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError)
+"""What rules raise for tensors of a shape that their layout does not have."""
 TRAINING_STATE = "training_state."
 """Prefix of what a training checkpoint holds besides the model."""
 
@@ -48,43 +54,6 @@ def renumber(template: str, offset: int) -> Callable[[re.Match], str]:
     return lambda m: template.format(int(m[1]) + offset, *m.groups()[1:])
 
 
-def read_checkpoint(path: str | PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a checkpoint file, read without executing anything it holds.
-
-    Args:
-        path: a .safetensors file, or one that torch.save wrote.
-
-    Returns:
-        The (nested, for .pth files) dictionary that the file holds, and the safetensors header's metadata.
-
-    Raises:
-        VisionattnError: if the file is missing, damaged, or holds more than tensors and plain containers.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise VisionattnError(f"checkpoint {path} does not exist or is not a file")
-    if path.suffix == ".safetensors":
-        try:
-            with safe_open(path, framework="pt") as f:
-                return {key: f.get_tensor(key) for key in f.keys()}, f.metadata() or {}  # noqa: SIM118
-        except (SafetensorError, OSError, ValueError) as e:
-            raise VisionattnError(f"checkpoint {path} is damaged or not a safetensors file ({_one_line(e)})") from e
-    try:
-        with torch.serialization.safe_globals([Namespace]):  # plain options, which scripts save beside the weights
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:  # torch.load raises whatever its unpickler and archive reader meet
-        raise VisionattnError(
-            f"checkpoint {path} is damaged or holds more than tensors and plain containers ({_one_line(e)})"
-        ) from e
-    if not isinstance(content, Mapping):
-        raise VisionattnError(f"checkpoint {path} holds a {type(content).__name__}, expected a dictionary of tensors")
-    return dict(content), {}
-
-
-def _one_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0][:200]
-
-
 def unwrap(state_dict: Mapping, averaged: bool = True) -> dict[str, Tensor]:
     """The flat state dict inside wrapper keys (`model`, `state_dict`, ...).
 
@@ -93,15 +62,62 @@ def unwrap(state_dict: Mapping, averaged: bool = True) -> dict[str, Tensor]:
         averaged: take averaged weights rather than others, where there are both.
 
     Raises:
-        VisionattnError: if there are no tensors.
+        VisionattnError: if there are no tensors, or some that are not plain.
     """
     wrappers = sorted(WRAPPERS, key=lambda k: ("ema" in k) != averaged)
-    while inner := next((state_dict[k] for k in wrappers if isinstance(state_dict.get(k), Mapping)), None):
-        state_dict = inner
-    tensors = {k: v for k, v in state_dict.items() if isinstance(v, Tensor) and not k.startswith(TRAINING_STATE)}
+    for _ in WRAPPERS:  # deeper than any file, and an end to one that holds itself
+        inner = next((state_dict[k] for k in wrappers if isinstance(state_dict.get(k), Mapping)), None)
+        state_dict = state_dict if inner is None else inner
+    tensors = {
+        k: v
+        for k, v in state_dict.items()
+        if isinstance(k, str) and isinstance(v, Tensor) and not k.startswith(TRAINING_STATE)
+    }
     if not tensors:
         raise VisionattnError(f"expected a state dict, got a dictionary with {_some(list(map(str, state_dict)))}")
+    for key, value in tensors.items():
+        plain = value.layout == torch.strided and not value.is_quantized
+        if not plain or value.numel() * value.element_size() > value.untyped_storage().nbytes() and not value.is_meta:
+            raise VisionattnError(f"expected plain tensors, got {key} as {value.layout} of {tuple(value.shape)}")
     return tensors
+
+
+@dataclass
+class _Conversion:
+    """A state dict in our layout.
+
+    Args:
+        tensors: fitted to the model's configuration by its `adapt_state_dict`.
+        found: what the file held, before that.
+        left_out: other tensors of the file, which belong to a larger model.
+    """
+
+    tensors: dict[str, Tensor]
+    found: dict[str, Tensor]
+    left_out: list[str]
+
+
+def _convert(state_dict: Mapping, model: nn.Module) -> _Conversion:
+    """The layout that fits the model's names best."""
+    expected = model.state_dict().keys()
+    source = unwrap(state_dict, getattr(model, "averaged_weights", True))
+    candidates = [(source, [])]
+    for part in PARTS:
+        if inside := {k.removeprefix(part): v for k, v in source.items() if k.startswith(part)}:
+            candidates.append((inside, [k for k in source if not k.startswith(part)]))
+            source = inside
+    while source and (prefix := next((p for p in PREFIXES if all(k.startswith(p) for k in source)), None)):
+        source = {k.removeprefix(prefix): v for k, v in source.items()}
+        candidates.append((source, candidates[-1][1]))
+    layouts = [[], *getattr(model, "layouts", {}).values()]
+    adapt, conversions = getattr(model, "adapt_state_dict", dict), []
+    for (candidate, left_out), rules in product(reversed(candidates), layouts):
+        with suppress(*MISFITS):
+            found = _apply(rules, candidate)
+            conversions.append(_Conversion(adapt(found), found, left_out))
+    if not conversions:
+        raise VisionattnError(f"state dict does not fit {_name(model)}: its tensors have shapes of no layout")
+    return min(conversions, key=lambda c: len(expected ^ c.tensors.keys()))
 
 
 def convert_state_dict(state_dict: Mapping, model: nn.Module) -> dict[str, Tensor]:
@@ -120,28 +136,106 @@ def convert_state_dict(state_dict: Mapping, model: nn.Module) -> dict[str, Tenso
     Raises:
         VisionattnError: if no layout of the family fits; the message says which keys are missing and left over.
     """
-    expected = set(model.state_dict())
-    source = unwrap(state_dict, getattr(model, "averaged_weights", True))
-    candidates = [source]
-    for part in PARTS:
-        if inside := {k.removeprefix(part): v for k, v in source.items() if k.startswith(part)}:
-            candidates.append(source := inside)
-    while source and (prefix := next((p for p in PREFIXES if all(k.startswith(p) for k in source)), None)):
-        source = {k.removeprefix(prefix): v for k, v in source.items()}
-        candidates.append(source)
-    layouts = [[], *getattr(model, "layouts", {}).values()]
-    adapt, converted = getattr(model, "adapt_state_dict", dict), []
-    for candidate, rules in product(reversed(candidates), layouts):
-        with suppress(RuntimeError, ValueError):  # tensors of a shape that the layout does not have
-            converted.append(adapt(_apply(rules, candidate)))
-    if "head.weight" not in expected:
-        converted = [{k: v for k, v in c.items() if not k.startswith("head.")} for c in converted]
-    best = min(converted, key=lambda c: len(expected ^ c.keys()))
-    if missing_or_left := expected ^ best.keys():
-        name = getattr(model, "pretrained_cfg", {}).get("architecture", type(model).__name__)
-        missing, left = (sorted(missing_or_left & side) for side in (expected, best.keys()))
+    own, tensors = model.state_dict(), _convert(state_dict, model).tensors
+    for prefix in _heads(model):
+        if not any(k.startswith(prefix) for k in own):
+            tensors = {k: v for k, v in tensors.items() if not k.startswith(prefix)}
+    _check(tensors, model)
+    return tensors
+
+
+def fit_state_dict(state_dict: Mapping, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
+    """A state dict of any layout, number of classes, input channels, image size or window, for this model.
+
+    Position tables and filters are resampled as the family does, the first convolution follows timm's rule for other
+    channels. A head for other classes is replaced by the model's own; so are head and last norm where the file is of a
+    model for dense prediction.
+
+    Args:
+        state_dict: tensors by name, possibly wrapped.
+        model: the model to fit them to.
+
+    Returns:
+        State dict with the model's keys and shapes, and names of what was "re-initialised", "dropped" and "resized".
+
+    Raises:
+        VisionattnError: if it does not fit otherwise.
+    """
+    own, conversion = model.state_dict(), _convert(state_dict, model)
+    tensors, found, heads = dict(conversion.tensors), conversion.found, _heads(model)
+    for prefix in heads:
+        theirs, ours = ({k: v for k, v in d.items() if k.startswith(prefix)} for d in (tensors, own))
+        if _shapes(theirs) != _shapes(ours):
+            tensors = {k: v for k, v in tensors.items() if k not in theirs} | ours
+    if not any(k.startswith(heads) for k in found):
+        tensors = {k: v for k, v in tensors.items() if k in own or not re.match(r"(feature_norms\.|norm)\d", k)}
+        tensors = {k: v for k, v in own.items() if k.startswith("norm.")} | tensors
+    weight = f"{getattr(model, 'first_conv', '')}.weight"
+    if weight in tensors and weight in own and tensors[weight].ndim == 4:
+        theirs, ours = tensors[weight].shape[1], own[weight].shape[1]
+        tensors[weight] = adapt_input_conv(ours, tensors[weight], base_chans=theirs)
+    _check(tensors, model)
+    old = {k: f"{k} {tuple(found[k].shape)}" if k in found else k for k in tensors}
+    fresh = [k for k, v in tensors.items() if v.numel() and v.data_ptr() == own[k].data_ptr()]
+    return tensors, {
+        "re-initialised": [f"{old[k]} as {tuple(own[k].shape)}" if k in found else k for k in fresh],
+        "dropped": [k for k in found if k not in tensors] + conversion.left_out,
+        "resized": [
+            f"{old[k]} to {tuple(v.shape)}"
+            for k, v in tensors.items()
+            if k in found and k not in fresh and v.shape != found[k].shape
+        ],
+    }
+
+
+def find_widths(state_dict: Mapping, model: nn.Module) -> dict[str, int]:
+    """The numbers of classes and input channels of a state dict, as arguments of a model, where they are not its own.
+
+    Args:
+        state_dict: tensors by name, possibly wrapped, in any layout of the model's family.
+        model: a model that differs in nothing else.
+    """
+    own, found = model.state_dict(), _convert(state_dict, model).found
+    widths, head, conv = {}, f"{_heads(model)[0]}weight", f"{getattr(model, 'first_conv', '')}.weight"
+    if head in own and (classes := len(found.get(head, ()))) != len(own[head]):
+        widths["num_classes"] = classes
+    if conv in own and conv in found and found[conv].ndim == 4 and found[conv].shape[1] != own[conv].shape[1]:
+        widths["in_chans"] = found[conv].shape[1]
+    return widths
+
+
+def _heads(model: nn.Module) -> tuple[str, ...]:
+    """Prefixes of the classifiers' names."""
+    names = getattr(model, "classifier", "head")
+    return tuple(f"{name}." for name in ((names,) if isinstance(names, str) else names))
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {k: tuple(v.shape) for k, v in tensors.items()}
+
+
+def _check(tensors: Mapping[str, Tensor], model: nn.Module) -> None:
+    """Refuses tensors that are not the model's by name, shape or kind."""
+    own = model.state_dict()
+    name = _name(model)
+    if own.keys() != tensors.keys():
+        missing, left = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
         raise VisionattnError(f"state dict does not fit {name}: missing {_some(missing)}; left over {_some(left)}")
-    return best
+    wrong = [
+        f"{k} {v.dtype} {tuple(v.shape)} instead of {own[k].dtype} {tuple(own[k].shape)}"
+        for k, v in tensors.items()
+        if v.shape != own[k].shape or _kind(v) != _kind(own[k])
+    ]
+    if wrong:
+        raise VisionattnError(f"state dict does not fit {name}: {_some(wrong)}")
+
+
+def _name(model: nn.Module) -> str:
+    return getattr(model, "pretrained_cfg", {}).get("architecture", type(model).__name__)
+
+
+def _kind(value: Tensor) -> tuple[bool, bool]:
+    return value.is_floating_point(), value.is_complex()
 
 
 def _some(keys: list[str]) -> str:
@@ -167,23 +261,45 @@ def _apply(rules: list[Rule], state_dict: dict[str, Tensor]) -> dict[str, Tensor
 
 
 def load_checkpoint(model: nn.Module, path: str | PathLike) -> None:
-    """Load a checkpoint file of any published layout of the model's family, strictly.
+    """Load a checkpoint file of any published layout of the model's family, strictly: as the very model that it is of.
 
     Args:
         model: the model to load into.
-        path: a .safetensors or .pth file.
+        path: a file that `read_checkpoint` reads.
 
     Raises:
         VisionattnError: if the file cannot be read or does not fit the model; the model is then unchanged.
     """
-    converted = convert_state_dict(read_checkpoint(path)[0], model)
-    own = model.state_dict()
-    wrong = [
-        f"{k} {tuple(v.shape)} instead of {tuple(own[k].shape)}"
-        for k, v in converted.items()
-        if v.shape != own[k].shape
-    ]
-    if wrong:
-        name = getattr(model, "pretrained_cfg", {}).get("architecture", type(model).__name__)
-        raise VisionattnError(f"checkpoint {path} does not fit {name}: {_some(wrong)}")
-    model.load_state_dict(converted, strict=True)
+    content = read_checkpoint(path)[0]
+    with _named(path):
+        model.load_state_dict(convert_state_dict(content, model), strict=True)
+
+
+def load_pretrained(model: nn.Module, weights: str | PathLike | Mapping) -> None:
+    """Load weights to start from, fitted to the model by `fit_state_dict`.
+
+    What was re-initialised, dropped or resized is logged in one line, as a warning if a part of the model is new.
+
+    Args:
+        model: the model to load into.
+        weights: a file that `read_checkpoint` reads, or a state dict.
+
+    Raises:
+        VisionattnError: if the file cannot be read or does not fit the model; the model is then unchanged.
+    """
+    held = isinstance(weights, Mapping)
+    content = weights if held else read_checkpoint(weights)[0]
+    with nullcontext() if held else _named(weights):
+        tensors, report = fit_state_dict(content, model)
+        model.load_state_dict(tensors, strict=True)
+    if told := "; ".join(f"{what} {_some(keys)}" for what, keys in report.items() if keys):
+        level = logging.WARNING if report["re-initialised"] else logging.INFO
+        _logger.log(level, "%s: %s", "state dict" if held else Path(weights).name, told)
+
+
+@contextmanager
+def _named(path: str | PathLike) -> Iterator[None]:
+    try:
+        yield
+    except VisionattnError as e:
+        raise VisionattnError(f"checkpoint {path}: {e}") from e

@@ -5,7 +5,6 @@ from operator import index
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from timm.layers import to_2tuple, trunc_normal_
 from torch import Tensor, nn
 
@@ -20,6 +19,7 @@ from .local_attention import (
     relative_bias,
 )
 from .pointwise import Pointwise
+from .position import resize_table
 
 
 def neighborhood_axis(length: int, kernel_size: int, dilation: int = 1, stride: int = 1) -> AxisTiles:
@@ -207,7 +207,4 @@ class TokenRelPosAttention(TokenNeighborhoodAttention):
         return (height, 1, 1), (width, 1, 1)
 
     def table(self, height: int, width: int) -> Tensor:
-        size = 2 * height - 1, 2 * width - 1
-        if self.rpb.shape[1:] == size:
-            return self.rpb
-        return F.interpolate(self.rpb[None], size, mode="bicubic", align_corners=False)[0]
+        return resize_table(self.rpb, (2 * height - 1, 2 * width - 1))

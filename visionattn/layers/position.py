@@ -26,6 +26,18 @@ def resample_rows(
     return torch.cat([front, rows[0].flatten(1).T.to(table.dtype), behind])
 
 
+def resize_table(table: Tensor, size: tuple[int, int]) -> Tensor:
+    """A table of biases by relative position, interpolated bicubically for a window of another size.
+
+    Args:
+        table: (heads, 2 H - 1, 2 W - 1).
+        size: (2 H' - 1, 2 W' - 1) wanted.
+    """
+    if table.shape[1:] == size:
+        return table
+    return F.interpolate(table[None], size, mode="bicubic", align_corners=False)[0]
+
+
 class PositionEmbedding(nn.Module):
     """A learned vector for every patch, resampled bicubically for maps of another size.
 

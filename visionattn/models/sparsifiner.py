@@ -192,13 +192,16 @@ class Sparsifiner(Isotropic):
         return self.head if self.aux_head is None else (self.head, self.aux_head)
 
     def adapt_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Leaves the predictors as they are where weights of the dense backbone are loaded."""
+        """Leaves the predictors as they are where weights of the dense backbone are loaded, or where their bases, whose
+        number follows the image size, are others."""
         state_dict = super().adapt_state_dict(state_dict)
         if self.aux_head is not None and not self.num_classes:
             state_dict = {k: v for k, v in state_dict.items() if not k.startswith("aux_head.")}
-        if any(".predictor." in key for key in state_dict):
-            return state_dict
-        return state_dict | {k: v for k, v in self.state_dict().items() if ".predictor." in k}
+        own = {k: v for k, v in self.state_dict().items() if ".predictor." in k}
+        same = any(".predictor." in k for k in state_dict) and all(
+            k not in state_dict or state_dict[k].shape == v.shape for k, v in own.items()
+        )
+        return state_dict if same else state_dict | own
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Image to normalised tokens (B, N, C), the class token first."""

@@ -1,0 +1,109 @@
+"""Files and repositories that say themselves which model they are: what `create_model` takes in place of a name."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.data import ImageNetInfo
+from timm.models import push_to_hf_hub, save_for_hf
+
+from .data.preprocessing import model_preprocessing
+from .errors import VisionattnError
+from .files import DESCRIPTION, one_line, read_checkpoint, read_metadata, write_checkpoint
+from .registry import create_model, model_info, split_tag
+from .weights import find_widths, fit_state_dict
+
+
+def convert_file(
+    path: str, out: str, name: str, model_kwargs: dict[str, Any] | None = None, source: str = "", replace: bool = False
+) -> dict[str, Any]:
+    """Turn a published file into a safetensors file of ours that `create_model` takes by its path.
+
+    Args:
+        path: a file in any published layout of the model's family.
+        out: the safetensors file to write.
+        name: registered name, with the tag of the weights where there are several.
+        model_kwargs: arguments of the model, where they are not the default ones; numbers of classes and input
+            channels are read from the file.
+        source: where the file is from; found by its name among the published ones if empty.
+        replace: write over a file that is there.
+
+    Returns:
+        What the header says of the weights: model, model_kwargs, source, license, sha256 of `path`, classes,
+        num_classes, preprocessing, and what is not from the file.
+
+    Raises:
+        VisionattnError: if the file does not fit the model or `out` cannot be written.
+    """
+    if Path(out).suffix != ".safetensors":
+        raise VisionattnError(f"expected a name that ends in .safetensors, got {out}")
+    if Path(out).exists() and not replace:
+        raise VisionattnError(f"{out} exists: choose another name, or replace it with --replace")
+    content, _ = read_checkpoint(path)
+    with torch.device("meta"):
+        widths = find_widths(content, create_model(name, **model_kwargs or {}))
+    model = create_model(name, **(model_kwargs := widths | (model_kwargs or {})))
+    tensors, report = fit_state_dict(content, model)
+    tag, info = split_tag(name)[1], model_info(name)
+    published = info.weights.get(tag) or next(iter(info.weights.values()), None)
+    urls = published.urls if published else ()
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    imagenet = model.num_classes == 1000 and bool(published and published.num_classes == 1000)
+    description = {
+        "model": name,
+        "model_kwargs": model_kwargs,
+        "source": source or next((url for url in urls if Path(path).name in url), Path(path).name),
+        "license": info.license,
+        "sha256": digest,
+        "classes": ImageNetInfo("imagenet-1k").label_names() if imagenet else None,
+        "num_classes": model.num_classes,
+        "preprocessing": model_preprocessing(model),
+        "adapted": {what: keys for what, keys in report.items() if keys},
+    }
+    write_checkpoint(out, tensors, {"format": "pt", DESCRIPTION: json.dumps(description)})
+    return description
+
+
+def push(path: str, place: str, private: bool = False, message: str = "Add model") -> str:
+    """Share a checkpoint of train.py or `convert_file`, so that `create_model(place)` makes the same model again.
+
+    Args:
+        path: the checkpoint.
+        place: `user/repository` on the Hugging Face hub, or `local-dir:folder`.
+        private: keep a new repository private.
+        message: of the commit.
+
+    Returns:
+        What to pass to `create_model`.
+
+    Raises:
+        VisionattnError: if the checkpoint does not say which model it is of, or the hub refuses it.
+    """
+    model = create_model(path)
+    description = json.loads(read_metadata(path)[DESCRIPTION])
+    options = {
+        "model_config": {"label_names": description.get("classes")},
+        "model_args": description["model_kwargs"],
+        "safe_serialization": True,
+    }
+    kind, _, folder = place.partition(":")
+    try:
+        if kind == "local-dir":
+            if Path(folder, "config.json").exists():
+                raise VisionattnError(f"{folder} holds a model already")
+            save_for_hf(model, folder, **options)
+            return place
+        repository = place.removeprefix("hf-hub:")
+        card = {"license": description.get("license", "other"), "library_name": "timm"}
+        card["description"] = (
+            f"`{description['model']}` of visionattn: `visionattn.create_model('hf-hub:{repository}')`."
+        )
+        push_to_hf_hub(model, repository, message, private=private, model_card=card, **options)
+        return f"hf-hub:{repository}"
+    except VisionattnError:
+        raise
+    except Exception as e:  # what the network, the hub and the disk raise is theirs
+        raise VisionattnError(f"cannot push to {place}: {one_line(e)}") from e
