@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Validate a checkpoint of train.py or published weights: `python validate.py --help` for its options."""
+"""Validate checkpoints of train.py or published weights: `python validate.py --help` for the options."""
 
 import sys
 
@@ -7,15 +7,10 @@ from visionattn.training.config import parse_validate, run
 
 
 def main(argv: list[str]) -> None:
-    def options_of(checkpoint: str) -> dict:
-        from visionattn.training.evaluation import options_of
+    config = parse_validate(argv, lambda checkpoint: {})  # answers --help and typos at once
+    from visionattn.training.evaluation import validate_all
 
-        return options_of(checkpoint)
-
-    config = parse_validate(argv, options_of)
-    from visionattn.training.evaluation import validate
-
-    validate(config)
+    validate_all(config, argv)
 
 
 if __name__ == "__main__":

@@ -389,7 +389,7 @@ def test_trainer_gives_the_teacher(tmp_path):
     torch.save(teacher.state_dict(), tmp_path / "teacher.pth")
     options = "--model test_sparsifiner --data.val_fraction 0.95 --data.num_workers 0 --data.batch_size 16"
     options += (
-        f" --teacher test_sparsifiner --teacher_kwargs.num_classes 10 --teacher_checkpoint {tmp_path}/teacher.pth"
+        f" --distill.model test_sparsifiner --distill.kwargs.num_classes 10 --distill.checkpoint {tmp_path}/teacher.pth"
     )
     options += (
         f" --model_kwargs.phase recon --checkpoint {tmp_path}/teacher.pth --ema.decay 0.9 --output {tmp_path}/runs"

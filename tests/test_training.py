@@ -223,14 +223,6 @@ def test_files_and_command_line_override_each_other_in_order(tmp_path: Path):
     assert config.pretrained and config.model_kwargs == {"drop_path_rate": 0.1}
 
 
-@pytest.mark.parametrize(
-    "path", sorted((ROOT / "configs" / "classification").glob("*.yaml")), ids=lambda path: path.stem
-)
-def test_recipes_parse(path: Path):
-    config, _ = parse_train(["--config", str(path)])
-    assert config.model in visionattn.list_models()
-
-
 @pytest.mark.parametrize("name", ["train.py", "validate.py"])
 def test_help_explains_every_option(name: str):
     text = " ".join(script(name, "--help").stdout.split())
@@ -238,6 +230,9 @@ def test_help_explains_every_option(name: str):
     for option in options:
         if not option.startswith(("--print_config", "--data CONFIG", "--help")) and "CONFIG Path to" not in option:
             assert re.search(r"[a-z]{3,} [a-z]+", option.partition("(type")[0]), option
+
+
+IMAGES = ["--data.name", "folder", "--data.root", "images"]
 
 
 def tree(folder: Path) -> dict[Path, bytes]:
@@ -315,7 +310,7 @@ def test_bad_input_of_training_is_refused_in_one_line(
         (["--checkpoint", "truncated.safetensors"], "truncated.safetensors"),
         (["--checkpoint", "best.safetensors", "--model", "dinat_mini"], "dinat_mini"),
         (["--checkpoint", "best.safetensors", "--data.root", "images"], "folder"),
-        (["--checkpoint", "best.safetensors", "--data.name", "folder", "--data.root", "images"], "not trained on"),
+        (["--checkpoint", "best.safetensors", *IMAGES, "--data.val_fraction", "1"], "not trained on"),
         (["--model", "test_dinat"], "1000"),
         (["--chekpoint", "best.safetensors"], "did you mean --checkpoint"),
     ],
@@ -351,7 +346,7 @@ def test_unreadable_image_stops_the_script_in_one_line(tmp_path: Path):
 
 
 def test_diverging_loss_stops_the_run(tmp_path: Path):
-    with pytest.raises(VisionattnError, match="loss of epoch 1"):
+    with pytest.raises(VisionattnError, match="diverged: 10 updates in a row .*optim.lr"):
         train_quickly(tmp_path, "--optim.name", "sgd", "--optim.lr", "1e30", "--optim.clip_grad", "0")
 
 

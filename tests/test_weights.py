@@ -86,6 +86,18 @@ def test_files(van, tmp_path, suffix):
     assert_same(van.state_dict(), before)
 
 
+@pytest.mark.parametrize("length", [0x4B50, 0x0280])
+def test_a_header_whose_length_looks_like_a_pickle(tmp_path, length):
+    """The first bytes of a safetensors file are a number, and those of an archive or a pickle may come up in it."""
+    path = tmp_path / "w.safetensors"
+    for padding in range(length - 200, length):
+        save_file({"w": torch.ones(2)}, path, {"x": "a" * padding})
+        if (found := int.from_bytes(path.read_bytes()[:8], "little")) >= length:
+            break
+    assert found == length
+    assert torch.equal(read_checkpoint(path)[0]["w"], torch.ones(2))
+
+
 class Malicious:
     def __reduce__(self):
         return os.mkdir, ("executed",)

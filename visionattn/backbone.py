@@ -5,7 +5,7 @@ parameter groups), input checks and position tables that follow the input size.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import ClassVar
 
@@ -133,6 +133,14 @@ class Backbone(nn.Module):
         """
 
     @torch.jit.ignore
+    def learning_rates(self) -> dict[str, float]:
+        """Factors on the peak learning rate for parameters that the paper trains at another one, by pattern of names.
+
+        Warm-up and end of the schedule are as for the others.
+        """
+        return {}
+
+    @torch.jit.ignore
     def learn_from(self, teacher: nn.Module) -> None:
         """Take a teacher, for `training_loss`. It is not a part of the model, nor trained, moved or saved with it.
 
@@ -245,6 +253,8 @@ class Hierarchical(Backbone):
     """
 
     feature_cfg = {"out_indices": (0, 1, 2, 3), "flatten_sequential": True}
+    feature_norm: ClassVar[Callable[..., nn.Module] | None] = None
+    """Norm of stage outputs in the family's models for dense prediction, from channels; None where there are none."""
 
     def __init__(
         self,
@@ -285,6 +295,16 @@ class Hierarchical(Backbone):
                 f"{self.check.name} expects a global_pool that keeps its {self.num_features} features, "
                 f"as the norm comes after it, got {global_pool!r}"
             )
+
+    def add_feature_norms(self, indices: Sequence[int]) -> None:
+        """Normalise the outputs of these stages, and of no others, as the family's models for dense prediction do.
+
+        Args:
+            indices: stages whose outputs are used.
+        """
+        if self.feature_norm is not None:
+            norms = self.feature_norms or [self.feature_norm(stage.dim, **self._placement()) for stage in self.stages]
+            self.feature_norms = nn.ModuleList(norm if i in indices else nn.Identity() for i, norm in enumerate(norms))
 
     @staticmethod
     def pool_size(img_size: int) -> tuple[int, int]:

@@ -60,7 +60,8 @@ def read_checkpoint(path: str | PathLike) -> tuple[dict[str, Tensor], dict[str, 
         raise VisionattnError(f"checkpoint {path} does not exist or is not a file")
     try:
         with open(path, "rb") as file:
-            pickled = file.read(2) in (b"PK", b"\x80\x02")
+            head = file.read(9)  # of safetensors: the length of a JSON header, and its brace
+            pickled = head[:2] in (b"PK", b"\x80\x02") and head[8:] != b"{"
             content, metadata = (_read_pickled(path, file), {}) if pickled else _read_safetensors(path)
     except VisionattnError as e:
         raise VisionattnError(f"checkpoint {path} {e}") from e

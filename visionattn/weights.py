@@ -149,7 +149,7 @@ def fit_state_dict(state_dict: Mapping, model: nn.Module) -> tuple[dict[str, Ten
 
     Position tables and filters are resampled as the family does, the first convolution follows timm's rule for other
     channels. A head for other classes is replaced by the model's own; so are head and last norm where the file is of a
-    model for dense prediction.
+    model for dense prediction, and norms of features where it is not.
 
     Args:
         state_dict: tensors by name, possibly wrapped.
@@ -170,6 +170,7 @@ def fit_state_dict(state_dict: Mapping, model: nn.Module) -> tuple[dict[str, Ten
     if not any(k.startswith(heads) for k in found):
         tensors = {k: v for k, v in tensors.items() if k in own or not re.match(r"(feature_norms\.|norm)\d", k)}
         tensors = {k: v for k, v in own.items() if k.startswith("norm.")} | tensors
+    tensors = {k: v for k, v in own.items() if k.startswith("feature_norms.")} | tensors
     weight = f"{getattr(model, 'first_conv', '')}.weight"
     if weight in tensors and weight in own and tensors[weight].ndim == 4:
         theirs, ours = tensors[weight].shape[1], own[weight].shape[1]

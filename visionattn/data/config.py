@@ -29,6 +29,8 @@ class DataConfig:
     """Let torchvision download a dataset that data.root lacks."""
     img_size: PositiveInt | tuple[PositiveInt, PositiveInt] | None = None
     """Input size in pixels, or height and width; null: the model's own."""
+    eval_img_size: PositiveInt | tuple[PositiveInt, PositiveInt] | None = None
+    """Input size in validation, where it differs; null: data.img_size."""
     mean: tuple[float, ...] | None = None
     """Channel means for normalisation; null: the model's own."""
     std: tuple[PositiveFloat, ...] | None = None
@@ -43,6 +45,9 @@ class DataConfig:
     """Images per step and process."""
     eval_batch_size: PositiveInt = 256
     """Images per validation step and process."""
+    max_bad_fraction: ClosedUnitInterval = 0.01
+    """Share of an epoch's images that may be unreadable: the next readable image stands in for each. One more ends the
+    run, and so does any unreadable image in validation."""
     num_workers: NonNegativeInt = 1
     """Processes that load images, for each training process; 0: load in the training process itself."""
 
@@ -55,20 +60,35 @@ class AugmentConfig:
     """Range of the random crop's area, as shares of the image."""
     ratio: tuple[PositiveFloat, PositiveFloat] = (0.85, 1.18)
     """Range of the random crop's aspect ratio."""
+    train_crop_mode: Literal["rrc", "rkrc", "rkrr"] = "rrc"
+    """How images are cropped: rrc takes a random part of scale and ratio, rkrc the centre and rkrr a random place of
+    the image resized at random by scale and ratio, with reflected borders where it has become too small."""
     hflip: ClosedUnitInterval = 0.0
     """Probability of a horizontal flip."""
     vflip: ClosedUnitInterval = 0.0
     """Probability of a vertical flip."""
     color_jitter: NonNegativeFloat = 0.0
-    """Strength of brightness, contrast and saturation changes."""
+    """Strength of brightness, contrast and saturation changes; with auto_augment, only 3a has them."""
+    color_jitter_prob: ClosedUnitInterval | None = None
+    """Probability of these changes; null: always."""
+    grayscale_prob: ClosedUnitInterval = 0.0
+    """Probability of removing the colours."""
+    gaussian_blur_prob: ClosedUnitInterval = 0.0
+    """Probability of a Gaussian blur."""
     auto_augment: str | None = None
-    """timm's policy string, such as rand-m9-mstd0.5-inc1, augmix-m3 or original."""
+    """RandAugment as rand-m9-mstd0.5-inc1, AutoAugment as original or v0, AugMix as augmix-m3, 3-Augment as 3a, in
+    timm's notation; or trivial for TrivialAugment."""
     interpolation: Literal["random", "bilinear", "bicubic"] | None = None
     """How random crops are resized; null: as data.interpolation."""
     re_prob: ClosedUnitInterval = 0.0
     """Probability of erasing a random rectangle."""
     re_mode: Literal["const", "rand", "pixel"] = "pixel"
     """What an erased rectangle is filled with: zeros, one random colour, or random pixels."""
+    re_count: PositiveInt = 1
+    """Most rectangles erased in an image; they share the erased area."""
+    repeats: PositiveInt = 1
+    """Repeated augmentation: each image an epoch takes is taken so many times in a row, augmented differently. The
+    length of an epoch stays, so it sees a part of the images only."""
     mixup: NonNegativeFloat = 0.4
     """Strength of mixup, its alpha; 0: off."""
     cutmix: NonNegativeFloat = 0.0

@@ -1,19 +1,24 @@
 """Where images come from: the digits of scikit-learn, image folders, and what timm's dataset factory opens."""
 
+import gzip
 import os
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 from timm.data import create_dataset
 
 from ..errors import VisionattnError
 from .config import DataConfig, user_input
 
 SYNONYMS = [("train", "training"), ("validation", "val", "valid", "eval", "evaluation")]
+IDX_FOLDERS = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "kmnist": "KMNIST"}
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
 
@@ -37,18 +42,45 @@ class ImageSet:
         return len(self.indices)
 
     def load(self, index: int, mode: str = "RGB") -> tuple[Image.Image, int]:
-        """The image, converted to `mode`, and its label."""
-        index = self.indices[index]
+        """The image, as `to_mode` converts it, and its label."""
         try:
-            image, label = self.source[index]
+            image, label = self.source[self.indices[index]]
             if not isinstance(image, Image.Image):
                 with image, Image.open(image) as file:
-                    return file.convert(mode), label
-            return image.convert(mode), label
+                    return to_mode(file, mode), label
+            return to_mode(image, mode), label
         except Exception as error:  # decoders raise whatever they like
-            known = hasattr(self.source, "filename")
-            place = self.source.filename(index, absolute=True) if known else f"image {index} of {self.name}"
-            raise VisionattnError(f"cannot read {place}: {error or type(error).__name__}") from error
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise VisionattnError(f"cannot read {self.place(index)}: {reason}") from error
+
+    def place(self, index: int) -> str:
+        """Where the image comes from: its path if it has one."""
+        index = self.indices[index]
+        known = hasattr(self.source, "filename")
+        return (known and self.source.filename(index, absolute=True)) or f"image {index} of {self.name}"
+
+
+def to_mode(image: Image.Image, mode: str) -> Image.Image:
+    """The image's first frame, upright, in 8 bits: "RGB" or "L".
+
+    Transparency is dropped, as timm and torchvision do, not blended with a background. 16-bit grey is scaled to 8 bits,
+    where Pillow would clip it.
+
+    Raises:
+        ValueError: the image is of 32-bit numbers, whose range is unknown.
+    """
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise ValueError("its pixels are 32-bit numbers of unknown range; expected 8 or 16 bits")
+    elif image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # Pillow warns if transparency is dropped from a palette directly
+    if image.mode != mode:
+        return image.convert(mode)
+    image.load()  # convert would copy it too
+    return image
 
 
 def load_datasets(config: DataConfig) -> tuple[ImageSet, ImageSet]:
@@ -72,9 +104,9 @@ def load_datasets(config: DataConfig) -> tuple[ImageSet, ImageSet]:
             if missing := sorted(set(train.classes) - set(val.classes)):
                 raise VisionattnError(f"{val_folder} lacks the classes {_few(missing)} of {train_folder}")
     else:
-        train, val = (_open_by_timm(config, kind, split) for split in (config.train_split, config.val_split))
-        if val.classes != train.classes:
-            raise VisionattnError(f"the {config.train_split} and {config.val_split} splits of {kind} differ in classes")
+        train = _open_by_timm(config, kind, config.train_split)
+        val = _open_by_timm(config, kind, config.val_split)
+        _same_classes(val, train.classes, train.name)
     return _not_empty(train, config), _not_empty(val, config)
 
 
@@ -83,12 +115,14 @@ def load_validation(config: DataConfig, classes: list[str] | None = None) -> Ima
     kind = dataset_name(config)
     if kind == "digits":
         val = _split(_digits(), config.val_fraction)[1]
+        _same_classes(val, classes, "the model")
     elif kind == "folder":
         train_folder, val_folder = _split_folders(config)
         images = _open_folder(val_folder or train_folder, classes)
         val = images if val_folder else _split(images, config.val_fraction)[1]
     else:
         val = _open_by_timm(config, kind, config.val_split)
+        _same_classes(val, classes, "the model")
     return _not_empty(val, config)
 
 
@@ -169,13 +203,53 @@ def _open_by_timm(config: DataConfig, name: str, split: str) -> ImageSet:
     if kind not in ("torch", "hfds"):
         accepted = "digits, folder, torch/<torchvision dataset> or hfds/<Hugging Face dataset>"
         raise VisionattnError(f"unknown dataset {name}: data.name is {accepted}")
-    with user_input(f"cannot open dataset {name}", Exception):  # readers raise whatever they like
-        dataset = create_dataset(name, root=config.root, split=split, download=config.download)
+    if kind == "torch" and config.root is None:
+        raise VisionattnError(f"data.name {name} needs data.root, the folder of its files")
+    readable = _unpacked(config.root, name)
+    with user_input(f"cannot open dataset {name}", Exception), readable as root:  # readers raise whatever they like
+        dataset = create_dataset(name, root=root, split=split, download=config.download)
     source = getattr(dataset, "reader", dataset)
     classes = list(getattr(source, "class_to_idx", None) or getattr(source, "classes", ()))
     if not classes:
         raise VisionattnError(f"dataset {name} does not say which classes it has")
-    return ImageSet(source, range(len(source)), [str(c) for c in classes], f"{name} ({split})")
+    images = ImageSet(source, range(len(source)), [str(c) for c in classes], f"{name} ({split})")
+    if stray := [label for label in _labels(source) if label not in range(len(classes))]:
+        raise VisionattnError(f"{images.name} has the label {stray[0]}, but {len(classes)} classes")
+    return images
+
+
+def _labels(source: Any) -> list[int]:
+    """The labels that occur in what timm opened, where they can be had without decoding images."""
+    if hasattr(source, "label_key"):  # hfds
+        return source.dataset.unique(source.label_key)
+    return np.unique(getattr(source, "targets", [])).tolist()
+
+
+def _same_classes(images: ImageSet, classes: list[str] | None, owner: str) -> None:
+    if classes is None or images.classes == classes:
+        return
+    if unknown := sorted(set(images.classes) - set(classes)):
+        raise VisionattnError(f"{images.name} has classes that {owner} lacks: {_few(unknown)}")
+    if missing := sorted(set(classes) - set(images.classes)):
+        raise VisionattnError(f"{images.name} lacks the classes {_few(missing)} of {owner}")
+    raise VisionattnError(f"{images.name} numbers its classes in another order than {owner}")
+
+
+@contextmanager
+def _unpacked(root: str | None, name: str) -> Iterator[str | None]:
+    """The folder for torchvision to read: `root`, or an unpacked copy if it holds packed files of MNIST's kind."""
+    folder = IDX_FOLDERS.get(name.partition("/")[2].lower())
+    packed = sorted(Path(root).glob("*-ubyte.gz")) if folder and root else []
+    if not packed:
+        yield root
+        return
+    with TemporaryDirectory() as copy:  # torchvision reads it whole, at once
+        raw = Path(copy, folder, "raw")
+        raw.mkdir(parents=True)
+        for path in packed:
+            with gzip.open(path) as source, open(raw / path.stem, "wb") as target:
+                shutil.copyfileobj(source, target)
+        yield copy
 
 
 def _not_empty(images: ImageSet, config: DataConfig) -> ImageSet:

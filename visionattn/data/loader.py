@@ -3,17 +3,28 @@
 Neither the number of workers, nor a restart, nor the number of processes that share a batch changes what is drawn.
 """
 
+import logging
+import os
 import random
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import IntEnum
+from multiprocessing import active_children
+from multiprocessing.connection import wait
+from multiprocessing.sharedctypes import RawArray
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_worker_info
 
 from ..errors import VisionattnError
 from .datasets import ImageSet
+
+_logger = logging.getLogger(__name__)
 
 
 class Stream(IntEnum):
@@ -34,11 +45,14 @@ def derive_seed(seed: int, stream: Stream, *key: int) -> int:
 @contextmanager
 def seeded(seed: int, stream: Stream, *key: int) -> Iterator[None]:
     """Draw from Python's, NumPy's and torch's generators as `seed` and `key` say, then put them back."""
+    with _generators_put_back():
+        _seed_generators(derive_seed(seed, stream, *key))
+        yield
+
+
+@contextmanager
+def _generators_put_back() -> Iterator[None]:
     state = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    seed = derive_seed(seed, stream, *key)
-    random.seed(seed)
-    np.random.seed(seed & 0xFFFFFFFF)
-    torch.default_generator.manual_seed(seed)
     try:
         yield
     finally:
@@ -47,8 +61,24 @@ def seeded(seed: int, stream: Stream, *key: int) -> Iterator[None]:
         torch.set_rng_state(state[2])
 
 
+def _seed_generators(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)
+    torch.default_generator.manual_seed(seed)
+
+
+class Batch(NamedTuple):
+    """Images (B, C, H, W), their targets and their indices in the image set."""
+
+    images: Tensor
+    targets: Tensor
+    indices: Tensor
+
+
 class TrainSampler(Sampler):
-    """This process's batches of (epoch, index), in the order that (seed, epoch) gives.
+    """This process's batches of (draw, index), in the order that (seed, epoch) gives.
+
+    The draw numbers the occasions on which epochs may have taken the image; its augmentation follows from that.
 
     Every update takes the next `batch_size * processes * accumulation` images, of which each batch of each process is
     a part. The images that do not fill an update wait for another epoch's order; a set too small for one update is
@@ -61,13 +91,21 @@ class TrainSampler(Sampler):
         accumulation: Batches of one process per update.
         rank: Number of this process.
         processes: Number of processes.
+        repeats: Draws in a row of each image an epoch takes; its length stays, so it takes fewer images.
     """
 
     def __init__(
-        self, length: int, batch_size: int, seed: int = 0, accumulation: int = 1, rank: int = 0, processes: int = 1
+        self,
+        length: int,
+        batch_size: int,
+        seed: int = 0,
+        accumulation: int = 1,
+        rank: int = 0,
+        processes: int = 1,
+        repeats: int = 1,
     ) -> None:
         self.length, self.batch_size, self.seed, self.accumulation = length, batch_size, seed, accumulation
-        self.rank, self.processes = rank, processes
+        self.rank, self.processes, self.repeats = rank, processes, repeats
         self.images_per_update = batch_size * processes * accumulation
         self.updates = max(1, length // self.images_per_update)
         self.epoch = self.first_update = 0
@@ -77,8 +115,9 @@ class TrainSampler(Sampler):
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         generator = torch.Generator().manual_seed(derive_seed(self.seed, Stream.ORDER, self.epoch))
-        order = torch.randperm(self.length, generator=generator)
-        order = order.repeat(-(-self.images_per_update // self.length))
+        order = torch.randperm(self.length, generator=generator).repeat_interleave(self.repeats)[: self.length]
+        draws = torch.arange(self.length) % self.repeats + self.epoch * self.repeats
+        order = torch.stack([draws, order], 1).repeat(-(-self.images_per_update // self.length), 1)
         parts = self.processes * self.accumulation
         half = self.batch_size // 2
         for update in range(self.first_update, self.updates):
@@ -89,29 +128,79 @@ class TrainSampler(Sampler):
             for batch in range(self.accumulation):
                 part = batch * self.processes + self.rank
                 mine = torch.cat([*([front[part]] if half else []), back[parts - 1 - part]])
-                yield [(self.epoch, index) for index in mine.tolist()]
+                yield [(draw, index) for draw, index in mine.tolist()]
+
+
+class Sample(NamedTuple):
+    """What a batch is made of; no image if too many in a row are unreadable."""
+
+    image: Tensor | None
+    target: Any
+    index: int
+    errors: dict[int, str]  # of the unreadable images before it that it stands in for
 
 
 class SampleDataset(Dataset):
-    """Decodes and transforms the image at (epoch, index); an unreadable one comes back as the error it raised."""
+    """Decodes and transforms the image at (draw, index), or the next one that is readable.
 
-    def __init__(self, images: ImageSet, transform: Callable, seed: int, mode: str) -> None:
-        self.images, self.transform, self.seed, self.mode = images, transform, seed, mode
+    Args:
+        images: The images.
+        transform: Makes a tensor of an image.
+        seed: Seed of the augmentation.
+        mode: What images are converted to.
+        num_workers: Number of loading processes.
+        max_bad: Unreadable images that one pass may meet.
+    """
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, int] | VisionattnError:
-        try:
-            image, label = self.images.load(key[1], self.mode)
-        except VisionattnError as error:
-            return error
-        with seeded(self.seed, Stream.AUGMENT, *key):
-            return self.transform(image), label
+    def __init__(
+        self, images: ImageSet, transform: Callable, seed: int, mode: str, num_workers: int, max_bad: int = 0
+    ) -> None:
+        self.images, self.transform, self.seed, self.mode, self.max_bad = images, transform, seed, mode, max_bad
+        self.unreadable: dict[int, str] = {}  # the errors met so far, by image
+        self.workers = RawArray("q", 2 * num_workers)  # process id of each and the image that it is at, or -1
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> list[Sample]:
+        """Samples of a batch."""
+        with _generators_put_back():  # which is too slow to do for each
+            return [self._load(*key) for key in keys]
+
+    def _load(self, draw: int, wanted: int) -> Sample:
+        errors: dict[int, str] = {}
+        for offset in range(min(len(self.images), self.max_bad + 1)):
+            index = (wanted + offset) % len(self.images)
+            self._note(index)
+            try:
+                image, target = self.images.load(index, self.mode)
+            except VisionattnError as error:
+                errors[index] = str(error)
+                continue
+            try:
+                _seed_generators(derive_seed(self.seed, Stream.AUGMENT, draw, wanted))
+                image = self.transform(image)
+            except Exception as error:
+                error.add_note(f"This happened to {self.images.place(index)}")
+                raise
+            self._note(-1)
+            return Sample(image, target, index, errors)
+        return Sample(None, None, wanted, errors)
+
+    def _note(self, index: int) -> None:
+        if worker := get_worker_info():
+            self.workers[2 * worker.id : 2 * worker.id + 2] = os.getpid(), index
 
 
 def train_loader(
-    images: ImageSet, transform: Callable, sampler: TrainSampler, mode: str, num_workers: int
+    images: ImageSet,
+    transform: Callable,
+    sampler: TrainSampler,
+    mode: str,
+    num_workers: int,
+    max_bad_fraction: float = 0.0,
 ) -> DataLoader:
-    """Batches in the sampler's order."""
-    return _loader(SampleDataset(images, transform, sampler.seed, mode), sampler, num_workers)
+    """Batches in the sampler's order; up to `max_bad_fraction` of an epoch's images may be unreadable, and replaced."""
+    taken = sampler.updates * sampler.accumulation * sampler.batch_size / sampler.repeats
+    max_bad = int(max_bad_fraction * taken)
+    return _loader(SampleDataset(images, transform, sampler.seed, mode, num_workers, max_bad), sampler, num_workers)
 
 
 def eval_loader(
@@ -126,18 +215,63 @@ def eval_loader(
     """This process's share of the images, each of which falls to exactly one process."""
     mine = [(0, index) for index in range(rank, len(images), processes)]
     batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
-    return _loader(SampleDataset(images, transform, 0, mode), batches, num_workers)
+    return _loader(SampleDataset(images, transform, 0, mode, num_workers), batches, num_workers)
 
 
-def read_batches(loader: DataLoader) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """The loader's batches; raises the error of an unreadable image as it was raised, whichever worker met it."""
-    for batch in loader:
-        if isinstance(batch, VisionattnError):
-            raise batch
+def read_batches(loader: DataLoader) -> Iterator[Batch]:
+    """The loader's batches of one pass; an image that is replaced is logged the first time.
+
+    Raises:
+        VisionattnError: too many images are unreadable, or a loading process died.
+    """
+    dataset, bad = loader.dataset, set()
+    for batch, errors in _named_deaths(loader):
+        bad |= errors.keys()
+        if batch is None or len(bad) > dataset.max_bad:
+            told = (
+                f" ({len(bad)} images are unreadable, more than data.max_bad_fraction allows)" if len(bad) > 1 else ""
+            )
+            raise VisionattnError(next(reversed(errors.values())) + told)
+        for index, error in errors.items():
+            if index not in dataset.unreadable:
+                _logger.warning("%s; the next readable image stands in for it", error)
+        dataset.unreadable |= errors
         yield batch
 
 
-def _loader(dataset: Dataset, batches: Sampler | list, num_workers: int) -> DataLoader:
+def _named_deaths(loader: DataLoader) -> Iterator[tuple[Batch | None, dict[int, str]]]:
+    """The loader's batches; if a loading process dies, an error says at which image."""
+    try:
+        yield from _without_interruption(loader)
+    except Exception as error:  # of the connection to the process, or torch's own once it has noticed
+        workers, images = loader.dataset.workers, loader.dataset.images
+        current = {pid: index for pid, index in zip(workers[::2], workers[1::2], strict=True) if pid}
+        alive = {process.sentinel: process.pid for process in active_children() if process.pid in current}
+        if len(alive) == len(current):  # one may be dying just now
+            for sentinel in wait(list(alive), timeout=1):
+                del alive[sentinel]
+        dead = current.keys() - alive.values()
+        if not dead:
+            raise
+        places = ", ".join(images.place(current[pid]) for pid in dead if current[pid] >= 0) or "no image"
+        raise VisionattnError(f"a loading process was killed, or ran out of memory, at {places}") from error
+
+
+def _without_interruption(loader: DataLoader) -> Iterator:
+    """Iterate without torch's signal handler, which raises a worker's death at any moment, as while a file is written.
+
+    The death is then found when a batch of that worker is awaited.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return iter(loader)
+    handler = signal.getsignal(signal.SIGCHLD)
+    try:
+        return iter(loader)
+    finally:
+        signal.signal(signal.SIGCHLD, handler)
+
+
+def _loader(dataset: SampleDataset, batches: Sampler | list, num_workers: int) -> DataLoader:
     return DataLoader(
         dataset,
         batch_sampler=batches,
@@ -148,6 +282,10 @@ def _loader(dataset: Dataset, batches: Sampler | list, num_workers: int) -> Data
     )
 
 
-def _collate(samples: list) -> list[torch.Tensor] | VisionattnError:
-    # Returned rather than raised: a worker's exception would reach the caller with its traceback as its message.
-    return next((sample for sample in samples if isinstance(sample, VisionattnError)), None) or default_collate(samples)
+def _collate(samples: list[Sample]) -> tuple[Batch | None, dict[int, str]]:
+    # Errors are returned, not raised: a worker's exception would reach the caller with its traceback as its message.
+    images, targets, indices, errors = zip(*samples, strict=True)
+    errors = {index: error for found in errors for index, error in found.items()}
+    if any(image is None for image in images):
+        return None, errors
+    return Batch(default_collate(images), default_collate(targets), torch.tensor(indices)), errors

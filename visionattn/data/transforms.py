@@ -4,27 +4,37 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from timm.data import create_transform, resolve_model_data_config
+from PIL import Image
+from timm.data import auto_augment, create_transform
+from timm.data.transforms import str_to_interp_mode
 from torch import nn
+from torchvision.transforms import Compose, InterpolationMode, TrivialAugmentWide
 
+from ..errors import VisionattnError
 from .config import AugmentConfig, DataConfig, user_input
+from .preprocessing import model_preprocessing
+
+
+def _posterize(image: Image.Image, bits: int, **kwargs: Any) -> Image.Image:
+    """timm's operation; its policies ask for 0 bits too, a black image, which Pillow 13 refuses."""
+    return auto_augment.posterize(image, bits, **kwargs) if bits else Image.new(image.mode, image.size)
+
+
+auto_augment.NAME_TO_OP |= dict.fromkeys(("Posterize", "PosterizeIncreasing", "PosterizeOriginal"), _posterize)
 
 
 def resolve_preprocessing(config: DataConfig, model: nn.Module) -> DataConfig:
     """The options with the model's own size, mean, std, interpolation and crop where they leave them open."""
-    own = resolve_model_data_config(model)
-    channels = getattr(model, "in_chans", 3)
-    mean, std = (own[key] if len(own[key]) == channels else (sum(own[key]) / 3,) * channels for key in ("mean", "std"))
-    own |= {"mean": mean, "std": std, "img_size": own["input_size"][1:]}
+    own = model_preprocessing(model)
+    own["img_size"] = own["input_size"][1:]
     open_fields = ("img_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
     return replace(config, **{key: own[key] for key in open_fields if getattr(config, key) is None})
 
 
 def preprocessing(config: DataConfig) -> dict[str, Any]:
-    """Resolved options under the names of timm's data configuration."""
-    height, width = (config.img_size,) * 2 if isinstance(config.img_size, int) else config.img_size
+    """Resolved options of validation under the names of timm's data configuration."""
     return {
-        "input_size": (len(config.mean), height, width),
+        "input_size": _input_size(config, config.eval_img_size or config.img_size),
         "interpolation": config.interpolation,
         "mean": config.mean,
         "std": config.std,
@@ -40,20 +50,38 @@ def eval_transform(config: DataConfig) -> Callable:
 
 def train_transform(config: DataConfig, augment: AugmentConfig) -> Callable:
     """Random crop, the augmentation asked for, normalise."""
-    prepare = preprocessing(config)
+    interpolation = augment.interpolation or config.interpolation
+    if augment.auto_augment and interpolation not in ("random", "nearest", "bilinear", "bicubic"):
+        raise VisionattnError(f"{interpolation} interpolation cannot rotate images: add augment.interpolation bicubic")
+    trivial = augment.auto_augment == "trivial"
     with user_input(f"augment.auto_augment {augment.auto_augment}", AssertionError, KeyError, ValueError):
-        return create_transform(
-            prepare["input_size"],
+        crop, change, finish = create_transform(
+            _input_size(config, config.img_size),
             is_training=True,
-            mean=prepare["mean"],
-            std=prepare["std"],
-            interpolation=augment.interpolation or prepare["interpolation"],
+            mean=config.mean,
+            std=config.std,
+            interpolation=interpolation,
+            train_crop_mode=augment.train_crop_mode,
             scale=augment.scale,
             ratio=augment.ratio,
             hflip=augment.hflip,
             vflip=augment.vflip,
-            color_jitter=augment.color_jitter or None,
-            auto_augment=augment.auto_augment,
+            color_jitter=None if trivial else augment.color_jitter or None,
+            color_jitter_prob=augment.color_jitter_prob,
+            grayscale_prob=augment.grayscale_prob,
+            gaussian_blur_prob=augment.gaussian_blur_prob,
+            auto_augment=None if trivial else augment.auto_augment,
             re_prob=augment.re_prob,
             re_mode=augment.re_mode,
+            re_count=augment.re_count,
+            separate=True,
         )
+    if trivial:
+        resample = InterpolationMode.BILINEAR if interpolation == "random" else str_to_interp_mode(interpolation)
+        fill = [min(255, round(255 * mean)) for mean in config.mean]  # as timm's policies
+        change = Compose([TrivialAugmentWide(interpolation=resample, fill=fill), change])
+    return Compose([crop, change, finish])
+
+
+def _input_size(config: DataConfig, size: int | tuple[int, int]) -> tuple[int, int, int]:
+    return (len(config.mean), *((size, size) if isinstance(size, int) else size))

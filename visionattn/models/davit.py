@@ -39,6 +39,7 @@ def _layouts(types: Sequence[str]) -> dict[str, list]:
         (r"\.cpe\.1\.", ".cpe2."),
         (r"\.attn\.", ".mixer."),
         (r"^norms\.", "norm."),
+        (r"^norm(\d)\.", r"feature_norms.\1."),  # of the dense prediction code
     ]
     timm = [
         (r"^(stem|stages\.\d\.downsample)\.conv\.", r"\1.proj."),
@@ -160,6 +161,7 @@ class DaViT(Hierarchical):
     """
 
     layouts = _layouts(PAIR)
+    feature_norm = partial(LayerNorm2d, eps=1e-5)
 
     def __init__(
         self,

@@ -6,6 +6,7 @@ second layer; DiNAT_s has Swin's patch embedding and merging; the isotropic mode
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 from timm.layers import LayerNorm2d, PatchEmbed, calculate_drop_path_rates, trunc_normal_
 from torch import Tensor, nn
@@ -43,6 +44,7 @@ OFFICIAL_RULES = [
     (r"^(?:levels|layers)\.(\d+)\.downsample\.", renumber("stages.{0}.downsample.", 1)),
     (r"^(?:levels|layers)\.(\d+)\.blocks\.", r"stages.\1.blocks."),
     (r"^layers\.(\d+)\.", r"blocks.\1."),
+    (r"^norm(\d)\.", r"feature_norms.\1."),  # of the dense prediction code
     (r"^.*\.attn\.relative_position_index$", ""),
     (r"\.attn\.", ".mixer."),
     (r"gamma(\d)", r"ls\1.gamma"),
@@ -121,6 +123,7 @@ class DiNAT(BiasTables, Hierarchical):
 
     layouts = LAYOUTS
     first_conv = "stem.proj.0"
+    feature_norm = partial(LayerNorm2d, eps=1e-5)
     stem_layer: type[nn.Module] = ConvStem
     downsample_layer: type[nn.Module] = ConvDownsample
 

@@ -1,6 +1,7 @@
 """FocalNet: a pyramid, or an isotropic model, on focal modulation. "Focal Modulation Networks", arXiv 2203.11926."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch.nn.functional as F
 from timm.layers import LayerNorm2d, calculate_drop_path_rates, trunc_normal_
@@ -142,6 +143,7 @@ class FocalNet(Hierarchical):
     """
 
     layouts = {"official": OFFICIAL_RULES, "timm": TIMM_RULES, "hf": HF_RULES + OFFICIAL_RULES}
+    feature_norm = partial(LayerNorm2d, eps=1e-5)
     feature_cfg = {"out_indices": (0, 1, 2, 3), "feature_cls": "getter"}
 
     def __init__(

@@ -31,6 +31,7 @@ RULES = [
     (r"\.gnconv\.dwconv\.", ".mixer.filter."),
     (r"\.gnconv\.", ".mixer."),
     (r"\.pwconv([12])\.", r".mlp.fc\1."),
+    (r"^norm(\d)\.", r"feature_norms.\1."),  # of the dense prediction code
     # 1 x 1 convolutions are kept as linear maps.
     (r"\.(proj_in|proj_out|pws\.\d)\.weight$", r".\1.weight", lambda weight: weight.flatten(1)),
 ]
@@ -71,6 +72,7 @@ class HorNet(Hierarchical):
     """
 
     layouts = {"official": RULES}
+    feature_norm = partial(LayerNorm2d, eps=1e-6)
     averaged_weights = False
 
     def __init__(

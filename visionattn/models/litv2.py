@@ -7,6 +7,7 @@ depthwise convolutions.
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from timm.layers import DropPath, LayerNorm2d, calculate_drop_path_rates, trunc_normal_
@@ -32,6 +33,7 @@ RULES = [
     (r"^layers\.(\d)\.blocks\.", r"stages.\1.blocks."),
     (r"\.attn\.", ".mixer."),
     (r"\.mlp\.dwconv\.dwconv\.", ".mlp.dwconv."),
+    (r"^norm(\d)\.", r"feature_norms.\1."),  # of the dense prediction code
 ]
 
 
@@ -130,6 +132,7 @@ class LITv2(Hierarchical):
     """
 
     layouts = {"official": RULES}
+    feature_norm = partial(LayerNorm2d, eps=1e-5)
 
     def __init__(
         self,
@@ -184,6 +187,11 @@ class LITv2(Hierarchical):
             **dd,
         )
         self.apply(_init_weights)
+
+    @torch.jit.ignore
+    def learning_rates(self) -> dict[str, float]:
+        """The weights of the offsets, but not their biases, were trained at a hundredth of the rate."""
+        return {"stages.*.downsample.offset.weight": 0.01}
 
     @staticmethod
     def map_size(length: int, reduction: int) -> int:

@@ -154,6 +154,7 @@ class PATNet(Hierarchical):
     """
 
     layouts = {"official": RULES}
+    feature_norm = nn.BatchNorm2d
     feature_cfg = {"out_indices": (0, 1, 2, 3), "feature_cls": "getter"}
 
     def __init__(

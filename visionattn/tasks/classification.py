@@ -4,12 +4,15 @@ from collections.abc import Callable
 
 import torch
 from timm.data import Mixup
+from timm.data.mixup import mixup_target
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..data.config import AugmentConfig
+from ..data.datasets import ImageSet
 from ..data.loader import Stream, seeded
+from ..errors import VisionattnError
 from .config import LossConfig
 
 
@@ -19,22 +22,29 @@ class Classification:
     Args:
         loss: Options of the loss.
         augment: Options of the augmentation, for mixup and cutmix.
-        num_classes: Number of classes.
+        images: The images to train on, for their classes and, if these are to be balanced, their labels.
         seed: Seed of the mixtures.
         training_loss: What the model makes of the loss, from (loss, images, logits); see `Backbone.training_loss`.
-    """
 
-    metric = "top1"
+    Attributes:
+        metric: Name of the metric that says which epoch is best.
+
+    Raises:
+        VisionattnError: If the class weights do not fit the classes.
+    """
 
     def __init__(
         self,
         loss: LossConfig,
         augment: AugmentConfig,
-        num_classes: int,
+        images: ImageSet,
         seed: int,
         training_loss: Callable[[Tensor, Tensor, Tensor], Tensor],
     ) -> None:
-        self.seed, self.training_loss = seed, training_loss
+        self.seed, self.training_loss, self.multi_label = seed, training_loss, loss.multi_label
+        self.metric = "mAP" if loss.multi_label else "top1"
+        num_classes = len(images.classes)
+        weight = _class_weights(loss, images)
         self.mixup = None
         if augment.mixup or augment.cutmix:
             self.mixup = Mixup(
@@ -46,8 +56,12 @@ class Classification:
                 label_smoothing=loss.smoothing,
                 num_classes=num_classes,
             )
-        if loss.bce:
-            self.criterion: nn.Module = BinaryCrossEntropy(loss.smoothing)
+        if loss.bce or loss.multi_label:
+            self.criterion: nn.Module = BinaryCrossEntropy(
+                loss.smoothing, loss.bce_threshold, weight, sum_classes=loss.bce_sum, smooth_dense=loss.multi_label
+            )
+        elif weight is not None:
+            self.criterion = WeightedCrossEntropy(weight, 0.0 if self.mixup else loss.smoothing)
         elif self.mixup:
             self.criterion = SoftTargetCrossEntropy()
         elif loss.smoothing:
@@ -61,23 +75,127 @@ class Classification:
             with seeded(self.seed, Stream.MIX, update):
                 images, targets = self.mixup(images, targets)
         logits = model(images).float()
+        if self.multi_label:
+            targets = targets.float()
         return self.training_loss(self.criterion(logits, targets), images, logits)
+
+    def metrics(self, images: ImageSet, rank: int, processes: int) -> "ClassificationMetrics | MultiLabelMetrics":
+        """What counts in a validation on these images, of which this process has every `processes`-th."""
+        if self.multi_label:
+            return MultiLabelMetrics(len(images), len(images.classes), rank, processes)
+        return ClassificationMetrics(len(images.classes))
+
+
+class WeightedCrossEntropy(nn.Module):
+    """Cross-entropy with a weight for each class, averaged over the images as it is without weights.
+
+    Args:
+        weight: Of each class.
+        smoothing: Label smoothing of targets that are numbers of classes.
+    """
+
+    def __init__(self, weight: Tensor, smoothing: float) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.smoothing = smoothing
+
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        if targets.ndim == 1:
+            targets = mixup_target(targets, len(self.weight), smoothing=self.smoothing)
+        return F.cross_entropy(logits, targets, self.weight)
+
+
+def _class_weights(loss: LossConfig, images: ImageSet) -> Tensor | None:
+    """The weight of each class; balanced ones are 1 on average over the images."""
+    classes = len(images.classes)
+    if loss.class_weights == "balanced":
+        samples = getattr(images.source, "samples", images.source)
+        labels = torch.stack([torch.as_tensor(samples[i][1]) for i in images.indices])
+        counts = labels.sum(0) if loss.multi_label else labels.bincount(minlength=classes)
+        return counts.sum() / (classes * counts.clamp(min=1))
+    if loss.class_weights and len(loss.class_weights) != classes:
+        raise VisionattnError(f"loss.class_weights has {len(loss.class_weights)} values for {classes} classes")
+    return torch.tensor(loss.class_weights) if loss.class_weights else None
+
+
+class MultiLabelMetrics:
+    """Mean average precision over the classes, and loss.
+
+    Args:
+        images: Number of images.
+        num_classes: Number of classes.
+        rank: Number of this process.
+        processes: Number of processes, each of which has every `processes`-th image in order.
+    """
+
+    def __init__(self, images: int, num_classes: int, rank: int, processes: int) -> None:
+        self.sums = torch.zeros(2, images, num_classes)  # scores and targets: of other processes' images, 0
+        self.mine, self.seen = self.sums[:, rank::processes], 0
+
+    def update(self, logits: Tensor, targets: Tensor) -> None:
+        """Count a batch."""
+        self.mine[:, self.seen : self.seen + len(logits)] = torch.stack([logits, targets.float()]).cpu()
+        self.seen += len(logits)
+
+    def share(self, add: Callable[[Tensor], Tensor]) -> None:
+        """Take the sums of all processes, which `add` gives for those of this one."""
+        self.sums.copy_(add(self.sums))
+
+    def compute(self) -> dict[str, float]:
+        """Mean over the classes with positives of their average precision in percent, and loss."""
+        scores, targets = self.sums
+        ranked = targets.gather(0, scores.argsort(dim=0, descending=True, stable=True))
+        precision = ranked.cumsum(0) / torch.arange(1, len(ranked) + 1)[:, None]
+        positives = ranked.sum(0)
+        average = (precision * ranked).sum(0)[positives > 0] / positives[positives > 0]
+        loss = F.binary_cross_entropy_with_logits(scores, targets)
+        return {"mAP": 100 * average.mean().item(), "loss": loss.item()}
 
 
 class ClassificationMetrics:
-    """Sums for top-1, top-5 and loss over any number of batches and processes."""
+    """Sums for accuracy, loss and calibration over any number of batches and processes.
 
-    def __init__(self) -> None:
-        self.sums = torch.zeros(4, dtype=torch.float64)  # correct, correct in five, loss, images
+    Args:
+        num_classes: Number of classes.
+    """
+
+    bins = 15
+
+    def __init__(self, num_classes: int) -> None:
+        sizes = [4, 3 * self.bins, 2 * num_classes]
+        self.sums = torch.zeros(sum(sizes), dtype=torch.float64)
+        totals, by_confidence, by_class = self.sums.split(sizes)  # views, so that processes share one tensor
+        self.totals = totals  # images, correct, correct in five, loss
+        self.by_confidence = by_confidence.view(3, -1)  # images, correct, confidence
+        self.by_class = by_class.view(2, -1)  # images, correct
 
     def update(self, logits: Tensor, targets: Tensor) -> None:
         """Count a batch."""
         ranked = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
-        loss = F.cross_entropy(logits, targets, reduction="sum")
-        self.sums += torch.tensor([ranked[:, 0].sum(), ranked.sum(), loss, len(targets)], dtype=torch.float64)
+        loss = F.cross_entropy(logits, targets, reduction="none")
+        confidence = logits.softmax(1).amax(1)
+        columns = torch.ones_like(loss), ranked[:, 0], ranked.any(1), loss, confidence
+        images, correct, in_five, loss, confidence = torch.stack([column.float() for column in columns]).cpu().double()
+        targets = targets.cpu()
+        self.totals += torch.stack([images, correct, in_five, loss]).sum(1)
+        bins = (confidence * self.bins).ceil().long().clamp(1, self.bins) - 1  # a bin holds its upper bound
+        self.by_confidence.index_add_(1, bins, torch.stack([images, correct, confidence]))
+        self.by_class.index_add_(1, targets, torch.stack([images, correct]))
 
-    @staticmethod
-    def compute(sums: Tensor) -> dict[str, float]:
-        """Metrics from the sums, added over the processes."""
-        top1, top5, loss, images = sums.tolist()
+    def share(self, add: Callable[[Tensor], Tensor]) -> None:
+        """Take the sums of all processes, which `add` gives for those of this one."""
+        self.sums.copy_(add(self.sums))
+
+    def compute(self) -> dict[str, float]:
+        """Accuracy in percent, and loss."""
+        images, top1, top5, loss = self.totals.tolist()
         return {"top1": 100 * top1 / images, "top5": 100 * top5 / images, "loss": loss / images}
+
+    def calibration_error(self) -> float:
+        """Expected calibration error in percent: the mean distance of confidence and accuracy, over equal bins."""
+        _, correct, confidence = self.by_confidence
+        return 100 * (correct - confidence).abs().sum().item() / self.totals[0].item()
+
+    def per_class(self) -> list[tuple[int, float | None]]:
+        """Number of images and accuracy in percent of each class; None for one without images."""
+        return [(int(n), 100 * correct / n if n else None) for n, correct in self.by_class.T.tolist()]

@@ -7,14 +7,16 @@ scalars are JSON in the header.
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
+from ..data.config import user_input
 from ..errors import VisionattnError
-from ..weights import TRAINING_STATE, read_checkpoint
+from ..files import place, read_checkpoint, write_checkpoint
+from ..weights import TRAINING_STATE
 
 
 def save_checkpoint(
@@ -27,26 +29,32 @@ def save_checkpoint(
         state_tensors: dict[str, torch.Tensor] = {}
         metadata["training_state"] = json.dumps(_flatten(state, TRAINING_STATE, state_tensors))
         tensors |= state_tensors
-    temporary = path.with_name(f".{path.name}.tmp")
-    save_file(_separate(tensors), temporary, metadata)
-    temporary.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes files that only their owner may read
-    _replace(temporary, path)
-
-
-def _separate(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Contiguous tensors of which none share memory, as tied parameters do: safetensors refuses those."""
-    separate, seen = {}, set()
-    for key, value in tensors.items():
-        separate[key] = value.clone() if value.data_ptr() in seen else value.contiguous()
-        seen.add(value.data_ptr())
-    return separate
+    write_checkpoint(path, tensors, metadata)
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a small file whole or not at all."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    _replace(temporary, path)
+    with user_input(f"cannot write {path}", OSError):
+        try:
+            temporary.write_text(text)
+            place(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def link(path: Path, name: Path) -> None:
+    """Give a finished file a second name, in place of what has it."""
+    if name.exists() and path.samefile(name):  # which a rename would leave alone, and the temporary name too
+        return
+    temporary = name.with_name(f".{name.name}.tmp")
+    with user_input(f"cannot write {name}", OSError):
+        temporary.unlink(missing_ok=True)
+        try:
+            os.link(path, temporary)
+        except OSError:  # a file system without links
+            shutil.copyfile(path, temporary)
+        place(temporary, name)
 
 
 def read_description(path: str | Path) -> dict[str, Any]:
@@ -86,13 +94,3 @@ def _unflatten(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
     if kind == "tuple":
         return tuple(_unflatten(item, tensors) for item in content)
     return {name: _unflatten(item, tensors) for name, item in content}
-
-
-def _replace(temporary: Path, path: Path) -> None:
-    """Put a finished file in its place, once its bytes are on the disk."""
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)
-    os.close(folder)

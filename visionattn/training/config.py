@@ -1,27 +1,27 @@
 """The options of train.py and validate.py: typed dataclasses, filled from YAML files and the command line."""
 
-import argparse
-import difflib
 import json
-import os
 import re
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import yaml
-from jsonargparse import ArgumentParser, set_parsing_settings
-from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from jsonargparse.typing import (
+    ClosedUnitInterval,
+    NonNegativeFloat,
+    NonNegativeInt,
+    OpenUnitInterval,
+    PositiveFloat,
+    PositiveInt,
+)
 
-from ..data.config import AugmentConfig, DataConfig, user_input
+from ..data.config import AugmentConfig, DataConfig
 from ..errors import VisionattnError
 from ..tasks.config import LossConfig
-
-set_parsing_settings(docstring_parse_attribute_docstrings=True)  # --help shows the text under each field
-Config = TypeVar("Config")
+from .command_line import arrange, make_parser, parse, values_of
 
 
 @dataclass
@@ -52,22 +52,31 @@ class OptimConfig:
 
 @dataclass
 class ScheduleConfig:
-    """Learning-rate schedule, stepped at every update"""
+    """Learning-rate schedule, stepped at every update; the epochs of the run include warm-up and cool-down"""
 
-    name: Literal["cosine", "tanh", "poly", "step", "multistep", "wsd", "constant"] = "cosine"
-    """Shape of the schedule after the warm-up."""
+    name: Literal["cosine", "tanh", "poly", "step", "multistep", "plateau", "onecycle", "wsd", "constant"] = "cosine"
+    """Shape of the schedule. plateau decays when the validated metric stops rising, onecycle warms up along a cosine
+    too."""
     warmup_epochs: NonNegativeFloat = 2
     """Epochs of linear warm-up, the first of the run."""
     warmup_lr: NonNegativeFloat = 1e-5
     """Learning rate at the start of the warm-up."""
+    warmup_prefix: bool = False
+    """Start the shape after the warm-up, not with the run: the first update at the peak is then the shape's first. wsd
+    and onecycle always do."""
+    cooldown_epochs: NonNegativeInt = 0
+    """Last epochs of the run, held at min_lr; the shape ends before them (not for step, multistep, plateau,
+    constant)."""
     min_lr: NonNegativeFloat = 1e-5
-    """Learning rate at the end."""
+    """Learning rate at the end, and the least one of plateau."""
     decay_epochs: PositiveFloat | None = None
     """Epochs between decays (step), or of the decay at the end (wsd); null: 90 (step), a fifth (wsd)."""
     decay_milestones: tuple[PositiveInt, ...] = (30, 60, 90)
     """Epochs at which the rate decays (multistep)."""
     decay_rate: PositiveFloat = 0.1
-    """Factor of a decay (step, multistep), or the power (poly)."""
+    """Factor of a decay (step, multistep, plateau), or the power (poly)."""
+    patience_epochs: NonNegativeInt = 10
+    """Epochs without gain that plateau waits before it decays."""
 
 
 @dataclass
@@ -78,6 +87,43 @@ class EmaConfig:
     """Decay at every update, such as 0.9998; 0: off."""
     warmup: bool = True
     """Let the decay grow from 0, so that early weights are soon forgotten."""
+
+
+@dataclass
+class DistillConfig:
+    """Distillation from a teacher"""
+
+    model: str = ""
+    """Teacher, a model of this package or else of timm; empty: none. A model whose paper says how it learns from a
+    teacher does that, and takes no more than the next two options."""
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    """More arguments of create_model for the teacher."""
+    checkpoint: str = ""
+    """Weights of the teacher; empty: its published ones."""
+    alpha: ClosedUnitInterval = 0.5
+    """Share of the teacher's logits in the loss; the labels have the rest."""
+    temperature: PositiveFloat = 1.0
+    """Temperature of both softmaxes of the soft distillation."""
+    hard: bool = False
+    """Learn the teacher's top class in place of its probabilities."""
+    features: NonNegativeFloat = 0.0
+    """Weight of a term that draws the pooled features, through a learned linear map, to the teacher's; 0: off."""
+    feature_loss: Literal["cosine", "mse"] = "cosine"
+    """Distance of the features: one minus their cosine, or mean squared error of normalised features."""
+
+
+@dataclass
+class GuardConfig:
+    """What happens when loss or gradients are not finite: such an update is skipped, counted and logged"""
+
+    max_bad_steps: PositiveInt = 10
+    """Skipped updates in a row after which the run has diverged."""
+    on_divergence: Literal["stop", "rollback"] = "stop"
+    """Stop a run that has diverged, or go on from its last checkpoint with a lower learning rate."""
+    rollback_lr_factor: OpenUnitInterval = 0.5
+    """Factor on the learning rate at every rollback."""
+    max_rollbacks: PositiveInt = 3
+    """Rollbacks after which the run stops."""
 
 
 @dataclass
@@ -92,38 +138,81 @@ class TrainConfig:
     """Start from the published weights."""
     checkpoint: str = ""
     """Start from the weights in this file."""
-    teacher: str = ""
-    """Model to learn from, for a model whose paper has it learn from one."""
-    teacher_kwargs: dict[str, Any] = field(default_factory=dict)
-    """More arguments of create_model for the teacher."""
-    teacher_checkpoint: str = ""
-    """Weights of the teacher; empty: its published ones."""
+    freeze: tuple[str, ...] = ()
+    """Parts of the model that do not learn, such as [stem, stages.0, blocks.0-5]; backbone: all but the head. They run
+    as in validation: batch norms keep their statistics and nothing is dropped."""
     epochs: PositiveInt = 40
     """Passes over the training images."""
     seed: NonNegativeInt = 0
     """Sample order, augmentation and initial weights follow from it."""
     precision: Literal["no", "bf16", "fp16"] = "no"
     """Mixed precision."""
+    compile: bool = False
+    """Compile the model with torch.compile."""
+    channels_last: bool = False
+    """Keep images and weights in the channels_last layout."""
+    sync_bn: bool = False
+    """Share the statistics of batch norms between processes."""
+    grad_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+    early_stopping: NonNegativeInt = 0
+    """Stop after so many epochs without gain in the validated metric; 0: never."""
     output: str = "runs"
     """Folder that holds the run folders."""
     name: str = ""
     """Name of the run folder, numbered if it is taken; empty: <model>-<data>."""
     save_every: NonNegativeInt = 0
     """Save the last checkpoint every so many updates too; 0: at the end of each epoch only."""
+    keep_best: PositiveInt = 1
+    """Epochs whose weights are kept, by the validated metric: as best, and if more than one, each as epoch-<number>."""
     log_every: PositiveInt = 10
     """Updates between loss values sent to the progress bar and the trackers."""
     trackers: tuple[str, ...] = ("tensorboard",)
     """Where metrics are sent besides metrics.csv: any trackers of accelerate, such as tensorboard, wandb, mlflow."""
+    profile: str = ""
+    """Window of updates, such as 10-20, whose trace by torch.profiler is written to the run folder."""
+    dry_run: bool = False
+    """Tell parameters, GMACs, peak memory, images/s and the time the run would take, and leave nothing on disk."""
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
 
     def __post_init__(self) -> None:
         if (self.augment.mixup or self.augment.cutmix) and self.data.batch_size % 2:
             raise VisionattnError(f"mixup and cutmix pair images: data.batch_size {self.data.batch_size} is odd")
+        window = re.fullmatch(r"(\d+)-(\d+)", self.profile)
+        if self.profile and (window is None or int(window[1]) >= int(window[2])):
+            raise VisionattnError(f"option profile: expected a window of updates such as 10-20, got {self.profile!r}")
+        if self.loss.multi_label and (self.augment.mixup or self.augment.cutmix or self.distill.model):
+            raise VisionattnError(
+                "loss.multi_label goes without mixup, cutmix and distillation: set them to 0 or empty"
+            )
+
+
+@dataclass
+class TtaConfig:
+    """Test-time augmentation: several views of each image, whose probabilities are averaged"""
+
+    crops: Literal["center", "five"] = "center"
+    """Crop the centre, or the four corners and the centre; five with tta.flip are the customary ten crops."""
+    flip: bool = False
+    """Take every view mirrored too."""
+    scales: tuple[PositiveFloat, ...] = (1.0,)
+    """Crop from the image resized by each of these factors more than usual, such as [1.0, 1.15, 1.3]."""
+
+    def __post_init__(self) -> None:
+        if not self.scales:
+            raise VisionattnError("tta.scales is empty: give at least one factor, such as [1.0]")
+
+    @property
+    def crop_count(self) -> int:
+        """Crops of each image."""
+        return len(self.scales) * (5 if self.crops == "five" else 1)
 
 
 @dataclass
@@ -131,42 +220,55 @@ class ValidateConfig:
     """Model and output"""
 
     checkpoint: str = ""
-    """Weights to validate. What train.py saved also says which model, data and preparation it belongs to."""
+    """Weights to validate; several as a pattern or with commas, such as 'runs/*/checkpoints/best.safetensors'. What
+    train.py saved also says which model, data and preparation it belongs to."""
     model: str = ""
-    """Model to validate; empty: the checkpoint's."""
+    """Model to validate; several as a pattern or with commas, such as 'van_*'; empty: the checkpoint's."""
     model_kwargs: dict[str, Any] = field(default_factory=dict)
     """More arguments of create_model; empty: the checkpoint's."""
     pretrained: bool = False
     """Validate the published weights of the model."""
     precision: Literal["no", "bf16", "fp16"] = "no"
     """Mixed precision; a checkpoint of train.py brings its own."""
+    compile: bool = False
+    """Compile the model with torch.compile."""
+    channels_last: bool = False
+    """Keep images and weights in the channels_last layout."""
+    fuse: bool = False
+    """Merge batch norms into their neighbours first."""
     output: str = ""
-    """Also write the results to this JSON file."""
+    """Also write the results to this file: .json holds those of this command, with each class's accuracy; to a .csv
+    every model adds a row."""
     data: DataConfig = field(default_factory=DataConfig)
+    tta: TtaConfig = field(default_factory=TtaConfig)
 
 
 def parse_train(argv: list[str]) -> tuple[TrainConfig, Path | None]:
     """Read train.py's command line into the options and the run folder to resume, if any."""
-    parser = _parser(TrainConfig, "train.py", "Train a vision backbone; without arguments, on handwritten digits.")
+    parser = make_parser(
+        TrainConfig,
+        "train.py",
+        "Train a vision backbone; without arguments, on handwritten digits. After SIGTERM or SIGINT the run is saved "
+        "and the exit code 143 or 130; it is 2 where options, data or disk are at fault.",
+    )
     parser.add_argument("--resume", type=str, help="Continue the run in this folder, with the options it began with.")
-    argv = _arrange(parser, argv)
-    if resume := next(reversed(_values_of("--resume", argv)), None):
-        run_config = Path(resume) / "config.yaml"
-        if not run_config.is_file():
+    resume = next((Path(folder) for folder in reversed(values_of("--resume", argv))), None)
+    if resume:
+        if not (resume / "config.yaml").is_file():
             raise VisionattnError(f"cannot resume {resume}: not a run folder of train.py (it has no config.yaml)")
-        argv = ["--config", str(run_config), *argv]
-    return _parse(parser, TrainConfig, argv), Path(resume) if resume else None
+        argv = ["--config", str(resume / "config.yaml"), *argv]
+    return parse(parser, TrainConfig, arrange(parser, argv)), resume
 
 
 def parse_validate(argv: list[str], describe: Callable[[str], dict[str, Any]]) -> ValidateConfig:
     """Read validate.py's command line; `describe(checkpoint)` gives the options a checkpoint brings as defaults."""
-    parser = _parser(ValidateConfig, "validate.py", "Validate a checkpoint, or a model's published weights.")
-    parser.set_defaults({"data.crop_pct": None})
-    argv = _arrange(parser, argv)
-    config = _parse(parser, ValidateConfig, argv)
+    parser = make_parser(ValidateConfig, "validate.py", "Validate a checkpoint, or a model's published weights.")
+    parser.set_defaults({"data.crop_pct": None, "data.val_fraction": 1.0})  # where nothing was trained on the rest
+    argv = arrange(parser, argv)
+    config = parse(parser, ValidateConfig, argv)
     if config.checkpoint:
         parser.set_defaults(describe(config.checkpoint))
-        config = _parse(parser, ValidateConfig, argv)
+        config = parse(parser, ValidateConfig, argv)
     return config
 
 
@@ -178,78 +280,6 @@ def to_yaml(config: Any) -> str:
 def plain(config: Any) -> dict[str, Any]:
     """A dataclass as nested dicts of JSON's types."""
     return json.loads(json.dumps(asdict(config)))
-
-
-def _parser(config: type, prog: str, description: str) -> ArgumentParser:
-    parser = ArgumentParser(prog=prog, description=description, exit_on_error=False, allow_abbrev=False)
-    parser.add_argument("--config", action="config", help="YAML file of options; later files and options win.")
-    parser.add_class_arguments(config)
-    for action in parser._actions:
-        if getattr(action, "_typehint", None) is bool:  # `--pretrained` alone means true
-            action.nargs, action.const = "?", True
-    return parser
-
-
-def _parse(parser: ArgumentParser, config: type[Config], argv: list[str]) -> Config:
-    for file in filter(os.path.isfile, _values_of("--config", argv)):  # whose names the parser's errors leave out
-        with user_input(f"cannot read {file}", OSError, ValueError, yaml.YAMLError):
-            yaml.safe_load(Path(file).read_text())
-    try:
-        options = parser.parse_args(argv)
-        del options["config"]
-        options.pop("resume", None)
-        return config(**vars(parser.instantiate(options)))
-    except argparse.ArgumentError as error:
-        raise VisionattnError(_explain(error, parser)) from error
-
-
-def _arrange(parser: ArgumentParser, argv: list[str]) -> list[str]:
-    """Accept dashes for underscores in names, and put files first so that the command line overrides them."""
-    files, options = [], []
-    arguments = iter(argv)
-    for argument in arguments:
-        if argument.startswith("--"):
-            name, equals, value = argument.partition("=")
-            argument = "--" + name[2:].replace("-", "_") + equals + value
-        if argument == "--config":
-            files += [argument, *([following] if (following := next(arguments, None)) is not None else [])]
-        elif argument.startswith("--config="):
-            files.append(argument)
-        else:
-            options.append(argument)
-    return files + options
-
-
-def _values_of(option: str, argv: list[str]) -> list[str]:
-    values = []
-    for argument, following in pairwise([*argv, ""]):
-        name, equals, value = argument.partition("=")
-        if name == option:
-            values.append(value if equals else following)
-    return values
-
-
-def _explain(error: Exception, parser: ArgumentParser) -> str:
-    """One line for what the parser refused, with the nearest option that exists."""
-    message = " ".join(str(error).split())
-    unknown = re.search(
-        r"unrecognized arguments: (?P<option>\S+)|Option '(?P<key>[^']+)' is not accepted"
-        r"|Group '(?P<group>[^']+)' does not accept option '(?P<member>[^']+)'",
-        message,
-    )
-    if unknown is None:
-        message = re.sub(r'^Parser key "([^"]+)": ', r"option \1: ", message)
-        return re.sub(r"<class '(?:\w+\.)*(\w+)'>|typing\.(?=\w)", r"\1", message)
-    given = unknown["option"] or unknown["key"] or f"{unknown['group']}.{unknown['member']}"
-    if unknown["option"] and not given.startswith("--"):
-        return f"unexpected argument {given!r}: options are given as --name value (see --help)"
-    key = given.lstrip("-").partition("=")[0]
-    known = [a.dest for a in parser._actions if a.option_strings and a.dest not in ("help", "print_config")]
-    by_leaf = {name.rpartition(".")[2]: name for name in reversed(known)}
-    near = difflib.get_close_matches(key, known, 1, 0.7) or difflib.get_close_matches(key, known, 1, 0.5)
-    leaf = difflib.get_close_matches(key.rpartition(".")[2], by_leaf, 1, 0.7)
-    nearest = by_leaf[leaf[0]] if leaf else near[0] if near else None
-    return f"unknown option {given}" + (f"; did you mean --{nearest}?" if nearest else " (see --help)")
 
 
 def run(main: Callable[[list[str]], None]) -> int:

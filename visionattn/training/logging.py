@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from ..data.config import user_input
 from .checkpoint import write_text
 
 
@@ -48,7 +49,8 @@ class RunLog:
 
     def start_epoch(self, epoch: int, update: int) -> None:
         """Begin an epoch at an update."""
-        self.epoch, self.first, self.update, self.images = epoch, update, update, 0
+        self.epoch, self.first, self.update, self.images, self.speed = epoch, update, update, 0, 0.0
+        self.rows = [row for row in self.rows if int(row["epoch"]) < epoch]  # where a run was rolled back
         self.began = self.told = time.time()
         if self.main and sys.stdout.isatty():
             head = TextColumn(f"epoch {epoch + 1}/{self.epochs}")
@@ -71,7 +73,7 @@ class RunLog:
             return
         seconds = time.time() - self.began
         left = self.updates * (self.epochs - self.epoch) - self.update
-        self.speed, eta = self.images / seconds, _duration(seconds / (self.update - self.first) * left)
+        self.speed, eta = self.images / seconds, duration(seconds / (self.update - self.first) * left)
         line = f"loss {loss:.4f}  lr {lr:.2e}  {self.speed:.0f} images/s  ETA {eta}"
         if self.bar:
             self.bar.update(self.task, description=line)
@@ -97,7 +99,7 @@ class RunLog:
             step=(self.epoch + 1) * self.updates,
         )
         self._draw()
-        eta = _duration(seconds * (self.epochs - self.epoch - 1))
+        eta = duration(seconds * (self.epochs - self.epoch - 1))
         values = "  ".join(f"val {name} {row[f'val_{name}']}" for name in metrics)
         Console(soft_wrap=True, highlight=False).print(
             f"epoch {self.epoch + 1}/{self.epochs}  loss {train_loss:.4f}  {values}  best {metric} {best:.4f}"
@@ -134,14 +136,16 @@ class RunLog:
             axes.grid(alpha=0.3)
             axes.legend()
         temporary = self.png.with_name(".curves.png")
-        figure.savefig(temporary, dpi=100)
-        temporary.replace(self.png)
+        with user_input(f"cannot write {self.png}", OSError):
+            figure.savefig(temporary, dpi=100)
+            temporary.replace(self.png)
 
     def _scores(self) -> list[str]:
         return [name for name in self.rows[0] if name.startswith("val_") and name != "val_loss"]
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds as minutes:seconds or hours:minutes:seconds."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,35 +1,42 @@
 """The training loop: plain PyTorch over accelerate. A run is a function of its options."""
 
-import difflib
-import itertools
 import math
 import os
 import shlex
 import shutil
+import signal
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from accelerate.utils import broadcast_object_list
-from timm.optim import create_optimizer_v2, list_optimizers
-from timm.scheduler import create_scheduler_v2
-from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3, dispatch_clip_grad
-from torch import nn
+from torch import Tensor, nn
 
 from ..backbone import Backbone
 from ..data.config import user_input
 from ..data.datasets import dataset_name, load_datasets
-from ..data.loader import Stream, TrainSampler, derive_seed, eval_loader, read_batches, train_loader
-from ..data.transforms import eval_transform, preprocessing, resolve_preprocessing, train_transform
+from ..data.loader import Batch, Stream, derive_seed, read_batches
+from ..data.transforms import preprocessing, resolve_preprocessing
 from ..errors import VisionattnError
-from ..registry import create_model
 from ..tasks.classification import Classification
 from ..weights import load_checkpoint
-from .checkpoint import read_training_state, save_checkpoint, write_text
-from .config import OptimConfig, TrainConfig, plain, to_yaml
-from .evaluation import evaluate, image_mode, make_accelerator
+from .build import make_loaders, make_model, memory_format
+from .checkpoint import link, read_training_state, save_checkpoint, write_text
+from .config import TrainConfig, plain, to_yaml
+from .distill import Distillation, make_teacher
+from .evaluation import evaluate, make_accelerator
+from .folder import keep_best, make_folder, remove_temporaries
+from .guard import Diverged, Guard
 from .logging import RunLog
+from .optim import Schedule, make_optimizer
+from .profiler import Profiler
+from .report import dry_run
+from .signals import Signals, Stopped
+
+POSITION = ("epoch", "update", "train_loss", "counted", "ranking", "last_is_good")
+"""Attributes of a Trainer that say where the run is."""
 
 
 class Trainer:
@@ -44,157 +51,251 @@ class Trainer:
         self.accelerator = accelerator = make_accelerator(
             config.precision,
             gradient_accumulation_steps=config.optim.accumulation,
-            log_with=list(config.trackers),
+            log_with=list(config.trackers) or None,
             project_dir=config.output,  # RunLog moves it to the run folder
         )
-        rank, processes = accelerator.process_index, accelerator.num_processes
         if accelerator.device.type == "cpu":  # threads that wait for a core which a loading process has are very slow
             spare = (os.cpu_count() or 1) - config.data.num_workers
             torch.set_num_threads(max(1, min(torch.get_num_threads(), spare)))
 
-        train_images, val_images = load_datasets(config.data)
-        self.classes = train_images.classes
+        images = load_datasets(config.data)
+        self.classes = images[0].classes
         self.model_kwargs = config.model_kwargs | {"num_classes": len(self.classes)}
-        torch.manual_seed(derive_seed(config.seed, Stream.MODEL))
-        model = create_model(
-            config.model, pretrained=config.pretrained, checkpoint_path=config.checkpoint, **self.model_kwargs
-        )
+        model, self.frozen = make_model(config, self.model_kwargs, accelerator)
         data = replace(resolve_preprocessing(config.data, model), name=dataset_name(config.data))
         self.config = config = replace(config, data=data)
-
-        self.sampler = TrainSampler(
-            len(train_images), data.batch_size, config.seed, config.optim.accumulation, rank, processes
-        )
-        mode = image_mode(model)
-        transform = train_transform(data, config.augment)
-        self.train_batches = train_loader(train_images, transform, self.sampler, mode, data.num_workers)
-        self.val_batches = eval_loader(
-            val_images, eval_transform(data), data.eval_batch_size, mode, data.num_workers, rank, processes
+        self.sampler, self.train_batches, self.val_batches = make_loaders(
+            config, model, images, accelerator.process_index, accelerator.num_processes
         )
         self.updates = self.sampler.updates
 
         # What a paper adds to the loop is the model's own. Any module can be registered; a bare Backbone adds nothing.
         self.mechanics = model if isinstance(model, Backbone) else Backbone(0, 0, 0, 0.0, 0)
-        self.task = Classification(
-            config.loss, config.augment, len(self.classes), config.seed, self.mechanics.training_loss
-        )
-        optimizer = make_optimizer(config.optim, model)
-        self.schedule = make_schedule(config, optimizer, self.updates)
-        model.to(accelerator.device)
+        self.bare_model = self.student = model
+        training_loss = self.mechanics.training_loss
+        if config.distill.model:
+            teacher = make_teacher(config.distill, len(self.classes)).to(accelerator.device)
+            if type(self.mechanics).learn_from is Backbone.learn_from:
+                distillation = Distillation(config.distill, teacher, data, len(self.classes), model, accelerator)
+                self.student, training_loss = distillation.student or model, distillation.loss
+            else:
+                self.mechanics.learn_from(teacher)
+        self.task = Classification(config.loss, config.augment, images[0], config.seed, training_loss)
+        self.task.criterion.to(accelerator.device)
+        optimizer = make_optimizer(config.optim, model, self.mechanics.learning_rates())
+        if self.student is not model:
+            optimizer.add_param_group({"params": list(self.student.projection.parameters())})
+        self.schedule = Schedule(config, optimizer, self.updates)
         self.ema = ModelEmaV3(model, config.ema.decay, use_warmup=config.ema.warmup) if config.ema.decay else None
-        if config.teacher:
-            published = not config.teacher_checkpoint
-            teacher = create_model(config.teacher, published, config.teacher_checkpoint, **config.teacher_kwargs)
-            self.mechanics.learn_from(teacher.to(accelerator.device))
-        self.model, self.optimizer = accelerator.prepare(model, optimizer)
-        self.bare_model = accelerator.unwrap_model(self.model)
+        if config.compile:
+            self.student.compile()
+        self.model, self.optimizer = accelerator.prepare(self.student, optimizer)
+        self.guard, self.signals = Guard(config.guard, accelerator), Signals()
+        self.profiler: Profiler | None = None
         self.epoch = self.update = 0  # where the next update is
-        self.train_loss = torch.zeros((), device=accelerator.device)  # sum over this epoch
-        self.best: float | None = None
+        self.train_loss, self.counted = 0.0, 0  # sum over the updates of this epoch that were not skipped; how many
+        self.ranking: list[list[float]] = []  # (score, epoch) of the best epochs, which are kept
+        self.last_is_good = True  # whether a rollback may go to the last checkpoint
+        self.has_saved = False  # whether there is more than the run began with
         self.folder = resume
         if resume is not None:
             self._load(resume / "checkpoints" / "last.safetensors")
 
+    @property
+    def best(self) -> float | None:
+        """The best metric of an epoch so far."""
+        return self.ranking[0][0] if self.ranking else None
+
     def fit(self) -> Path:
-        """Train to the last epoch; the run folder."""
+        """Train to the last epoch; the run folder.
+
+        Raises:
+            Stopped: After a signal, once the run is saved.
+        """
         began_here = self.folder is None
         if began_here:
             self._begin()
         elif self.accelerator.is_main_process:
             write_text(self.folder / "config.yaml", to_yaml(self.config))
+            remove_temporaries(self.folder)
         self.log = RunLog(
             self.folder, self.accelerator, self.config.epochs, self.updates, self.epoch, plain(self.config)
         )
+        if self.config.profile and self.accelerator.is_main_process:
+            self.profiler = Profiler(self.config.profile, self.folder)
         try:
-            while self.epoch < self.config.epochs:
-                self.log.start_epoch(self.epoch, self.update)
-                lr = self._train_epoch()
-                metrics = evaluate(self._weights(), self.val_batches, self.accelerator)
-                self._end_epoch(lr, metrics)
+            with self.signals.noted():
+                while not self._is_finished():
+                    self.log.start_epoch(self.epoch, self.update)
+                    try:
+                        self._train_epoch()
+                        self._end_epoch(self._validate())
+                    except Diverged:
+                        self._roll_back()
+        except Stopped:
+            self._save_last(regular=False)
+            raise
         except VisionattnError:
-            if began_here and self.best is None and self.accelerator.is_main_process:
+            if began_here and not self.has_saved and self.accelerator.is_main_process:
                 shutil.rmtree(self.folder)  # stopped by an unreadable image before there was anything to keep
             raise
         finally:
+            if self.profiler:
+                self.profiler.stop()
             self.log.stop()
         return self.folder
 
-    def _train_epoch(self) -> float:
-        accelerator, config, optim = self.accelerator, self.config, self.config.optim
+    def _is_finished(self) -> bool:
+        patience = self.config.early_stopping
+        stale = bool(patience and self.ranking) and self.epoch - 1 - self.ranking[0][1] >= patience
+        return self.epoch >= self.config.epochs or stale
+
+    def _train_epoch(self) -> None:
+        config = self.config
+        for loss in self.run_updates():
+            self.log.step(self.sampler.images_per_update)
+            if (self.update - 1) % config.log_every == 0 or self.update == self.updates:
+                self.log.report(loss, self._lr())
+            if config.save_every and self.update % config.save_every == 0 and self.update < self.updates:
+                self._save_last()
+
+    def run_updates(self) -> Iterator[float]:
+        """Train to the end of the epoch; the loss of each update, once it is made.
+
+        Raises:
+            Stopped: After a signal.
+            Diverged: If the run is to be rolled back.
+        """
         self.model.train()
+        for module in self.frozen:
+            module.eval()
         self.sampler.epoch, self.sampler.first_update = self.epoch, self.update
-        lr = 0.0
-        for i, (images, targets) in enumerate(read_batches(self.train_batches)):
-            update = self.epoch * self.updates + self.update
-            if i % optim.accumulation == 0:
-                self.schedule.step_update(update)
-                self.mechanics.advance(update / self.updates)
+        batches = read_batches(self.train_batches)
+        while self.update < self.updates:
+            try:
+                parts = [next(batches) for _ in range(self.config.optim.accumulation)]
+            except VisionattnError:
+                if self.signals.received:  # by the loading processes too, which ended
+                    raise Stopped from None
+                raise
+            loss, stop = self._make_update(parts)
+            yield loss
+            if stop:
+                raise Stopped
+
+    def _make_update(self, batches: list[Batch]) -> tuple[float, bool]:
+        """One update of the weights; its loss, and whether a process was told to stop."""
+        accelerator, config = self.accelerator, self.config
+        update = self.epoch * self.updates + self.update
+        if self.profiler:
+            self.profiler.step(update)
+        self.schedule.step(update)
+        self.mechanics.advance(update / self.updates)
+        losses = []
+        for part, (images, targets, _) in enumerate(batches):
             # What the model draws (drop path, dropout) follows from the step too, so no state of generators is kept.
-            torch.manual_seed(
-                derive_seed(config.seed, Stream.MODEL, update, i % optim.accumulation, accelerator.process_index)
-            )
-            images, targets = (x.to(accelerator.device, non_blocking=True) for x in (images, targets))
+            self._seed(derive_seed(config.seed, Stream.MODEL, update, part, accelerator.process_index))
+            images = images.to(accelerator.device, memory_format=memory_format(config), non_blocking=True)
+            targets = targets.to(accelerator.device, non_blocking=True)
             with accelerator.accumulate(self.model):
                 loss = self.task.loss(self.model, images, targets, update)
                 accelerator.backward(loss)
-                if accelerator.sync_gradients and optim.clip_grad:
-                    self._clip_gradients()
-                self.optimizer.step()
-                self.optimizer.zero_grad()
-            self.train_loss += loss.detach()
-            if not accelerator.sync_gradients:
-                continue
-            if self.ema:
-                self.ema.update(self.bare_model, step=update + 1)
-            self.update += 1
-            self.log.step(self.sampler.images_per_update)
-            lr = max(group["lr"] for group in self.optimizer.param_groups)
-            if (self.update - 1) % config.log_every == 0 or self.update == self.updates:
-                self.log.report(loss.item(), lr)
-            if config.save_every and self.update % config.save_every == 0 and self.update < self.updates:
-                self.train_loss = accelerator.reduce(self.train_loss, "mean")
-                self._save("last", state=True)
-        return lr
+            losses.append(loss.detach())
+        loss = torch.stack(losses).mean()
+        bad = (loss + self._clip_gradients()).isfinite().logical_not()
+        # What all processes must agree on goes in one message, and the device is waited for once.
+        told = torch.stack([loss, bad.float(), bad.new_tensor(self.signals.received > 0).float()])
+        loss, bad, stop = accelerator.reduce(told).tolist()
+        loss /= accelerator.num_processes
+        self._step(loss, bool(bad), torch.cat([batch.indices for batch in batches]))
+        self.update += 1
+        return loss, bool(stop)
 
-    def _clip_gradients(self) -> None:
+    def _seed(self, seed: int) -> None:
+        """Seed what the model draws with. torch.manual_seed keeps a stack trace for each device that is not there."""
+        torch.default_generator.manual_seed(seed)
+        if self.accelerator.device.type != "cpu":
+            torch.get_device_module(self.accelerator.device).manual_seed(seed)
+
+    def _clip_gradients(self) -> Tensor:
+        """Clip the gradients; their norm before that."""
         optim, parameters = self.config.optim, self.model.parameters()
-        if optim.clip_mode == "norm":
-            self.accelerator.clip_grad_norm_(parameters, optim.clip_grad)
-        else:
-            self.accelerator.unscale_gradients()
-            dispatch_clip_grad(parameters, optim.clip_grad, mode=optim.clip_mode)
+        by_norm = optim.clip_grad and optim.clip_mode == "norm"
+        norm = self.accelerator.clip_grad_norm_(parameters, optim.clip_grad if by_norm else math.inf)
+        if optim.clip_grad and not by_norm:
+            dispatch_clip_grad(self.model.parameters(), optim.clip_grad, mode=optim.clip_mode)
+        return norm
 
-    def _end_epoch(self, lr: float, metrics: dict[str, float]) -> None:
-        batches = self.updates * self.config.optim.accumulation
-        train_loss = self.accelerator.reduce(self.train_loss, "mean").item() / batches
-        if not math.isfinite(train_loss):
-            raise VisionattnError(f"the loss of epoch {self.epoch + 1} is {train_loss}: try a lower --optim.lr")
+    def _step(self, loss: float, bad: bool, images: Tensor) -> None:
+        """Apply the gradients, unless they or the loss are bad."""
+        scaler = self.accelerator.scaler
+        # fp16 looks for its scale by trial: gradients that overflow are no fault of the data while it can be lowered.
+        overflow = bad and scaler is not None and math.isfinite(loss) and scaler.get_scale() > 1
+        if overflow or not bad:
+            self.optimizer.step()
+        elif scaler is not None:
+            scaler.update()
+        self.optimizer.zero_grad()
+        if overflow:
+            return
+        if bad:
+            self.guard.bad(self.folder, self.epoch, self.update, loss, images)
+            return
+        self.guard.good()
+        self.train_loss += loss
+        self.counted += 1
+        if self.ema:
+            self.ema.update(self.bare_model, step=self.epoch * self.updates + self.update + 1)
+
+    def _validate(self) -> dict[str, float]:
+        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        metrics = self.task.metrics(self.val_batches.dataset.images, rank, processes)
+        if processes > 1:  # they go on together to the next update, where they stop together
+            return evaluate(self.validated_weights(), self.val_batches, self.accelerator, metrics)
+        with self.signals.stopping():
+            return evaluate(self.validated_weights(), self.val_batches, self.accelerator, metrics)
+
+    def _end_epoch(self, metrics: dict[str, float]) -> None:
         score = metrics[self.task.metric]
-        improved = self.best is None or score > self.best
-        self.best = score if improved else self.best
-        if improved:
-            self._save("best", metrics)
-        self.log.end_epoch(train_loss, lr, metrics, self.best, self.task.metric)
+        self.schedule.observe(self.epoch, score)
+        if not self.guard.in_a_row:  # weights that make no finite loss are not kept
+            self._rank(score, metrics)
+        train_loss = self.train_loss / self.counted if self.counted else math.nan
+        best = score if self.best is None else self.best
+        self.log.end_epoch(train_loss, self._lr(), metrics, best, self.task.metric)
         self.epoch, self.update = self.epoch + 1, 0
-        self.train_loss.zero_()
-        self._save("last", metrics, state=True)
+        self.train_loss, self.counted = 0.0, 0
+        self._save_last(metrics)
+
+    def _rank(self, score: float, metrics: dict[str, float]) -> None:
+        """Keep this epoch's weights if they are among the best."""
+        keep, own = self.config.keep_best, [score, self.epoch]
+        self.ranking = sorted([*self.ranking, own], key=lambda entry: -entry[0])[:keep]
+        name = "best" if keep == 1 else f"epoch-{self.epoch}"
+        if own in self.ranking:
+            self._save(name, metrics)
+        if keep > 1 and self.accelerator.is_main_process:
+            keep_best(self.folder, [epoch for _, epoch in self.ranking])
+
+    def _lr(self) -> float:
+        return max(group["lr"] for group in self.optimizer.param_groups)
 
     def _begin(self) -> None:
         """Make the run folder, at once with options and a checkpoint in it: it can be resumed from then on."""
-        folder = [""]
-        if self.accelerator.is_main_process:
-            config = self.config
-            images = config.data.root if config.data.name == "folder" else config.data.name
-            wanted = Path(config.output, config.name or f"{config.model}-{Path(images).resolve().name}")
-            with user_input(f"cannot write to {config.output}", OSError):
-                self.folder = wanted.with_name(f".{wanted.name}.{os.getpid()}")  # until it is complete
-                (self.folder / "checkpoints").mkdir(parents=True)
-                write_text(self.folder / "config.yaml", to_yaml(config))
-                self._save("last", state=True)
-                numbered = (wanted.with_name(f"{wanted.name}-{number}") for number in itertools.count(2))
-                free = next(path for path in itertools.chain([wanted], numbered) if not path.exists())
-                folder[0] = str(self.folder.rename(free))
-        self.folder = Path(broadcast_object_list(folder)[0])
+        folder = [make_folder(self.config, self._fill)] if self.accelerator.is_main_process else [None]
+        self.folder = broadcast_object_list(folder)[0]
+
+    def _fill(self, folder: Path) -> None:
+        self.folder = folder
+        self._save_last()
+
+    def _roll_back(self) -> None:
+        """Go on from the last good checkpoint, with a lower learning rate."""
+        counters, factor, last_is_good = self.guard.state_dict(), self.schedule.factor, self.last_is_good
+        self._load(self.folder / "checkpoints" / f"{'last' if last_is_good else 'good'}.safetensors")
+        self.last_is_good = last_is_good  # which is about the file, and that has not changed
+        self.guard.load_state_dict(counters | {"in_a_row": 0})
+        self.schedule.factor = factor * self.config.guard.rollback_lr_factor
 
     def _load(self, path: Path) -> None:
         if not path.is_file():
@@ -205,18 +306,39 @@ class Trainer:
             self.ema.set(self.bare_model)
         if state["raw_weights"]:
             self.bare_model.load_state_dict(state["raw_weights"])
+        if state["projection"]:
+            self.student.projection.load_state_dict(state["projection"])
         with user_input(f"cannot resume {self.folder} with these options", ValueError, KeyError):
             self.optimizer.load_state_dict(state["optimizer"])
         if self.accelerator.scaler is not None and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.epoch, self.update, self.best = state["epoch"], state["update"], state["best"]
-        self.train_loss.copy_(state["train_loss"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.guard.load_state_dict(state["guard"])
+        for name in POSITION:
+            setattr(self, name, state[name])
+
+    def _save_last(self, metrics: dict[str, float] | None = None, regular: bool = True) -> None:
+        """Write the checkpoint that a run is resumed from.
+
+        Rollbacks go to those that are written at regular times and have no skipped updates at their end, whether or not
+        the run was interrupted in between. The last of these is kept as `good` where it is not `last`.
+        """
+        last, good = (self.folder / "checkpoints" / f"{name}.safetensors" for name in ("last", "good"))
+        is_good = regular and not self.guard.in_a_row
+        main = self.accelerator.is_main_process
+        if main and self.last_is_good and not is_good and self.config.guard.on_divergence == "rollback":
+            link(last, good)
+        self.last_is_good = is_good
+        self._save("last", metrics, state=True)
+        if main and is_good:
+            good.unlink(missing_ok=True)
 
     def _save(self, name: str, metrics: dict[str, float] | None = None, state: bool = False) -> None:
         """Write a checkpoint; with `state`, one that can be resumed."""
         if not self.accelerator.is_main_process:
             return
         config, scaler = self.config, self.accelerator.scaler
+        distils = self.student is not self.bare_model
         description = {
             "model": config.model,
             "model_kwargs": self.model_kwargs,
@@ -228,69 +350,41 @@ class Trainer:
             "metrics": metrics,
         }
         training_state = {
-            "epoch": self.epoch,
-            "update": self.update,
-            "best": self.best,
-            "train_loss": self.train_loss,
+            **{name: getattr(self, name) for name in POSITION},
+            "schedule": self.schedule.state_dict(),
+            "guard": self.guard.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": scaler.state_dict() if scaler else None,
             "raw_weights": self.bare_model.state_dict() if self.ema else None,
+            "projection": self.student.projection.state_dict() if distils else None,
         }
         path = self.folder / "checkpoints" / f"{name}.safetensors"
-        save_checkpoint(path, self._weights().state_dict(), description, training_state if state else None)
+        save_checkpoint(path, self.validated_weights().state_dict(), description, training_state if state else None)
+        self.has_saved = self.epoch + self.update > 0
 
-    def _weights(self) -> nn.Module:
+    def validated_weights(self) -> nn.Module:
         """The model that is validated and kept."""
         return self.ema.module if self.ema else self.bare_model
 
 
-def make_optimizer(config: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """timm's optimizer by name, with its groups for weight decay and layer-wise rates."""
-    if config.name.lower() not in list_optimizers():
-        near = difflib.get_close_matches(config.name.lower(), list_optimizers(), 3, 0.5)
-        raise VisionattnError(
-            f"unknown optimizer {config.name}" + (f"; did you mean {', '.join(near)}?" if near else "")
-        )
-    options = {"betas": config.betas, "eps": config.eps, "layer_decay": config.layer_decay}
-    with user_input(f"optimizer {config.name}", ValueError, TypeError, RuntimeError, ImportError):
-        return create_optimizer_v2(
-            model,
-            config.name,
-            lr=config.lr,
-            weight_decay=config.weight_decay,
-            momentum=config.momentum,
-            **{key: value for key, value in options.items() if value is not None},
-        )
+def train(config: TrainConfig, resume: Path | None = None) -> Path | None:
+    """Run train.py: train, tell where the results are, and return the run folder; None for a dry run.
 
-
-def make_schedule(config: TrainConfig, optimizer: torch.optim.Optimizer, updates: int) -> Scheduler:
-    """timm's schedule by name, a function of the number of the update."""
-    schedule = config.schedule
-    with user_input(f"schedule {schedule.name}", ValueError, AssertionError):
-        return create_scheduler_v2(
-            optimizer,
-            sched=schedule.name,
-            num_epochs=config.epochs,
-            warmup_epochs=min(schedule.warmup_epochs, config.epochs),
-            warmup_lr=schedule.warmup_lr,
-            min_lr=schedule.min_lr,
-            decay_epochs=schedule.decay_epochs,
-            decay_milestones=list(schedule.decay_milestones),
-            decay_rate=schedule.decay_rate,
-            step_on_epochs=False,
-            updates_per_epoch=updates,
-        )[0]
-
-
-def train(config: TrainConfig, resume: Path | None = None) -> Path:
-    """Run train.py: train, tell where the results are, and return the run folder."""
+    Raises:
+        SystemExit: After SIGINT or SIGTERM, with 128 and the number of the signal, once the run is saved.
+    """
     trainer = Trainer(config, resume)
+    if config.dry_run:
+        dry_run(trainer)
+        return None
     try:
         folder = trainer.fit()
-    except KeyboardInterrupt:
-        if trainer.folder:
-            print(f"\ncontinue   python train.py --resume {shlex.quote(str(trainer.folder))}")
-        raise
+    except Stopped:
+        received = trainer.signals.received or signal.SIGTERM  # another process's
+        if trainer.accelerator.is_main_process:
+            told = f"stopped by {signal.Signals(received).name} and saved"
+            print(f"{told}; continue   python train.py --resume {shlex.quote(str(trainer.folder))}", flush=True)
+        raise SystemExit(128 + received) from None
     if trainer.accelerator.is_main_process:
         checkpoint = shlex.quote(str(folder / "checkpoints" / "best.safetensors"))
         print(f"best {trainer.task.metric} {trainer.best:.4f} % in {trainer.epoch} epochs")

@@ -1,0 +1,312 @@
+"""What the options of the trainer do: files with bases, freezing, rates, schedules, losses, distillation, execution."""
+
+import math
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import visionattn
+import visionattn.training.trainer as trainer_module
+from visionattn.data.config import AugmentConfig, DataConfig
+from visionattn.data.datasets import ImageSet, load_datasets
+from visionattn.data.transforms import eval_transform
+from visionattn.errors import VisionattnError
+from visionattn.tasks.classification import Classification, MultiLabelMetrics
+from visionattn.tasks.config import LossConfig
+from visionattn.training.config import OptimConfig, ScheduleConfig, TrainConfig, parse_train
+from visionattn.training.freeze import freeze
+from visionattn.training.logging import RunLog
+from visionattn.training.optim import Schedule, make_optimizer
+from visionattn.training.signals import Stopped
+from visionattn.training.trainer import Trainer, train
+
+PREPARED = DataConfig(
+    img_size=32, mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bicubic", crop_pct=1.0, crop_mode="center"
+)
+QUICK = ["--data.val_fraction", "0.8", "--data.num_workers", "0", "--epochs", "2", "--data.batch_size", "32"]
+
+
+def trainer(tmp_path: Path, *options: str) -> Trainer:
+    return Trainer(*parse_train([*QUICK, "--output", str(tmp_path), *options]))
+
+
+def test_files_are_read_over_their_bases(tmp_path: Path):
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts" / "data.yaml").write_text("data: {batch_size: 8, num_workers: 0}\nseed: 3\n")
+    (tmp_path / "parts" / "long.yaml").write_text("base: data.yaml\nepochs: 300\nmodel_kwargs: {drop_path_rate: 0.1}\n")
+    (tmp_path / "mine.yaml").write_text(
+        "base: [parts/long.yaml]\ndata: {batch_size: 16}\nmodel_kwargs: {drop_rate: 0}\n"
+    )
+    config, _ = parse_train(["--config", str(tmp_path / "mine.yaml"), "--seed", "5"])
+    assert (config.epochs, config.seed, config.data.batch_size, config.data.num_workers) == (300, 5, 16, 0)
+    assert config.model_kwargs == {"drop_path_rate": 0.1, "drop_rate": 0}
+
+
+@pytest.mark.parametrize(
+    ("files", "told"),
+    [
+        ({"a": "base: b.yaml", "b": "base: a.yaml"}, "lead back to it"),
+        ({"a": "base: b.yaml"}, "a.yaml: base .*b.yaml"),
+        ({"a": "base: b.yaml", "b": "data: {bach_size: 3}"}, "b.yaml: unknown option data.bach_size.*batch_size"),
+        ({"a": "base: b.yaml", "b": "epochs: 0"}, "b.yaml: option epochs"),
+        ({"a": "base: 3"}, "option base"),
+        ({"a": "- 1"}, "a.yaml: expected options"),
+    ],
+)
+def test_bad_bases_are_told_by_file_and_option(tmp_path: Path, files: dict[str, str], told: str):
+    for name, text in files.items():
+        (tmp_path / f"{name}.yaml").write_text(text)
+    with pytest.raises(VisionattnError, match=told):
+        parse_train(["--config", str(tmp_path / "a.yaml")])
+
+
+@pytest.mark.parametrize(
+    ("model", "parts", "learns"),
+    [
+        ("test_van", ("stem", "stages.0", "stages.1-2"), ("stages.3.", "norm", "head")),
+        ("test_convit", ("blocks.0-1", "cls_token"), ("stem", "pos_embed", "blocks.2", "blocks.3", "norm", "head")),
+        ("test_van", ("backbone",), ("head",)),
+    ],
+)
+def test_frozen_parts_keep_weights_and_statistics(tmp_path: Path, model: str, parts: tuple[str, ...], learns):
+    run = trainer(tmp_path, "--model", model, "--freeze", f"[{','.join(parts)}]", "--epochs", "1")
+    before = {name: value.clone() for name, value in run.bare_model.state_dict().items()}
+    run.fit()
+    for name, value in run.bare_model.state_dict().items():
+        assert torch.equal(value, before[name]) != name.startswith(learns) or not value.is_floating_point(), name
+
+
+def test_freezing_what_is_not_there_is_refused():
+    model = visionattn.create_model("test_van")
+    with pytest.raises(VisionattnError, match="no stages.7; its parts are stem, stages"):
+        freeze(model, ("stages.7",))
+    with pytest.raises(VisionattnError, match="nothing to learn"):
+        freeze(model, ("backbone", "head"))
+
+
+def test_a_model_may_have_parameters_learn_at_another_rate():
+    model = visionattn.create_model("test_litv2")
+    optimizer = make_optimizer(OptimConfig(lr=1e-3), model, model.learning_rates())
+    rates = {id(p): (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
+    assert len(rates) == len(list(model.parameters()))
+    for name, parameter in model.named_parameters():
+        lr, decay = rates[id(parameter)]
+        assert lr == pytest.approx(1e-5 if name.endswith("offset.weight") else 1e-3), name
+        assert decay == (0 if parameter.ndim == 1 else 0.05), name
+
+
+@pytest.mark.parametrize("name", ["adamw", "lamb", "sgd", "lion", "muon", "adafactor"])
+def test_optimizers_train(tmp_path: Path, name: str):
+    run = trainer(tmp_path, "--optim.name", name, "--optim.lr", "1e-3", "--optim.layer_decay", "0.8")
+    next(run.run_updates())
+    before = run.bare_model.head.weight.clone()
+    loss = next(run.run_updates())
+    assert math.isfinite(loss) and not torch.equal(run.bare_model.head.weight, before)
+
+
+def rates(epochs: int = 10, updates: int = 4, scores: tuple[float, ...] = (), **options) -> list[float]:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    config = TrainConfig(epochs=epochs, schedule=ScheduleConfig(**{"min_lr": 0.01, "warmup_lr": 0.1} | options))
+    schedule, found = Schedule(config, optimizer, updates), []
+    for update in range(epochs * updates):
+        schedule.step(update)
+        found.append(optimizer.param_groups[0]["lr"])
+        if scores and update % updates == updates - 1:
+            schedule.observe(update // updates, scores[update // updates])
+    return found
+
+
+@pytest.mark.parametrize("name", ["cosine", "tanh", "poly", "wsd", "onecycle"])
+@pytest.mark.parametrize("prefix", [False, True])
+def test_schedules_warm_up_peak_and_cool_down_on_time(name: str, prefix: bool):
+    lr = rates(name=name, warmup_prefix=prefix, warmup_epochs=2, cooldown_epochs=3, decay_rate=1.0)
+    assert lr[0] == pytest.approx(0.1) and lr[:8] == sorted(lr[:8]) and lr[7] < 1
+    starts_after = prefix or name in ("wsd", "onecycle")
+    assert lr[8] == pytest.approx(1) if starts_after else lr[8] < 1
+    assert lr[8:28] == sorted(lr[8:28], reverse=True) and lr[27] > 0.011
+    assert lr[28:] == pytest.approx([0.01] * 12)
+
+
+def test_decays_by_steps_and_milestones_fall_on_epochs():
+    for options in ({"name": "step", "decay_epochs": 3}, {"name": "multistep", "decay_milestones": (3, 6, 9)}):
+        lr = rates(warmup_epochs=0, decay_rate=0.5, **options)
+        assert lr == pytest.approx([0.5 ** (update // 12) for update in range(40)])
+
+
+def test_plateau_waits_decays_and_resumes():
+    scores = (1, 2, 2, 1, 2, 3, 3, 2, 1, 0)
+    lr = rates(name="plateau", warmup_epochs=1, patience_epochs=1, decay_rate=0.1, scores=scores)
+    assert lr[4:40:4] == pytest.approx([1, 1, 1, 0.1, 0.1, 0.1, 0.1, 0.01, 0.01])
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    config = TrainConfig(schedule=ScheduleConfig(name="plateau", patience_epochs=0, warmup_epochs=0))
+    one, other = (Schedule(config, optimizer, 4) for _ in range(2))
+    for epoch, score in enumerate((3, 2, 4)):
+        one.observe(epoch, score)
+    other.load_state_dict(one.state_dict())
+    assert other.plateau == 0.1 and other.state_dict() == one.state_dict()
+
+
+def test_schedules_that_do_not_fit_are_refused():
+    with pytest.raises(VisionattnError, match="leave none of 5"):
+        rates(epochs=5, name="cosine", warmup_prefix=True, warmup_epochs=2, cooldown_epochs=3)
+    with pytest.raises(VisionattnError, match="no cool-down"):
+        rates(name="step", cooldown_epochs=1)
+
+
+def labelled(*labels, classes: int = 3) -> ImageSet:
+    return ImageSet([(None, label) for label in labels], range(len(labels)), [str(i) for i in range(classes)], "test")
+
+
+def loss_of(options: LossConfig, logits: torch.Tensor, targets: torch.Tensor, images: ImageSet) -> float:
+    task = Classification(options, AugmentConfig(mixup=0), images, 0, lambda loss, images, logits: loss)
+    return task.loss(lambda images: logits, torch.zeros(len(logits)), targets, 0).item()
+
+
+def test_class_weights_scale_the_loss_of_their_class():
+    logits, targets = torch.randn(4, 3), torch.tensor([0, 0, 0, 1])
+    images = labelled(0, 0, 0, 1)
+    per_image = nn.functional.cross_entropy(logits, targets, reduction="none")
+    for weights in ("balanced", (4 / 9, 4 / 3, 4.0)):
+        weight = torch.tensor([4 / 9, 4 / 9, 4 / 9, 4 / 3])
+        found = loss_of(LossConfig(0.0, class_weights=weights), logits, targets, images)
+        assert found == pytest.approx((per_image * weight).mean().item(), rel=1e-5)
+    ones = (1.0, 1.0, 1.0)
+    for options in ({"smoothing": 0.1}, {"bce": True}, {"bce": True, "bce_sum": True, "bce_threshold": 0.2}):
+        plain, weighted = (
+            loss_of(LossConfig(**options, class_weights=w), logits, targets, images) for w in (None, ones)
+        )
+        assert plain == pytest.approx(weighted, rel=1e-5)
+    with pytest.raises(VisionattnError, match="2 values for 3 classes"):
+        loss_of(LossConfig(class_weights=(1.0, 2.0)), logits, targets, images)
+
+
+def test_mean_average_precision_is_that_of_every_share_of_the_images():
+    scores = torch.tensor([[0.9, 0.1], [0.8, 0.9], [0.7, 0.4], [0.1, 0.3], [0.6, 0.2]])
+    targets = torch.tensor([[1, 0], [0, 1], [1, 0], [0, 1], [0, 0]])
+    expected = 100 * ((1 + 2 / 3) / 2 + (1 + 2 / 3) / 2) / 2  # precisions at the positives of either class
+    whole = MultiLabelMetrics(5, 2, 0, 1)
+    for part in (slice(0, 2), slice(2, 5)):
+        whole.update(scores[part], targets[part])
+    assert whole.compute()["mAP"] == pytest.approx(expected)
+    shares = [MultiLabelMetrics(5, 2, rank, 2) for rank in range(2)]
+    for rank, share in enumerate(shares):
+        share.update(scores[rank::2], targets[rank::2])
+    shares[0].share(lambda sums: sums + shares[1].sums)
+    assert shares[0].compute() == whole.compute()
+
+
+def test_several_labels_for_each_image_are_learnt(tmp_path: Path, monkeypatch):
+    load = trainer_module.load_datasets
+
+    def with_vectors(config):
+        def vectors(images):
+            source = [(image, torch.eye(10)[label] + torch.eye(10)[(label + 1) % 10]) for image, label in images.source]
+            return ImageSet(source, images.indices, images.classes, images.name)
+
+        return tuple(map(vectors, load(config)))
+
+    monkeypatch.setattr(trainer_module, "load_datasets", with_vectors)
+    options = ["--loss.multi_label", "--augment.mixup", "0", "--loss.class_weights", "balanced", "--optim.lr", "5e-3"]
+    run = trainer(tmp_path, *options, "--epochs", "4", "--schedule.warmup_epochs", "0")
+    run.fit()
+    assert run.task.metric == "mAP" and run.best > 40  # 20 by chance
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """File of a timm model that knows the digits."""
+    model = timm.create_model("resnet10t", num_classes=10, stem_width=8, channels=(8, 16, 32, 64))
+    digits, _ = load_datasets(DataConfig())
+    optimizer = torch.optim.AdamW(model.parameters(), 5e-3)
+    images, labels = zip(*(digits.load(i) for i in range(640)), strict=True)
+    images, labels = torch.stack([eval_transform(PREPARED)(image) for image in images]), torch.tensor(labels)
+    for start in 10 * list(range(0, 640, 128)):
+        part = slice(start, start + 128)
+        nn.functional.cross_entropy(model(images[part]), labels[part]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    path = tmp_path_factory.mktemp("teacher") / "resnet.pth"
+    torch.save(model.state_dict(), path)
+    return str(path)
+
+
+def taught(teacher: str) -> list[str]:
+    options = ["--distill.model", "resnet10t", "--distill.checkpoint", teacher, "--augment.mixup", "0"]
+    return [*options, "--distill.kwargs.stem_width", "8", "--distill.kwargs.channels", "[8, 16, 32, 64]"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--distill.temperature", "2"],
+        ["--distill.hard"],
+        ["--distill.features", "2"],
+        ["--distill.feature_loss", "mse"],
+    ],
+)
+def test_a_student_learns_what_a_teacher_says(tmp_path: Path, teacher: str, options: list[str]):
+    options = ["--distill.alpha", "1", "--distill.features", "0.5", *options]
+    run = trainer(tmp_path, *taught(teacher), *options, "--epochs", "3", "--schedule.warmup_epochs", "0")
+    folder = run.fit()
+    first, *_, last = [float(line.split(",")[1]) for line in (folder / "metrics.csv").read_text().splitlines()[1:]]
+    assert last < 0.9 * first and run.best > 25  # of its labels it saw none
+    assert load_file(folder / "checkpoints" / "best.safetensors").keys() == run.bare_model.state_dict().keys()
+
+
+def test_a_distilled_run_resumes_with_its_projection(tmp_path: Path, teacher: str):
+    options = [*taught(teacher), "--distill.features", "1", "--save_every", "4"]
+    whole, part = trainer(tmp_path, *options), trainer(tmp_path, *options, "--name", "part")
+    whole.fit()
+    report = RunLog.report
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(RunLog, "report", lambda *args: (report(*args), os.kill(os.getpid(), signal.SIGTERM)))
+        part.fit()
+    assert part.update == 2  # the update after the signal
+    resumed = Trainer(*parse_train(["--resume", str(part.folder)]))
+    resumed.fit()
+    for ours, theirs in zip(resumed.student.parameters(), whole.student.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_unfit_teachers_are_refused(tmp_path: Path):
+    torch.save(visionattn.create_model("test_van", num_classes=5).state_dict(), tmp_path / "five.pth")
+    options = ["--distill.model", "test_van", "--distill.checkpoint", str(tmp_path / "five.pth")]
+    with pytest.raises(VisionattnError, match="5 classes apart, the data has 10"):
+        trainer(tmp_path, *options, "--distill.kwargs.num_classes", "5")
+    with pytest.raises(VisionattnError, match="did you mean"):
+        trainer(tmp_path, "--distill.model", "test_vam")
+
+
+def first_losses(tmp_path: Path, *options: str) -> list[float]:
+    updates = trainer(tmp_path, "--epochs", "1", *options).run_updates()
+    return [next(updates) for _ in range(3)]
+
+
+@pytest.mark.parametrize(
+    "option", ["channels_last", "grad_checkpointing", pytest.param("compile", marks=pytest.mark.slow)]
+)
+def test_how_a_model_is_executed_changes_no_result(tmp_path: Path, option: str):
+    options = ["--model", "test_van", "--ema.decay", "0.9"]
+    assert first_losses(tmp_path, *options, f"--{option}") == pytest.approx(first_losses(tmp_path, *options), rel=1e-4)
+
+
+def test_a_window_of_updates_is_traced(tmp_path: Path):
+    folder = train(*parse_train([*QUICK, "--output", str(tmp_path), "--profile", "3-4", "--epochs", "1"]))
+    assert "aten::addmm" in (folder / "trace-3-4.json").read_text()
+    with pytest.raises(VisionattnError, match="window of updates"):
+        parse_train(["--profile", "9"])
+
+
+def test_a_dry_run_tells_and_leaves_nothing(tmp_path: Path, capsys):
+    assert train(*parse_train([*QUICK, "--output", str(tmp_path / "runs"), "--dry-run"])) is None
+    told = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    model = visionattn.create_model("test_dinat", num_classes=10)
+    assert told["parameters"].startswith(f"{sum(p.numel() for p in model.parameters()) / 1e6:.3f} M")
+    assert float(told["GMACs"].split()[0]) > 0 and float(told["images/s"].split()[0]) > 0
+    assert {"memory", "time"} <= told.keys() and not (tmp_path / "runs").exists()

@@ -1,0 +1,49 @@
+"""Every family learns: its test variant fits 64 digits by heart with the default optimizer."""
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+import visionattn
+from visionattn.data.config import DataConfig
+from visionattn.data.datasets import load_datasets
+from visionattn.data.transforms import eval_transform, resolve_preprocessing
+from visionattn.training.config import OptimConfig
+from visionattn.training.optim import make_optimizer
+
+FAMILIES = [
+    "attnet",
+    "convit",
+    "davit",
+    "dinat",
+    "focalnet",
+    "halonet",
+    "hornet",
+    "illama",
+    "litv2",
+    "patnet",
+    "sparsifiner",
+    "van",
+]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_family_overfits_64_digits_within_200_steps(family: str):
+    model = visionattn.create_model(f"test_{family}", num_classes=10)
+    digits, _ = load_datasets(DataConfig())
+    transform = eval_transform(resolve_preprocessing(DataConfig(), model))
+    images, labels = zip(*(digits.load(i) for i in range(64)), strict=True)
+    images, labels = torch.stack([transform(image) for image in images]), torch.tensor(labels)
+    options = OptimConfig()
+    optimizer = make_optimizer(options, model, model.learning_rates())
+    for _ in range(200):
+        logits = model.train()(images)
+        optimizer.zero_grad()
+        cross_entropy(logits, labels).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip_grad)
+        optimizer.step()
+        if (logits.argmax(1) == labels).all():
+            with torch.no_grad():
+                if (model.eval()(images).argmax(1) == labels).all():
+                    return
+    pytest.fail(f"{family} did not fit 64 digits in 200 steps")

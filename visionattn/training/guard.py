@@ -1,0 +1,86 @@
+"""Updates whose numbers are not finite: they are skipped, counted and told, and too many in a row end the run."""
+
+import math
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from ..errors import VisionattnError
+from .checkpoint import write_text
+from .config import GuardConfig
+
+
+class Diverged(Exception):
+    """The run is to go on from its last good checkpoint."""
+
+
+class Guard:
+    """Counts skipped updates.
+
+    Args:
+        config: What happens when there are too many.
+        accelerator: The run's accelerator.
+
+    Attributes:
+        in_a_row: Updates skipped since the last good one.
+        skipped: Updates skipped in the run.
+        rollbacks: Times that the run was rolled back.
+    """
+
+    def __init__(self, config: GuardConfig, accelerator: Accelerator) -> None:
+        self.config, self.accelerator = config, accelerator
+        self.in_a_row = self.skipped = self.rollbacks = 0
+
+    def good(self) -> None:
+        """Count an update that was made."""
+        self.in_a_row = 0
+
+    def bad(self, folder: Path | None, epoch: int, update: int, loss: float, samples: torch.Tensor) -> None:
+        """Count and tell an update that was skipped.
+
+        Args:
+            folder: Run folder, where skipped.csv lists the images; None for none.
+            epoch: Epoch of the update.
+            update: Number of the update in it.
+            loss: Its loss.
+            samples: Indices of its images in this process.
+
+        Raises:
+            Diverged: If there are too many in a row and the run is to be rolled back.
+            VisionattnError: If it is to stop.
+        """
+        self.in_a_row += 1
+        self.skipped += 1
+        images = sorted(gather_object(samples.tolist()))
+        place = f"update {update + 1} of epoch {epoch + 1}"
+        what = f"loss {loss}" if not math.isfinite(loss) else "a gradient that is not finite"
+        if self.accelerator.is_main_process:
+            if folder:
+                self._record(folder, f"{epoch},{update},{loss},{' '.join(map(str, images))}")
+            few = ", ".join(map(str, images[:8])) + (", ..." if len(images) > 8 else "")
+            print(f"skipped {place}: {what}; images {few} (all in skipped.csv)", flush=True)
+        if self.in_a_row < self.config.max_bad_steps:
+            return
+        told = f"the run diverged: {self.in_a_row} updates in a row were skipped up to {place}, with {what}"
+        if self.config.on_divergence == "stop" or self.rollbacks == self.config.max_rollbacks:
+            raise VisionattnError(f"{told}: try a lower --optim.lr")
+        self.rollbacks += 1
+        if self.accelerator.is_main_process:
+            print(f"{told}: going on from the last good checkpoint with a lower learning rate", flush=True)
+        raise Diverged
+
+    def _record(self, folder: Path, line: str) -> None:
+        """Add a line to skipped.csv, after those that the run had when it was last saved."""
+        file = folder / "skipped.csv"
+        lines = file.read_text().splitlines() if file.exists() else []
+        write_text(file, "\n".join(["epoch,update,loss,images", *lines[1 : self.skipped], line, ""]))
+
+    def state_dict(self) -> dict[str, int]:
+        """The counters."""
+        return {"in_a_row": self.in_a_row, "skipped": self.skipped, "rollbacks": self.rollbacks}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on from what `state_dict` returned."""
+        vars(self).update(state)

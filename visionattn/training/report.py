@@ -1,0 +1,64 @@
+"""What a run would need, measured on a few updates of it."""
+
+import time
+from typing import TYPE_CHECKING
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..data.loader import read_batches
+from .logging import duration
+from .measure import peak_memory, reset_peak_memory
+
+if TYPE_CHECKING:
+    from .trainer import Trainer
+
+SECONDS = 20.0
+"""Time given to the updates that are measured."""
+
+
+def dry_run(trainer: "Trainer") -> None:
+    """Train for some updates and print parameters, multiply-adds, peak memory, images/s and the time of the whole run.
+
+    Args:
+        trainer: Of the run; it is of no further use.
+    """
+    accelerator, config, model = trainer.accelerator, trainer.config, trainer.bare_model
+    reset_peak_memory(accelerator.device)
+    updates = trainer.run_updates()
+    began = time.perf_counter()
+    next(updates)  # with what is done once: compiling, allocating, starting the processes that load
+    first = start = time.perf_counter()
+    count = 0
+    while time.perf_counter() - start < SECONDS and next(updates, None) is not None:
+        count += 1
+    update = (time.perf_counter() - start) / count if count else first - began
+    memory = torch.tensor(peak_memory(accelerator.device), device=accelerator.device)
+
+    start, seen = time.perf_counter(), 0
+    weights = trainer.validated_weights().eval()
+    with torch.no_grad(), accelerator.autocast():
+        for images, _, _ in read_batches(trainer.val_batches):
+            weights(images.to(accelerator.device))
+            seen += 1
+            if time.perf_counter() - start > SECONDS:
+                break
+        if accelerator.device.type == "cuda":
+            torch.cuda.synchronize()
+        validation = (time.perf_counter() - start) / seen * len(trainer.val_batches)
+        with FlopCounterMode(display=False) as counter:
+            weights(images[:1].to(accelerator.device))
+
+    memory = accelerator.gather(memory).max().item()
+    if not accelerator.is_main_process:
+        return
+    learning = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
+    total = config.epochs * (trainer.updates * update + validation)
+    size = " x ".join(map(str, images.shape[1:]))
+    print(f"model      {config.model}, {size} input")
+    print(f"parameters {sum(p.numel() for p in model.parameters()) / 1e6:.3f} M, of which {learning:.3f} M learn")
+    print(f"GMACs      {counter.get_total_flops() / 2e9:.3f} for an image, as it is executed")
+    print(f"memory     {memory:.0f} MiB at its peak, in each process")
+    print(f"images/s   {trainer.sampler.images_per_update / update:.1f} over {max(count, 1)} updates")
+    print(f"time       {duration(total)} for {config.epochs} epochs of {trainer.updates} updates and validation")
+    print("dry run: nothing was written")

@@ -1,0 +1,89 @@
+"""Test-time augmentation: several views of an image, whose probabilities are averaged."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from PIL import Image
+from timm.data.transforms import CenterCropOrPad
+from torch import Tensor, nn
+from torchvision.transforms import CenterCrop, Compose, FiveCrop
+
+from ..data.config import DataConfig
+from ..data.transforms import eval_transform
+from ..errors import VisionattnError
+from .config import TtaConfig
+
+
+class Views:
+    """Transform of an image to its crops, which `Predictor` mirrors.
+
+    Args:
+        data: Resolved preparation.
+        tta: Which crops to take.
+
+    Shape:
+        PIL image to (V, C, H, W).
+    """
+
+    def __init__(self, data: DataConfig, tta: TtaConfig) -> None:
+        self.pipelines = []
+        for scale in tta.scales:
+            crop_pct = data.crop_pct / scale
+            if tta.crops == "five" and (data.crop_mode == "border" or crop_pct > 1):
+                raise VisionattnError(
+                    "tta.crops five needs images larger than the crop: data.crop_mode center or squash and "
+                    f"data.crop_pct at most the least of tta.scales, got {data.crop_mode} and {data.crop_pct} / {scale}"
+                )
+            steps = eval_transform(replace(data, crop_pct=crop_pct)).transforms
+            at = next(i for i, step in enumerate(steps) if isinstance(step, (CenterCrop, CenterCropOrPad)))
+            crop = FiveCrop(steps[at].size) if tta.crops == "five" else steps[at]
+            self.pipelines.append((Compose(steps[:at]), crop, Compose(steps[at + 1 :])))
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        views = []
+        for resize, crop, finish in self.pipelines:
+            crops = crop(resize(image))
+            views += [finish(view) for view in (crops if isinstance(crops, tuple) else (crops,))]
+        return torch.stack(views)
+
+
+class Predictor(nn.Module):
+    """Logits of a model for the classes of a data set; of several views, the logarithm of their mean probabilities.
+
+    Args:
+        model: The model.
+        outputs: Those of its outputs to take, in this order.
+        precision: "bf16" or "fp16" for mixed precision.
+        flip: Add the mirror image of each view.
+        memory_format: Layout of the images.
+
+    Shape:
+        (B, V, C, H, W) to (B, len(outputs)).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        outputs: Sequence[int],
+        precision: str = "no",
+        flip: bool = False,
+        memory_format: torch.memory_format = torch.contiguous_format,
+    ) -> None:
+        super().__init__()
+        self.dtype = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+        self.model, self.flip, self.memory_format = model, flip, memory_format
+        self.register_buffer("outputs", torch.tensor(outputs), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        views = images.unbind(1)
+        if self.flip:
+            views += tuple(view.flip(-1) for view in views)
+        views = [view.contiguous(memory_format=self.memory_format) for view in views]
+        with torch.autocast(images.device.type, self.dtype, enabled=self.dtype is not None):
+            logits = [self.model(view) for view in views]
+        logits = [part.float()[:, self.outputs] for part in logits]
+        if len(logits) == 1:
+            return logits[0]
+        return torch.stack(logits).log_softmax(-1).logsumexp(0) - math.log(len(logits))
