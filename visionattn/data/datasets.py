@@ -106,23 +106,21 @@ def load_datasets(config: DataConfig) -> tuple[ImageSet, ImageSet]:
     else:
         train = _open_by_timm(config, kind, config.train_split)
         val = _open_by_timm(config, kind, config.val_split)
-        _same_classes(val, train.classes, train.name)
+        _check_classes(val, train)
     return _not_empty(train, config), _not_empty(val, config)
 
 
-def load_validation(config: DataConfig, classes: list[str] | None = None) -> ImageSet:
-    """The images to validate on, labelled as in `classes`, of which a folder need not hold all."""
+def load_validation(config: DataConfig) -> ImageSet:
+    """The images to validate on."""
     kind = dataset_name(config)
     if kind == "digits":
         val = _split(_digits(), config.val_fraction)[1]
-        _same_classes(val, classes, "the model")
     elif kind == "folder":
         train_folder, val_folder = _split_folders(config)
-        images = _open_folder(val_folder or train_folder, classes)
+        images = _open_folder(val_folder or train_folder)
         val = images if val_folder else _split(images, config.val_fraction)[1]
     else:
         val = _open_by_timm(config, kind, config.val_split)
-        _same_classes(val, classes, "the model")
     return _not_empty(val, config)
 
 
@@ -225,14 +223,13 @@ def _labels(source: Any) -> list[int]:
     return np.unique(getattr(source, "targets", [])).tolist()
 
 
-def _same_classes(images: ImageSet, classes: list[str] | None, owner: str) -> None:
-    if classes is None or images.classes == classes:
-        return
-    if unknown := sorted(set(images.classes) - set(classes)):
-        raise VisionattnError(f"{images.name} has classes that {owner} lacks: {_few(unknown)}")
-    if missing := sorted(set(classes) - set(images.classes)):
-        raise VisionattnError(f"{images.name} lacks the classes {_few(missing)} of {owner}")
-    raise VisionattnError(f"{images.name} numbers its classes in another order than {owner}")
+def _check_classes(images: ImageSet, train: ImageSet) -> None:
+    if unknown := sorted(set(images.classes) - set(train.classes)):
+        raise VisionattnError(f"{images.name} has classes that {train.name} lacks: {_few(unknown)}")
+    if missing := sorted(set(train.classes) - set(images.classes)):
+        raise VisionattnError(f"{images.name} lacks the classes {_few(missing)} of {train.name}")
+    if images.classes != train.classes:
+        raise VisionattnError(f"{images.name} numbers its classes in another order than {train.name}")
 
 
 @contextmanager

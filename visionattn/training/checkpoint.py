@@ -15,7 +15,7 @@ import torch
 
 from ..data.config import user_input
 from ..errors import VisionattnError
-from ..files import place, read_checkpoint, write_checkpoint
+from ..files import DESCRIPTION, place, read_checkpoint, write_checkpoint
 from ..weights import TRAINING_STATE
 
 
@@ -24,7 +24,7 @@ def save_checkpoint(
 ) -> None:
     """Write weights, description and, for resuming, the training state."""
     tensors = dict(weights)
-    metadata = {"format": "pt", "visionattn": json.dumps(description)}
+    metadata = {"format": "pt", DESCRIPTION: json.dumps(description)}
     if state is not None:
         state_tensors: dict[str, torch.Tensor] = {}
         metadata["training_state"] = json.dumps(_flatten(state, TRAINING_STATE, state_tensors))
@@ -59,7 +59,7 @@ def link(path: Path, name: Path) -> None:
 
 def read_description(path: str | Path) -> dict[str, Any]:
     """What a checkpoint of train.py says of itself; empty for other files."""
-    return json.loads(read_checkpoint(path)[1].get("visionattn", "{}"))
+    return json.loads(read_checkpoint(path)[1].get(DESCRIPTION, "{}"))
 
 
 def read_training_state(path: str | Path) -> dict[str, Any]:
