@@ -1,8 +1,20 @@
 """Vision backbones built on attention and attention-like token mixers."""
 
+from importlib import import_module
+from typing import Any
+
 from . import data as data
 from . import models as models
 from .registry import create_model, list_models, model_info, register_model
 
 __version__ = "0.1.0"
 __all__ = ["create_model", "list_models", "model_info", "register_model"]
+
+_HEAVY = {"create_detector": ".dense.detection", "create_segmenter": ".dense.segmentation"}
+
+
+def __getattr__(name: str) -> Any:
+    """`create_detector` and `create_segmenter`, whose libraries are imported when one is asked for."""
+    if name not in _HEAVY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HEAVY[name], __name__), name)

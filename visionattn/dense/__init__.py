@@ -1,0 +1,1 @@
+"""Detectors and segmenters: torchvision's heads and segmentation_models_pytorch's decoders over any backbone."""

@@ -1,0 +1,227 @@
+"""Detectors: torchvision's heads over any backbone."""
+
+import inspect
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torchvision.models import detection
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
+from torchvision.ops import FeaturePyramidNetwork
+from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxPool, LastLevelP6P7
+
+from ..errors import UnknownArgumentError, VisionattnError
+from .features import STRIDES, FeatureMaps, OverBackbone, create_feature_maps
+
+
+class PyramidBackbone(nn.Module):
+    """A backbone and a feature pyramid network, as torchvision's detectors take them.
+
+    Args:
+        maps: the backbone.
+        out_channels: channels of the pyramid.
+        extra: makes the pyramid's levels above the backbone's.
+
+    Shape:
+        (B, C, H, W) to a dictionary of (B, out_channels, H_i, W_i), the finest first.
+    """
+
+    def __init__(self, maps: FeatureMaps, out_channels: int, extra: ExtraFPNBlock) -> None:
+        super().__init__()
+        self.maps = maps
+        self.fpn = FeaturePyramidNetwork(maps.channels, out_channels, extra)
+        self.out_channels = out_channels
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return self.fpn(OrderedDict((str(i), level) for i, level in enumerate(self.maps(x))))
+
+
+class PadOnly(GeneralizedRCNNTransform):
+    """Normalises and pads images, and leaves them at their size."""
+
+    def resize(self, image: Tensor, target: dict | None = None) -> tuple[Tensor, dict | None]:
+        return image, target
+
+
+class Anchors(AnchorGenerator):
+    """Anchors in float32 under autocast: half precision cannot tell neighbouring pixels apart."""
+
+    def set_cell_anchors(self, dtype: torch.dtype, device: torch.device) -> None:
+        super().set_cell_anchors(torch.float32 if torch.is_autocast_enabled(device.type) else dtype, device)
+
+
+def _in_float(module: nn.Module, args: tuple, output: Any) -> Any:
+    """Forward hook: what a head predicts, in float32 under autocast, as boxes take the precision of their offsets."""
+    if isinstance(output, Tensor):
+        return output.float() if torch.is_autocast_enabled(output.device.type) else output
+    if isinstance(output, dict):
+        return {name: _in_float(module, args, value) for name, value in output.items()}
+    return [_in_float(module, args, value) for value in output]
+
+
+class Detector(OverBackbone):
+    """What our detectors have beyond torchvision's.
+
+    In evaluation only images of one size share a batch, so that each is padded to the stride alone and what is found in
+    it does not depend on the others.
+
+    Attributes:
+        offset: label of the first class in torchvision's head; ours is 1.
+        classifier: names of the parts whose shapes follow from the classes.
+    """
+
+    backbone_name = "backbone.maps.backbone"
+    classifier: ClassVar[tuple[str, ...]] = ("roi_heads.box_predictor",)
+    offset: ClassVar[int] = 1
+
+    def forward(
+        self, images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]] | None = None
+    ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
+        """Losses by name in training; in evaluation what was found in each image, the surest first.
+
+        Args:
+            images: (C, H, W) each, of any sizes.
+            targets: for training, for each image "boxes" (N, 4) as x1, y1, x2, y2 in pixels, "labels" (N,) from 1 to
+                the number of classes and, for masks, "masks" (N, H, W).
+        """
+        if self.training:
+            targets = targets and [{**t, "labels": t["labels"] - 1 + self.offset} for t in targets]
+            return super().forward(list(images), targets)
+        by_size: dict[torch.Size, list[int]] = {}
+        for i, image in enumerate(images):
+            by_size.setdefault(image.shape, []).append(i)
+        results: list[dict[str, Tensor]] = [{} for _ in images]
+        for indices in by_size.values():
+            for i, found in zip(indices, super().forward([images[i] for i in indices]), strict=True):
+                results[i] = {**found, "labels": found["labels"] + 1 - self.offset}
+        return results
+
+    def compile(self, *args, **kwargs) -> None:
+        """Compile backbone and pyramid. The shapes in the heads depend on what they find."""
+        self.backbone.compile(*args, **kwargs)
+
+
+class FasterRCNN(Detector, detection.FasterRCNN):
+    """torchvision's Faster R-CNN; see `Detector`."""
+
+
+class MaskRCNN(Detector, detection.MaskRCNN):
+    """torchvision's Mask R-CNN; see `Detector`."""
+
+    classifier = ("roi_heads.box_predictor", "roi_heads.mask_predictor")
+
+
+class RetinaNet(Detector, detection.RetinaNet):
+    """torchvision's RetinaNet; see `Detector`."""
+
+    classifier = ("head.classification_head.cls_logits",)
+    offset = 0
+
+
+class FCOS(Detector, detection.FCOS):
+    """torchvision's FCOS; see `Detector`."""
+
+    classifier = ("head.classification_head.cls_logits",)
+    offset = 0
+
+
+@dataclass(frozen=True)
+class _Head:
+    """How a head is set up: the backbone's strides, and anchors of every level."""
+
+    model: type[Detector]
+    strides: tuple[int, ...]
+    anchor_argument: str
+    anchor_sizes: tuple[int, ...]
+    octaves: tuple[float, ...] = (1,)
+    aspect_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
+
+
+THIRDS = (1, 2 ** (1 / 3), 2 ** (2 / 3))
+HEADS = {
+    "faster_rcnn": _Head(FasterRCNN, STRIDES, "rpn_anchor_generator", (32, 64, 128, 256, 512)),
+    "mask_rcnn": _Head(MaskRCNN, STRIDES, "rpn_anchor_generator", (32, 64, 128, 256, 512)),
+    "retinanet": _Head(RetinaNet, STRIDES[1:], "anchor_generator", (32, 64, 128, 256, 512), THIRDS),
+    "fcos": _Head(FCOS, STRIDES[1:], "anchor_generator", (8, 16, 32, 64, 128), aspect_ratios=(1.0,)),
+}
+
+
+def create_detector(
+    backbone: str,
+    head: str,
+    num_classes: int,
+    pretrained_backbone: bool | None = None,
+    backbone_kwargs: dict[str, Any] | None = None,
+    fpn_channels: int = 256,
+    anchor_sizes: Sequence[int] | None = None,
+    **kwargs,
+) -> nn.Module:
+    """Create a detector: a head of torchvision's over a backbone of any family.
+
+    It is called as torchvision's are, `detector(images, targets)` in training and `detector(images)` in evaluation; see
+    `Detector`. Images come normalised and at the size to look at them; with `min_size` and `max_size` they are resized
+    as in torchvision, with `image_mean` and `image_std` normalised. torchvision has no Cascade R-CNN, and so neither is
+    there one here.
+
+    Args:
+        backbone: name of the backbone, as for `create_model`.
+        head: "faster_rcnn", "mask_rcnn", "retinanet" or "fcos".
+        num_classes: classes of objects, without the background; labels count from 1.
+        pretrained_backbone: load the backbone's weights. None: as `create_model` does, for files and repositories only.
+        backbone_kwargs: arguments of the backbone; `checkpoint_path` may also name a file of a published detector.
+        fpn_channels: channels of the feature pyramid and the head of masks.
+        anchor_sizes: side of the smallest anchor, in pixels, of each of the five levels: strides 4 to 64 for R-CNNs, 8
+            to 128 for the others. For FCOS they set the sizes of the objects that a level finds. None: torchvision's.
+        **kwargs: further options of torchvision's model (`box_score_thresh`, `box_detections_per_img`, ...).
+
+    Returns:
+        The detector, an instance of torchvision's class.
+
+    Raises:
+        UnknownModelError: if there is no such backbone.
+        UnknownArgumentError: if backbone or head do not take one of the arguments.
+        VisionattnError: if there is no such head.
+    """
+    if head not in HEADS:
+        raise VisionattnError(f"expected head one of {', '.join(HEADS)}, got {head!r}")
+    spec = HEADS[head]
+    accepted = {*inspect.signature(spec.model).parameters, "size_divisible", "fixed_size"}
+    accepted -= {"backbone", "num_classes", "kwargs", "box_predictor", "mask_head", "mask_predictor"}
+    if unknown := sorted(kwargs.keys() - accepted):
+        raise UnknownArgumentError(
+            f"{head} got unknown arguments {', '.join(unknown)}; it takes {', '.join(sorted(accepted))}"
+        )
+    sizes = tuple(anchor_sizes or spec.anchor_sizes)
+    if len(sizes) != len(spec.anchor_sizes):
+        raise VisionattnError(f"expected anchor_sizes of {len(spec.anchor_sizes)} levels, got {len(sizes)}")
+    if head == "fcos" and (fpn_channels % 32 or fpn_channels == 32):  # its norms have 32 groups
+        raise VisionattnError(f"expected fpn_channels of 64, 96, 128, ... for fcos, got {fpn_channels}")
+    anchors = Anchors(
+        tuple(tuple(int(size * octave) for octave in spec.octaves) for size in sizes),
+        (spec.aspect_ratios,) * len(sizes),
+    )
+    maps = create_feature_maps(backbone, pretrained_backbone, backbone_kwargs, spec.strides)
+    if head == "retinanet":
+        extra: ExtraFPNBlock = LastLevelP6P7(maps.channels[-1], fpn_channels)  # from the backbone, as published
+    elif head == "fcos":
+        extra = LastLevelP6P7(fpn_channels, fpn_channels)
+    else:
+        extra = LastLevelMaxPool()
+    options = {spec.anchor_argument: anchors, "image_mean": [0.0], "image_std": [1.0]} | kwargs
+    classes = num_classes + spec.model.offset
+    model = spec.model(PyramidBackbone(maps, fpn_channels, extra), classes, **options)
+    if head == "mask_rcnn":  # torchvision's has 256 channels whatever the pyramid's
+        model.roi_heads.mask_head = MaskRCNNHeads(fpn_channels, (fpn_channels,) * 4, dilation=1)
+        model.roi_heads.mask_predictor = MaskRCNNPredictor(fpn_channels, fpn_channels, classes)
+    for name, module in model.named_modules():
+        if name in ("head", "rpn.head", "roi_heads.box_predictor", "roi_heads.mask_predictor"):
+            module.register_forward_hook(_in_float)
+    if not {"min_size", "max_size", "fixed_size"} & kwargs.keys():
+        transform = model.transform
+        model.transform = PadOnly(0, 0, transform.image_mean, transform.image_std, transform.size_divisible)
+    return model

@@ -1,0 +1,171 @@
+"""Maps of several resolutions from any backbone, and what a model over a backbone passes on to it."""
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from timm.layers import LayerNorm2d
+from torch import Tensor, nn
+
+from ..backbone import Backbone, Hierarchical, Isotropic
+from ..errors import UnknownArgumentError, VisionattnError
+from ..registry import create_model
+from ..weights import load_pretrained
+
+STRIDES = (4, 8, 16, 32)
+
+
+class SimplePyramid(nn.Module):
+    """Maps of several strides from a single one, by deconvolutions and max pooling.
+
+    "Exploring Plain Vision Transformer Backbones for Object Detection", arXiv 2203.16527. The paper's 1 x 1 and 3 x 3
+    convolutions after these belong to the heads' own pyramids here.
+
+    Args:
+        dim: channels C of the map.
+        stride: of the map.
+        strides: of the maps to make, the coarsest last.
+
+    Attributes:
+        channels: of the maps, C for strides from `stride` up and half of those for each doubling of the resolution.
+
+    Shape:
+        (B, C, H, W) to a list of (B, C_i, H * stride / strides[i], W * stride / strides[i]).
+
+    Raises:
+        VisionattnError: if the map is coarser than those to make, or a stride is not a power of 2 away.
+    """
+
+    def __init__(self, dim: int, stride: int, strides: Sequence[int]) -> None:
+        super().__init__()
+        self.channels, self.scales = [], nn.ModuleList()
+        for target in strides:
+            doublings = math.log2(stride / target)
+            if doublings % 1 or stride > strides[-1]:
+                raise VisionattnError(f"expected a patch_size of 2, 4, 8, 16 or 32, got {stride}")
+            layers, width = [], dim
+            for i in range(int(doublings)):
+                if i:
+                    layers += [LayerNorm2d(width), nn.GELU()]
+                layers.append(nn.ConvTranspose2d(width, width // 2, 2, 2))
+                width //= 2
+            if doublings < 0:
+                layers.append(nn.MaxPool2d(2 ** -int(doublings)))
+            self.scales.append(nn.Sequential(*layers))
+            self.channels.append(width)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [scale(x) for scale in self.scales]
+
+
+class FeatureMaps(nn.Module):
+    """The maps that a head for dense prediction takes from a backbone.
+
+    Those of a hierarchical backbone are its stages' outputs, normalised as in the family's published models for dense
+    prediction. Those of an isotropic one are made from its last block's normalised patches by a `SimplePyramid`.
+
+    Args:
+        backbone: what makes the features. Its head, and stages that are not needed, are removed.
+        strides: of the maps.
+
+    Attributes:
+        channels: of the maps.
+
+    Shape:
+        (B, C, H, W) with H and W multiples of 32 to a list of (B, C_i, H / strides[i], W / strides[i]).
+    """
+
+    def __init__(self, backbone: Backbone, strides: Sequence[int]) -> None:
+        super().__init__()
+        self.backbone, self.pyramid = backbone, None
+        reductions = [info["reduction"] for info in backbone.feature_info]
+        if isinstance(backbone, Isotropic):
+            self.pyramid = SimplePyramid(backbone.num_features, backbone.patch_size, strides)
+            self.channels, self.indices = self.pyramid.channels, [len(reductions) - 1]
+        elif set(strides) <= set(reductions):
+            self.indices = [reductions.index(stride) for stride in strides]
+            self.channels = [backbone.feature_info[i]["num_chs"] for i in self.indices]
+        else:
+            raise VisionattnError(f"expected a backbone with maps of strides {strides}, got one with {reductions}")
+        backbone.prune_intermediate_layers(self.indices, prune_norm=self.pyramid is None)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        final_norm = self.pyramid is not None
+        maps = self.backbone.forward_intermediates(x, self.indices, norm=final_norm, intermediates_only=True)
+        return maps if self.pyramid is None else self.pyramid(maps[0])
+
+
+def create_feature_maps(
+    name: str, pretrained: bool | None, kwargs: dict[str, Any] | None, strides: Sequence[int]
+) -> FeatureMaps:
+    """`FeatureMaps` of a backbone by name.
+
+    Args:
+        name: what `create_model` takes.
+        pretrained: load its weights, as in `create_model`.
+        kwargs: arguments of the backbone. A file in `checkpoint_path` may be of a model for dense prediction.
+        strides: of the maps.
+
+    Raises:
+        VisionattnError: if there is no such backbone, or it has no such maps.
+    """
+    kwargs = dict(kwargs or {})
+    if headed := sorted({"num_classes", "features_only", "out_indices"} & kwargs.keys()):
+        raise UnknownArgumentError(f"{name} as a backbone takes no {', '.join(headed)}")
+    checkpoint = kwargs.pop("checkpoint_path", None)
+    backbone = create_model(name, pretrained, num_classes=0, **kwargs)
+    if not isinstance(backbone, Backbone):
+        raise VisionattnError(f"expected a backbone of visionattn's families, got {name}, a {type(backbone).__name__}")
+    if isinstance(backbone, Hierarchical):
+        backbone.add_feature_norms([i for i, info in enumerate(backbone.feature_info) if info["reduction"] in strides])
+    if checkpoint:
+        load_pretrained(backbone, checkpoint)  # after the norms of features, which it may have
+    return FeatureMaps(backbone, strides)
+
+
+class OverBackbone:
+    """What a training script asks of a model, answered by the backbone inside.
+
+    Attributes:
+        backbone_name: name of the backbone among the modules.
+    """
+
+    backbone_name: ClassVar[str]
+
+    @property
+    def inner(self) -> Backbone:
+        """The backbone."""
+        return self.get_submodule(self.backbone_name)
+
+    @property
+    def pretrained_cfg(self) -> dict:
+        """timm's description of the backbone's weights, for how to prepare images."""
+        return self.inner.pretrained_cfg
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters without weight decay, besides those with one dimension."""
+        return {f"{self.backbone_name}.{name}" for name in self.inner.no_weight_decay()}
+
+    def group_matcher(self, coarse: bool = False) -> dict:
+        """Patterns that group parameters by depth, for layer-wise learning rates: the backbone's groups, then one."""
+
+        def within(pattern: str) -> str:
+            return rf"^{re.escape(self.backbone_name)}\.(?:{pattern.replace('^', '')})"
+
+        return {
+            group: within(patterns) if isinstance(patterns, str) else [(within(p), depth) for p, depth in patterns]
+            for group, patterns in self.inner.group_matcher(coarse).items()
+        }
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the backbone's activations in the backward pass instead of keeping them."""
+        self.inner.set_grad_checkpointing(enable)
+
+    def learning_rates(self) -> dict[str, float]:
+        """Factors on the peak learning rate by pattern of names; see `Backbone.learning_rates`."""
+        return {f"{self.backbone_name}.{name}": factor for name, factor in self.inner.learning_rates().items()}
+
+    def advance(self, epoch: float) -> None:
+        """Follow the backbone's own schedules; see `Backbone.advance`."""
+        self.inner.advance(epoch)

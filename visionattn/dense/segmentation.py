@@ -1,0 +1,131 @@
+"""Segmenters: segmentation_models_pytorch's decoders over any backbone."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.ops import Conv2dNormActivation
+
+from ..errors import UnknownArgumentError, VisionattnError
+from .features import STRIDES, FeatureMaps, OverBackbone, create_feature_maps
+
+try:
+    from segmentation_models_pytorch.base import SegmentationHead
+    from segmentation_models_pytorch.base.initialization import initialize_decoder, initialize_head
+    from segmentation_models_pytorch.decoders.fpn.decoder import FPNDecoder
+    from segmentation_models_pytorch.decoders.segformer.decoder import SegformerDecoder
+    from segmentation_models_pytorch.decoders.unet.decoder import UnetDecoder
+    from segmentation_models_pytorch.decoders.upernet.decoder import UPerNetDecoder
+except ModuleNotFoundError as e:
+    raise VisionattnError(f"segmenters need {e.name}: python -m pip install 'visionattn[dense]'") from e
+
+
+@dataclass(frozen=True)
+class _Head:
+    """How a head is set up: its decoder, the channels and stride of what it returns, and options we have other defaults
+    for."""
+
+    decoder: type[nn.Module]
+    channels: Callable[[dict[str, Any]], int]
+    stride: int = 4
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+HEADS = {
+    "upernet": _Head(UPerNetDecoder, lambda o: o["decoder_channels"], options={"decoder_channels": 512}),  # the papers'
+    "fpn": _Head(FPNDecoder, lambda o: o["segmentation_channels"] * (4 if o["merge_policy"] == "cat" else 1)),
+    "segformer": _Head(SegformerDecoder, lambda o: o["segmentation_channels"]),
+    "unet": _Head(UnetDecoder, lambda o: o["decoder_channels"][-1], 1, {"decoder_channels": (256, 128, 64, 32, 16)}),
+}
+
+
+class Segmenter(OverBackbone, nn.Module):
+    """Logits for every pixel.
+
+    Images are padded with zeros at the bottom and right to multiples of 32, and the logits cropped.
+
+    Args:
+        encoder: the backbone.
+        decoder: from a list that starts with the image and an empty map of half its resolution, as in
+            segmentation_models_pytorch.
+        channels: channels of the decoder's output.
+        stride: stride of the decoder's output.
+        num_classes: number of classes.
+        auxiliary: add a second head on the map of stride 16, for training.
+
+    Shape:
+        (B, C, H, W) to (B, num_classes, H, W); to a pair of these in training with `auxiliary`.
+    """
+
+    backbone_name = "encoder.backbone"
+    classifier = ("segmentation_head", "auxiliary_head")
+
+    def __init__(
+        self, encoder: FeatureMaps, decoder: nn.Module, channels: int, stride: int, num_classes: int, auxiliary: bool
+    ) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.encoder, self.decoder, self.auxiliary_head = encoder, decoder, None
+        kernel_size = 3 if stride == 1 else 1
+        self.segmentation_head = SegmentationHead(channels, num_classes, kernel_size, upsampling=stride)
+        initialize_decoder(decoder)
+        initialize_head(self.segmentation_head)
+        if auxiliary:
+            self.auxiliary_head = nn.Sequential(
+                Conv2dNormActivation(encoder.channels[2], 256), nn.Dropout2d(0.1), nn.Conv2d(256, num_classes, 1)
+            )
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        H, W = x.shape[-2:]
+        x = F.pad(x, (0, -W % 32, 0, -H % 32))
+        maps = self.encoder(x)
+        half = x.new_empty(x.shape[0], 0, x.shape[2] // 2, x.shape[3] // 2)  # what no backbone of ours has
+        logits = self.segmentation_head(self.decoder([x, half, *maps]))[..., :H, :W]
+        if not self.training or self.auxiliary_head is None:
+            return logits
+        auxiliary = F.interpolate(self.auxiliary_head(maps[2]), x.shape[-2:], mode="bilinear")
+        return logits, auxiliary[..., :H, :W]
+
+
+def create_segmenter(
+    backbone: str,
+    head: str,
+    num_classes: int,
+    pretrained_backbone: bool | None = None,
+    backbone_kwargs: dict[str, Any] | None = None,
+    auxiliary: bool = False,
+    **kwargs,
+) -> Segmenter:
+    """Create a segmenter: a decoder of segmentation_models_pytorch over a backbone of any family.
+
+    Args:
+        backbone: name of the backbone, as for `create_model`.
+        head: "upernet", "fpn" (semantic FPN), "segformer" or "unet".
+        num_classes: number of classes, with the background if that is one.
+        pretrained_backbone: load the backbone's weights. None: as `create_model` does, for files and repositories only.
+        backbone_kwargs: arguments of the backbone; `checkpoint_path` may also name a file of a published segmenter.
+        auxiliary: add a second, convolutional head on the map of stride 16. In training the model then returns the
+            logits of both, for the published UPerNets' loss.
+        **kwargs: options of the decoder (`decoder_channels`, `dropout`, `segmentation_channels`, ...).
+
+    Raises:
+        UnknownModelError: if there is no such backbone.
+        UnknownArgumentError: if backbone or head do not take one of the arguments.
+        VisionattnError: if there is no such head.
+    """
+    if head not in HEADS:
+        raise VisionattnError(f"expected head one of {', '.join(HEADS)}, got {head!r}")
+    spec = HEADS[head]
+    parameters = inspect.signature(spec.decoder).parameters
+    accepted = sorted(parameters.keys() - {"encoder_channels", "encoder_depth", "n_blocks"})
+    if unknown := sorted(kwargs.keys() - set(accepted)):
+        raise UnknownArgumentError(f"{head} got unknown arguments {', '.join(unknown)}; it takes {', '.join(accepted)}")
+    encoder = create_feature_maps(backbone, pretrained_backbone, backbone_kwargs, STRIDES)
+    options = {name: parameters[name].default for name in accepted} | spec.options | kwargs
+    decoder = spec.decoder([encoder.backbone.in_chans, 0, *encoder.channels], **options)
+    if head == "upernet":
+        decoder.feature_norms = nn.ModuleList(nn.Identity() for _ in STRIDES)  # the backbone has those of its paper
+    return Segmenter(encoder, decoder, spec.channels(options), spec.stride, num_classes, auxiliary)
