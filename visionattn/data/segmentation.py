@@ -1,0 +1,222 @@
+"""Images with a class for every pixel: ADE20K's, Cityscapes', VOC's and plain folders, Hugging Face datasets, scenes.
+
+Pixels of the value 255 do not count, nor do those that the layout calls unlabelled: 0 of ADE20K, what Cityscapes leaves
+out of its 19 classes, and values whose line in a file of class names is empty.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ..errors import VisionattnError
+from .annotations import (
+    IGNORED,
+    check_size,
+    column,
+    kind_of,
+    not_empty,
+    open_hub,
+    open_upright,
+    read_names,
+    root_of,
+    split_names,
+)
+from .config import DataConfig
+from .datasets import EXTENSIONS, ImageSet
+from .dense_config import AnnotationConfig
+from .detection import VOC_CLASSES
+from .scenes import open_scenes
+
+
+class Labelling:
+    """What the values of masks mean.
+
+    Args:
+        names: The class of each value, from 0; empty for one that does not count. Equal names are one class.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        if len(names) > IGNORED:
+            raise VisionattnError(f"expected names of at most {IGNORED} values, got {len(names)}")
+        self.classes = list(dict.fromkeys(name for name in names if name))
+        self.table = np.full(IGNORED + 1, -1, np.int16)
+        self.table[IGNORED] = IGNORED
+        self.table[: len(names)] = [self.classes.index(name) if name else IGNORED for name in names]
+
+    def __call__(self, mask: Image.Image, where: object) -> np.ndarray:
+        """The labels (H, W) of a mask's pixels."""
+        values = np.asarray(mask)
+        if values.ndim != 2:
+            raise VisionattnError(f"{where} has {values.shape[2]} channels: expected one number for each pixel")
+        values = values.astype(np.int32)
+        known = values.clip(0, IGNORED)
+        labels = self.table[known]
+        wrong = (labels < 0) | (known != values)
+        if wrong.any():
+            raise VisionattnError(f"{where} has the value {values[wrong][0]}, which is of no class")
+        return labels.astype(np.uint8)
+
+
+class MaskedFiles:
+    """Image files and their masks.
+
+    Args:
+        pairs: Paths of an image and its mask.
+        labelling: What the values of masks mean.
+    """
+
+    def __init__(self, pairs: Sequence[tuple[Path, Path]], labelling: Labelling) -> None:
+        self.pairs, self.labelling = pairs, labelling
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, np.ndarray]:
+        path, mask_path = self.pairs[index]
+        image = open_upright(path)
+        with Image.open(mask_path) as file:
+            labels = self.labelling(file, mask_path)
+        check_size(image, labels.shape, mask_path)
+        return image, labels
+
+    def filename(self, index: int, **kwargs: Any) -> str:
+        """The path of an image."""
+        return str(self.pairs[index][0])
+
+
+class HubMasks:
+    """A Hugging Face dataset with columns of images and masks."""
+
+    def __init__(self, dataset: Any, image: str, mask: str, labelling: Labelling) -> None:
+        self.dataset, self.image, self.mask, self.labelling = dataset, image, mask, labelling
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, np.ndarray]:
+        row = self.dataset[index]
+        labels = self.labelling(row[self.mask], "its mask")
+        check_size(row[self.image], labels.shape, "its mask")
+        return row[self.image], labels
+
+
+def load_segmentation(config: DataConfig, annotations: AnnotationConfig) -> tuple[ImageSet, ImageSet]:
+    """Images with semantic maps (H, W) of bytes to train on and to validate on.
+
+    Args:
+        config: Where they are.
+        annotations: How they are annotated.
+
+    Raises:
+        VisionattnError: If there are none.
+    """
+    train = not_empty(_open(config, annotations, False), "image to train on")
+    return train, load_segmentation_validation(config, annotations, train.classes)
+
+
+def load_segmentation_validation(
+    config: DataConfig, annotations: AnnotationConfig, classes: list[str] | None
+) -> ImageSet:
+    """Images with semantic maps to validate on.
+
+    Args:
+        config: Where they are.
+        annotations: How they are annotated.
+        classes: Names of the model's classes, which are to be those of the data.
+    """
+    images = not_empty(_open(config, annotations, True), "image to validate on")
+    if classes is not None and images.classes != classes:
+        raise VisionattnError(f"{images.name} has other classes than the model, or in another order")
+    return images
+
+
+def _open(config: DataConfig, annotations: AnnotationConfig, validation: bool) -> ImageSet:
+    kind, split = kind_of(config), config.val_split if validation else config.train_split
+    if kind == "scenes":
+        return open_scenes(annotations, validation, semantic=True)
+    if kind == "hfds":
+        return _open_hub_masks(config, annotations, split)
+    return _open_folder(config, root_of(config), annotations, split)
+
+
+def _open_folder(config: DataConfig, root: Path, annotations: AnnotationConfig, split: str) -> ImageSet:
+    """The layout that the folder has."""
+    names = read_names(annotations.classes) if annotations.classes else None
+    splits = split_names(config, split)
+    if (root / "leftImg8bit").is_dir():
+        names = names or _cityscapes_names()
+        images, masks = _split_folder(root / "leftImg8bit", splits), _split_folder(root / "gtFine", splits)
+        pairs = [
+            (path, masks / path.parent.name / path.name.replace("leftImg8bit", "gtFine_labelIds"))
+            for path in _image_files(images, "*/*")
+        ]
+    elif (root / "SegmentationClass").is_dir():
+        names = names or ["background", *VOC_CLASSES]
+        lists = [root / "ImageSets" / "Segmentation" / f"{name}.txt" for name in splits]
+        listed = next((path for path in lists if path.is_file()), None)
+        if listed is None:
+            raise VisionattnError(f"{root} has no list of the split {split}: expected {lists[0]}")
+        stems = [name for name in read_names(listed) if name]
+        pairs = [(root / "JPEGImages" / f"{s}.jpg", root / "SegmentationClass" / f"{s}.png") for s in stems]
+    elif (root / "images").is_dir():
+        names = names or _folder_names(root)
+        folder = next((root / name for name in ("annotations", "masks", "labels") if (root / name).is_dir()), None)
+        if folder is None:
+            raise VisionattnError(f"{root} holds images/ but no annotations/, masks/ or labels/")
+        images, masks = _split_folder(root / "images", splits), _split_folder(folder, splits)
+        pairs = [
+            (path, (masks / path.relative_to(images)).with_suffix(".png")) for path in _image_files(images, "**/*")
+        ]
+    else:
+        raise VisionattnError(
+            f"{root} has no layout that is known: expected images/{split} and annotations/{split} (ADE20K's), "
+            f"leftImg8bit/{split} and gtFine/{split} (Cityscapes'), or JPEGImages and SegmentationClass (VOC's)"
+        )
+    if missing := next((path for pair in pairs for path in pair if not path.is_file()), None):
+        raise VisionattnError(f"{missing} is missing: every image of {split} needs its mask")
+    labelling = Labelling(names)
+    return ImageSet(MaskedFiles(pairs, labelling), range(len(pairs)), labelling.classes, f"{root} ({split})")
+
+
+def _split_folder(folder: Path, splits: list[str]) -> Path:
+    found = next((folder / name for name in splits if (folder / name).is_dir()), None)
+    if found is None:
+        raise VisionattnError(f"{folder} holds no {splits[0]}/")
+    return found
+
+
+def _image_files(folder: Path, pattern: str) -> list[Path]:
+    return sorted(path for path in folder.glob(pattern) if path.suffix.lower() in EXTENSIONS)
+
+
+def _folder_names(root: Path) -> list[str]:
+    """Names of the values: ADE20K's list, where 0 is what is in no class, or classes.txt."""
+    if (root / "objectInfo150.txt").is_file():
+        rows = read_names(root / "objectInfo150.txt")[1:]
+        return ["", *(row.split("\t")[-1].strip() for row in rows if row)]
+    if (root / "classes.txt").is_file():
+        return read_names(root / "classes.txt")
+    raise VisionattnError(
+        f"{root} does not name its classes: add classes.txt, a line for each value of the masks from 0, or give "
+        "--annotations.classes FILE"
+    )
+
+
+def _cityscapes_names() -> list[str]:
+    from torchvision.datasets import Cityscapes
+
+    named = {c.id: "" if c.ignore_in_eval else c.name for c in Cityscapes.classes if c.id >= 0}
+    return [named[value] for value in range(len(named))]
+
+
+def _open_hub_masks(config: DataConfig, annotations: AnnotationConfig, split: str) -> ImageSet:
+    dataset, name = open_hub(config, split), f"{config.name} ({split})"
+    image = column(dataset, "images", name, "image", "pixel_values", "img")
+    mask = column(dataset, "masks", name, "annotation", "mask", "label", "segmentation", "semantic_mask", "labels")
+    if not annotations.classes:
+        raise VisionattnError(f"dataset {name} does not name the values of its masks: add --annotations.classes FILE")
+    labelling = Labelling(read_names(annotations.classes))
+    return ImageSet(HubMasks(dataset, image, mask, labelling), range(len(dataset)), labelling.classes, name)

@@ -1,0 +1,146 @@
+"""Detection and instance segmentation: loss and metrics."""
+
+from collections.abc import Callable, Sequence
+from itertools import zip_longest
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..data.datasets import ImageSet
+
+SUMMARY = {
+    "AP": "map",
+    "AP50": "map_50",
+    "AP75": "map_75",
+    "APs": "map_small",
+    "APm": "map_medium",
+    "APl": "map_large",
+    "AR1": "mar_1",
+    "AR10": "mar_10",
+    "AR100": "mar_100",
+    "ARs": "mar_small",
+    "ARm": "mar_medium",
+    "ARl": "mar_large",
+}
+"""COCO's twelve figures, and what torchmetrics calls them."""
+
+
+class Detection:
+    """Sum of a detector's losses.
+
+    Args:
+        masks: Whether the detector finds masks.
+
+    Attributes:
+        metric: Name of the metric that says which epoch is best.
+    """
+
+    def __init__(self, masks: bool) -> None:
+        self.masks = masks
+        self.metric = "mask_AP" if masks else "box_AP"
+
+    def loss(self, model: nn.Module, images: list[Tensor], targets: list[dict[str, Tensor]], update: int) -> Tensor:
+        """Loss of a batch."""
+        return torch.stack([loss.float() for loss in model(images, targets).values()]).sum()
+
+    def predict(self, model: nn.Module, images: list[Tensor]) -> list[dict[str, Tensor]]:
+        """What the model finds in each image."""
+        found = model(images)
+        return [
+            {**each, "input_size": torch.tensor(image.shape[-2:])} for each, image in zip(found, images, strict=True)
+        ]
+
+    def metrics(self, images: ImageSet, rank: int, processes: int) -> "DetectionMetrics":
+        """What counts in a validation on these images."""
+        return DetectionMetrics(self.masks, len(images.classes))
+
+
+class DetectionMetrics:
+    """COCO's metrics of boxes and masks over any number of batches and processes.
+
+    Args:
+        masks: Whether masks count too.
+        num_classes: Number of classes.
+    """
+
+    def __init__(self, masks: bool, num_classes: int) -> None:
+        from torchmetrics.detection import MeanAveragePrecision
+
+        self.num_classes = num_classes
+        self.kinds = {"box": "bbox", "mask": "segm"} if masks else {"box": "bbox"}
+        self.metric = MeanAveragePrecision(
+            iou_type=tuple(self.kinds.values()),
+            iou_thresholds=np.linspace(0.5, 0.95, 10).tolist(),  # torchmetrics rounds its own to float32, which moves
+            rec_thresholds=np.linspace(0, 1, 101).tolist(),  # recalls of exactly a threshold past it
+            extended_summary=True,
+            backend="faster_coco_eval",
+        )
+        self.metric.warn_on_many_detections = False
+        self.computed: dict[str, Any] = {}
+
+    def update(self, outputs: Sequence[dict[str, Tensor]], targets: Sequence[dict[str, Tensor]]) -> None:
+        """Count what `Detection.predict` found in images with these objects."""
+        found = [restore(output, target["size"]) for output, target in zip(outputs, targets, strict=True)]
+        kept = ("boxes", "labels", "iscrowd", "area", *(["masks"] if "mask" in self.kinds else []))
+        self.metric.update(found, [{key: target[key].cpu() for key in kept} for target in targets])
+
+    def share(self, gather: Callable[[list], list]) -> None:
+        """Take the images of all processes; `gather` gives the lists of all of them, one after the other.
+
+        They are put in order, which decides between detections of one score.
+        """
+        for name, mine in self.metric.metric_state.items():
+            rounds = zip_longest(*gather([mine]))  # each process had every `processes`-th image
+            setattr(self.metric, name, [item for each in rounds for item in each if item is not None])
+
+    def compute(self) -> dict[str, float]:
+        """COCO's figures in percent, with "box_" or "mask_" before their names; nan where there is nothing to count."""
+        self.computed = self.metric.compute()
+        return {
+            f"{kind}_{name}": _percent(self.computed[self._prefix(kind) + key].item())
+            for kind in self.kinds
+            for name, key in SUMMARY.items()
+        }
+
+    def per_class(self) -> list[float | None]:
+        """AP in percent of each class, of masks if they count, once it is computed; None for one without objects."""
+        kind = list(self.kinds)[-1]
+        precision = self.computed[self._prefix(kind) + "precision"][:, :, :, 0, -1]  # (IoU, recall, class)
+        means: list[float | None] = [None] * self.num_classes
+        for label, values in zip(self.computed["classes"].flatten().tolist(), precision.unbind(2), strict=True):
+            if (values > -1).any():
+                means[label - 1] = 100 * values[values > -1].mean().item()
+        return means
+
+    def _prefix(self, kind: str) -> str:
+        return f"{self.kinds[kind]}_" if len(self.kinds) > 1 else ""
+
+
+def restore(output: dict[str, Tensor], size: Tensor) -> dict[str, Tensor]:
+    """What was found in a resized image, in the pixels of the image itself.
+
+    Args:
+        output: Of `Detection.predict`.
+        size: The image's own height and width.
+
+    Returns:
+        Boxes, scores, labels and, if there are any, masks (N, H, W) of true and false, in the main memory.
+    """
+    found = {key: value.detach().cpu() for key, value in output.items()}
+    (height, width), (input_height, input_width) = size.tolist(), found.pop("input_size").tolist()
+    ratio = torch.tensor([width / input_width, height / input_height]).repeat(2)
+    found["boxes"] = found["boxes"].float() * ratio
+    found["scores"] = found["scores"].float()
+    if "masks" in found:
+        masks = found["masks"].float()  # (N, 1, H, W), probabilities
+        if (height, width) != (input_height, input_width) and len(masks):
+            masks = F.interpolate(masks, (height, width), mode="bilinear", antialias=True)
+        found["masks"] = masks.reshape(-1, height, width) > 0.5
+    return found
+
+
+def _percent(value: float) -> float:
+    return 100 * value if value >= 0 else float("nan")
