@@ -4,9 +4,11 @@ Attention is counted by its definition, not as it is executed (tiles compute mas
 factorised).
 """
 
+from contextlib import contextmanager
 from functools import partial
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import visionattn
@@ -113,6 +115,13 @@ ATTENTION = {
 }
 
 
+@contextmanager
+def counted_flops():
+    """torch's counter of operations. Fused attention is taken apart: not every torch counts it on every device."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        yield counter
+
+
 def count(name, input_size):
     with torch.device("meta"):
         model = visionattn.create_model(name).eval()
@@ -126,7 +135,7 @@ def count(name, input_size):
         for layer, macs in ATTENTION.items():
             if isinstance(module, layer):
                 module.register_forward_pre_hook(partial(hook, count=macs))
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with counted_flops() as counter, torch.no_grad():
         model(torch.empty(1, *input_size, device="meta"))
     counts = counter.get_flop_counts()["Global"]
     for name, module in model.named_modules():

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from macs import counted_flops
 from timm.layers import LayerNorm2d
 from torch import nn
 from torch.autograd import gradcheck
-from torch.utils.flop_counter import FlopCounterMode
 
 import visionattn
 from visionattn.errors import VisionattnError
@@ -115,7 +115,7 @@ def test_gradients():
 @pytest.mark.parametrize("kernel_size", [3, 5])
 def test_cost(kernel_size):
     N, C, K = 14 * 20, 24, kernel_size
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with counted_flops() as counter, torch.no_grad():
         AttentiveConv2d(C, K)(torch.randn(1, C, 14, 20))
     assert counter.get_total_flops() == 2 * (2 * N * C**2 + N * C * K**2 + K**2 * C**2 + K**4 * C)
 

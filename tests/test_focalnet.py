@@ -5,10 +5,10 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+from macs import counted_flops
 from timm.layers import DropPath, LayerNorm2d
 from torch import nn
 from torch.autograd import gradcheck
-from torch.utils.flop_counter import FlopCounterMode
 
 import visionattn
 from visionattn.errors import VisionattnError
@@ -79,7 +79,7 @@ def test_focal_modulation_gradients():
 def test_focal_modulation_cost():
     """The cost line, less the gating, which FLOP counters do not count."""
     H, W, C, L = 9, 14, 8, 3
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with counted_flops() as counter, torch.no_grad():
         FocalModulation(C, 3, L)(torch.randn(1, H, W, C))
     assert counter.get_total_flops() == 2 * H * W * (4 * C**2 + C * (L + 1) + C * (9 + 25 + 49))
 

@@ -6,9 +6,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from macs import counted_flops
 from torch import nn
 from torch.autograd import gradcheck
-from torch.utils.flop_counter import FlopCounterMode
 
 import visionattn
 from visionattn.errors import VisionattnError
@@ -167,7 +167,7 @@ def test_cost(stride):
     macs = N * C * (D_qk // s**2 + D_qk + D_v) + N // s**2 * w**2 * (D_qk + D_v) + 2 * N // s**2 * w * D_qk
     width = 32  # 8 + 2 * 12
     macs += N // s**2 * w**2 * (2 * width * heads - D_qk - D_v)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with counted_flops() as counter, torch.no_grad():
         layer(torch.randn(1, C, H, W))
     assert counter.get_total_flops() == 2 * macs
 

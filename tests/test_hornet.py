@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from macs import counted_flops
 from timm.layers import DropPath
 from timm.optim import param_groups_layer_decay
 from torch import nn
 from torch.autograd import gradcheck
-from torch.utils.flop_counter import FlopCounterMode
 
 import visionattn
 from visionattn.errors import VisionattnError
@@ -148,7 +148,7 @@ def test_gradients(layer):
 def test_cost(order, filter):
     C, k, H, W = 32, 7, 12, 9
     layer, m = RecursiveGatedConv(C, order, filter=filter), 2 - 2 ** (1 - order)
-    with FlopCounterMode(display=False) as counter:
+    with counted_flops() as counter:
         layer(torch.randn(1, C, H, W))
     spatial = k**2 * m * C if filter == "dw" else 9 / 2 * m * C
     expected = H * W * (3 * C**2 + 2 / 3 * (1 - 4 ** (1 - order)) * C**2 + spatial)

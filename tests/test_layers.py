@@ -7,8 +7,8 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from macs import counted_flops
 from torch.autograd import gradcheck
-from torch.utils.flop_counter import FlopCounterMode
 
 from visionattn.layers import (
     GatedPositionalSelfAttention,
@@ -280,7 +280,7 @@ H, W, C = 14, 28, 16
 )
 def test_costs(layer, shape, macs):
     """The cost lines of the docstrings, less what FLOP counters do not count (the elementwise gate of N C)."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with counted_flops() as counter, torch.no_grad():
         layer(torch.randn(shape))
     assert counter.get_total_flops() == 2 * macs
 
@@ -306,7 +306,7 @@ def test_self_attention():
     q, k, v = layer.qkv(x).view(2, 7, 3, 3, 4).permute(2, 0, 3, 1, 4)
     expected = layer.proj(((q @ k.transpose(-2, -1) / 2).softmax(-1) @ v).transpose(1, 2).flatten(2))
     torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-12)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with counted_flops() as counter, torch.no_grad():
         layer(x)
     assert counter.get_total_flops() == 2 * 2 * (4 * 7 * 12**2 + 2 * 7**2 * 12)
     with pytest.raises(ValueError, match="dim 12 is not divisible by num_heads 5"):

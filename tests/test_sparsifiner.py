@@ -11,9 +11,9 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from macs import counted_flops
 from torch import nn
 from torch.autograd import gradcheck
-from torch.utils.flop_counter import FlopCounterMode
 
 import visionattn
 from visionattn.errors import VisionattnError
@@ -159,7 +159,7 @@ def test_cost():
         (layer, (torch.randn(B, N, C),)),
         (layer.predictor, torch.randn(2, B, heads, N, C // heads)),
     ):
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
+        with counted_flops() as counter, torch.no_grad():
             module(*inputs)
         flops.append(counter.get_total_flops() / 2 / B)
     predictor = 2 * N * C * c + (2 * c + N) * heads * N * K

@@ -4,6 +4,7 @@ import time
 from typing import TYPE_CHECKING
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..data.loader import read_batches
@@ -46,7 +47,7 @@ def dry_run(trainer: "Trainer") -> None:
         if accelerator.device.type == "cuda":
             torch.cuda.synchronize()
         validation = (time.perf_counter() - start) / seen * len(trainer.val_batches)
-        with FlopCounterMode(display=False) as counter:
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # some torch count no fused ones
             weights(images[:1].to(accelerator.device))
 
     memory = accelerator.gather(memory).max().item()
