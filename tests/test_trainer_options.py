@@ -310,3 +310,17 @@ def test_a_dry_run_tells_and_leaves_nothing(tmp_path: Path, capsys):
     assert told["parameters"].startswith(f"{sum(p.numel() for p in model.parameters()) / 1e6:.3f} M")
     assert float(told["GMACs"].split()[0]) > 0 and float(told["images/s"].split()[0]) > 0
     assert {"memory", "time"} <= told.keys() and not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("name", ["lamb", "sgd", "lion", "muon"])
+def test_timms_optimizers_run_and_resume(tmp_path: Path, name: str):
+    """A few updates, and the same ones again from a saved state."""
+    options = ["--optim.name", name, "--optim.lr", "1e-3", "--augment.mixup", "0", "--epochs", "1", "--trackers", "[]"]
+    whole = train(*parse_train([*QUICK, "--output", str(tmp_path), *options, "--data.val_fraction", "0.9"]))
+    half = trainer(tmp_path, *options, "--data.val_fraction", "0.9")
+    half._begin()
+    next(half.run_updates())
+    half._save_last()
+    again = train(*parse_train(["--resume", str(half.folder)]))
+    ours, theirs = (load_file(folder / "checkpoints" / "best.safetensors") for folder in (again, whole))
+    assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
