@@ -1,6 +1,7 @@
 """What a run would need, measured on a few updates of it."""
 
 import time
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,11 +30,12 @@ def dry_run(trainer: "Trainer") -> None:
     updates = trainer.run_updates()
     began = time.perf_counter()
     next(updates)  # with what is done once: compiling, allocating, starting the processes that load
-    first = start = time.perf_counter()
-    count = 0
-    while time.perf_counter() - start < SECONDS and next(updates, None) is not None:
-        count += 1
-    update = (time.perf_counter() - start) / count if count else first - began
+    start = time.perf_counter()
+    update, count = start - began, 1
+    if next(updates, None) is not None:  # all processes must make as many updates
+        wanted = torch.tensor(int(SECONDS / (time.perf_counter() - start)), device=accelerator.device)
+        count += sum(1 for _ in islice(updates, accelerator.gather(wanted).min().item()))
+        update = (time.perf_counter() - start) / count
     memory = torch.tensor(peak_memory(accelerator.device), device=accelerator.device)
 
     start, seen = time.perf_counter(), 0
@@ -60,6 +62,6 @@ def dry_run(trainer: "Trainer") -> None:
     print(f"parameters {sum(p.numel() for p in model.parameters()) / 1e6:.3f} M, of which {learning:.3f} M learn")
     print(f"GMACs      {counter.get_total_flops() / 2e9:.3f} for an image, as it is executed")
     print(f"memory     {memory:.0f} MiB at its peak, in each process")
-    print(f"images/s   {trainer.sampler.images_per_update / update:.1f} over {max(count, 1)} updates")
+    print(f"images/s   {trainer.sampler.images_per_update / update:.1f} over {count} updates")
     print(f"time       {duration(total)} for {config.epochs} epochs of {trainer.updates} updates and validation")
     print("dry run: nothing was written")

@@ -8,6 +8,7 @@ import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -33,6 +34,7 @@ from .logging import RunLog
 from .optim import Schedule, make_optimizer
 from .profiler import Profiler
 from .report import dry_run
+from .sharding import check_sharding, gathered, joined, prepare, whole
 from .signals import Signals, Stopped
 
 POSITION = ("epoch", "update", "train_loss", "counted", "ranking", "last_is_good")
@@ -54,6 +56,7 @@ class Trainer:
             log_with=list(config.trackers) or None,
             project_dir=config.output,  # RunLog moves it to the run folder
         )
+        check_sharding(config, accelerator)
         if accelerator.device.type == "cpu":  # threads that wait for a core which a loading process has are very slow
             spare = (os.cpu_count() or 1) - config.data.num_workers
             torch.set_num_threads(max(1, min(torch.get_num_threads(), spare)))
@@ -89,7 +92,7 @@ class Trainer:
         self.ema = ModelEmaV3(model, config.ema.decay, use_warmup=config.ema.warmup) if config.ema.decay else None
         if config.compile:
             self.student.compile()
-        self.model, self.optimizer = accelerator.prepare(self.student, optimizer)
+        self.model, self.optimizer = prepare(accelerator, self.student, optimizer, self.ema and self.ema.module)
         self.guard, self.signals = Guard(config.guard, accelerator), Signals()
         self.profiler: Profiler | None = None
         self.epoch = self.update = 0  # where the next update is
@@ -175,7 +178,8 @@ class Trainer:
             try:
                 parts = [next(batches) for _ in range(self.config.optim.accumulation)]
             except VisionattnError:
-                if self.signals.received:  # by the loading processes too, which ended
+                # By the loading processes too, which ended. Processes that hold parts can only save together.
+                if self.signals.received and not self.accelerator.is_fsdp2:
                     raise Stopped from None
                 raise
             loss, stop = self._make_update(parts)
@@ -221,7 +225,7 @@ class Trainer:
         """Clip the gradients; their norm before that."""
         optim, parameters = self.config.optim, self.model.parameters()
         by_norm = optim.clip_grad and optim.clip_mode == "norm"
-        norm = self.accelerator.clip_grad_norm_(parameters, optim.clip_grad if by_norm else math.inf)
+        norm = joined(self.accelerator.clip_grad_norm_(parameters, optim.clip_grad if by_norm else math.inf))
         if optim.clip_grad and not by_norm:
             dispatch_clip_grad(self.model.parameters(), optim.clip_grad, mode=optim.clip_mode)
         return norm
@@ -251,7 +255,8 @@ class Trainer:
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         metrics = self.task.metrics(self.val_batches.dataset.images, rank, processes)
         if processes > 1:  # they go on together to the next update, where they stop together
-            return evaluate(self.validated_weights(), self.val_batches, self.accelerator, metrics)
+            with gathered(self.validated_weights(), self.accelerator):
+                return evaluate(self.validated_weights(), self.val_batches, self.accelerator, metrics)
         with self.signals.stopping():
             return evaluate(self.validated_weights(), self.val_batches, self.accelerator, metrics)
 
@@ -282,12 +287,13 @@ class Trainer:
 
     def _begin(self) -> None:
         """Make the run folder, at once with options and a checkpoint in it: it can be resumed from then on."""
-        folder = [make_folder(self.config, self._fill)] if self.accelerator.is_main_process else [None]
-        self.folder = broadcast_object_list(folder)[0]
+        contents = self._contents(state=True)
 
-    def _fill(self, folder: Path) -> None:
-        self.folder = folder
-        self._save_last()
+        def fill(folder: Path) -> None:
+            save_checkpoint(folder / "checkpoints" / "last.safetensors", *contents)
+
+        folder = [make_folder(self.config, fill)] if self.accelerator.is_main_process else [None]
+        self.folder = broadcast_object_list(folder)[0]
 
     def _roll_back(self) -> None:
         """Go on from the last good checkpoint, with a lower learning rate."""
@@ -335,10 +341,16 @@ class Trainer:
 
     def _save(self, name: str, metrics: dict[str, float] | None = None, state: bool = False) -> None:
         """Write a checkpoint; with `state`, one that can be resumed."""
-        if not self.accelerator.is_main_process:
-            return
-        config, scaler = self.config, self.accelerator.scaler
-        distils = self.student is not self.bare_model
+        contents = self._contents(metrics, state)
+        if self.accelerator.is_main_process:
+            save_checkpoint(self.folder / "checkpoints" / f"{name}.safetensors", *contents)
+        self.has_saved = self.epoch + self.update > 0
+
+    def _contents(
+        self, metrics: dict[str, float] | None = None, state: bool = False
+    ) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any] | None]:
+        """What a checkpoint holds: weights, description and training state; complete in the main process alone."""
+        config, scaler, main = self.config, self.accelerator.scaler, self.accelerator.is_main_process
         description = {
             "model": config.model,
             "model_kwargs": self.model_kwargs,
@@ -349,18 +361,20 @@ class Trainer:
             "epoch": self.epoch,
             "metrics": metrics,
         }
+        weights = whole(self.validated_weights().state_dict(), main)
+        if not state:
+            return weights, description, None
+        distils = self.student is not self.bare_model
         training_state = {
             **{name: getattr(self, name) for name in POSITION},
             "schedule": self.schedule.state_dict(),
             "guard": self.guard.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": whole(self.optimizer.state_dict(), main),
             "scaler": scaler.state_dict() if scaler else None,
-            "raw_weights": self.bare_model.state_dict() if self.ema else None,
+            "raw_weights": whole(self.bare_model.state_dict(), main) if self.ema else None,
             "projection": self.student.projection.state_dict() if distils else None,
         }
-        path = self.folder / "checkpoints" / f"{name}.safetensors"
-        save_checkpoint(path, self.validated_weights().state_dict(), description, training_state if state else None)
-        self.has_saved = self.epoch + self.update > 0
+        return weights, description, training_state
 
     def validated_weights(self) -> nn.Module:
         """The model that is validated and kept."""
