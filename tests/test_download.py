@@ -169,13 +169,13 @@ def test_timm_gets_them_too(server, weights):
 def test_bad_sources_leave_nothing_and_say_why(server, cache, path, told):
     url = f"{server.url}/{path}"
     with pytest.raises(VisionattnError, match=rf"cannot fetch test_van: {url}: .*({told}).*; or save the file as") as e:
-        fetch([NAME], [url])
+        fetch([NAME], [url], NAME)
     assert "\n" not in str(e.value) and listing(cache) == []
 
 
 def test_nobody_answers(cache):
     with pytest.raises(VisionattnError, match="cannot fetch test_van: http://127.0.0.1:9/w.pth: .*refused"):
-        fetch([NAME], ["http://127.0.0.1:9/w.pth"], cache_dir=str(cache))
+        fetch([NAME], ["http://127.0.0.1:9/w.pth"], NAME, cache_dir=str(cache))
 
 
 def test_the_next_source_is_tried(server, weights, cache):
@@ -210,8 +210,22 @@ def test_a_mirror_folder_comes_first(server, weights, cache, tmp_path, monkeypat
     path.parent.mkdir(parents=True)
     path.write_bytes(server.files["w.pth" if file.endswith("pth") else "w.safetensors"])
     monkeypatch.setenv(MIRROR, str(tmp_path / "mirror"))
-    create(weights, url=f"{server.url}/plain/w.safetensors", hf_hub_id="me/mine")
+    own = file.startswith(NAME)
+    create(weights, **({} if own else {"url": f"{server.url}/plain/w.safetensors", "hf_hub_id": "me/mine"}))
     assert not server.requests and listing(cache) == []
+
+
+def test_published_weights_never_stand_in_for_somebodys_own(server, weights, cache, tmp_path, monkeypatch):
+    """A file that goes by the model's name, in the mirror or the cache, is not what another address asks for."""
+    other = visionattn.create_model(NAME).state_dict()
+    for folder in (tmp_path / "mirror", cache):
+        folder.mkdir(parents=True)
+        torch.save(other, folder / f"{NAME}.pth")
+    monkeypatch.setenv(MIRROR, str(tmp_path / "mirror"))
+    server.files["share"] = server.files["w.pth"]
+    for path in ("plain/w.pth", "plain/share?dl=1"):
+        create(weights, url=f"{server.url}/{path}")
+    assert len(listing(cache)) == 3
 
 
 def test_a_mirror_address_comes_first(server, weights, cache, monkeypatch):
@@ -242,13 +256,13 @@ def test_the_hub_prefers_safetensors(hub, weights, tmp_path):
     assert hub.requests["GET /me/mine/resolve/main/model.safetensors"] == 1
     hub.files["pytorch_model.bin"] = hub.files["w.pth"]
     del hub.files["model.safetensors"]
-    path = fetch([NAME], [f"{HUB}me/other"], cache_dir=str(tmp_path / "other"))
+    path = fetch([NAME], [f"{HUB}me/other"], NAME, cache_dir=str(tmp_path / "other"))
     load_checkpoint(visionattn.create_model(NAME), path)
     assert path.name == "pytorch_model.bin"
     del hub.files["pytorch_model.bin"]
     told = "cannot fetch test_van: hf-hub:me/third: holds none of model.safetensors, pytorch_model.bin"
     with pytest.raises(VisionattnError, match=told):
-        fetch([NAME], [f"{HUB}me/third"], cache_dir=str(tmp_path / "third"))
+        fetch([NAME], [f"{HUB}me/third"], NAME, cache_dir=str(tmp_path / "third"))
 
 
 def test_repositories_name_their_model(hub, weights, tmp_path):
@@ -276,7 +290,7 @@ def test_repositories_name_their_model(hub, weights, tmp_path):
 
 
 def test_processes_download_once(server, tmp_path, cache):
-    code = f"from visionattn.download import fetch; fetch(['w'], ['{server.url}/slow/w.pth'])"
+    code = f"from visionattn.download import fetch; fetch(['w'], ['{server.url}/slow/w.pth'], 'w')"
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     running = [subprocess.Popen([sys.executable, "-c", code], env=env, stderr=subprocess.DEVNULL) for _ in range(2)]
     assert [process.wait(60) for process in running] == [0, 0]
@@ -290,13 +304,13 @@ def test_a_full_disk(server, cache, monkeypatch):
 
     monkeypatch.setattr("visionattn.download.http_get", write_part)
     with pytest.raises(VisionattnError, match="cannot fetch w: .*No space left on device"):
-        fetch(["w"], [f"{server.url}/plain/w.pth"])
+        fetch(["w"], [f"{server.url}/plain/w.pth"], "w")
     assert listing(cache) == []
 
 
 def test_a_read_only_cache(server, weights, cache, monkeypatch):
     with pytest.raises(VisionattnError, match="cannot fetch w: .*/proc/nowhere"):
-        fetch(["w"], [f"{server.url}/plain/w.pth"], cache_dir="/proc/nowhere")
+        fetch(["w"], [f"{server.url}/plain/w.pth"], "w", cache_dir="/proc/nowhere")
     create(weights, url=f"{server.url}/plain/w.pth")
 
     def refuse(path: Path) -> None:

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .errors import VisionattnError
 from .layers.fuse import fuse_modules
-from .layers.position import PositionEmbedding, resample_rows
+from .layers.position import PositionEmbedding, resample_rows, resize_table
 
 
 class InputCheck(nn.Module):
@@ -104,10 +104,17 @@ class Backbone(nn.Module):
     def adapt_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """Last step of a conversion: makes a state dict in our layout fit this model's configuration, where it can.
 
+        Tables of biases by relative position are resampled for windows of another size.
+
         Args:
             state_dict: in our layout, of any model of the family (or of another; then whatever is returned).
         """
-        return state_dict
+        tables = {k: tuple(v.shape[1:]) for k, v in self.state_dict().items() if k.endswith(".rpb") and v.ndim == 3}
+        return state_dict | {
+            k: resize_table(state_dict[k], size)
+            for k, size in tables.items()
+            if k in state_dict and state_dict[k].ndim == 3
+        }
 
     @torch.jit.ignore
     def fuse(self) -> "Backbone":
@@ -530,6 +537,7 @@ class Isotropic(Backbone):
 
     def adapt_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """Resamples a position table that was made for square images of another size."""
+        state_dict = super().adapt_state_dict(state_dict)
         table, own = state_dict.get("pos_embed.weight"), self.pos_embed
         if own is None or table is None or table.ndim != 3 or table.shape[1] == own.weight.shape[1]:
             return state_dict

@@ -26,17 +26,20 @@ SUFFIXES = (".safetensors", ".pth")
 _logger = logging.getLogger("visionattn")
 
 
-def fetch(names: Iterable[str], sources: Iterable[str], by_hand: str = "", cache_dir: str | None = None) -> Path:
+def fetch(
+    names: Iterable[str], sources: Iterable[str], model: str, by_hand: str = "", cache_dir: str | None = None
+) -> Path:
     """A file of weights, downloaded unless it is there.
 
     It is looked for in the mirror under the given names and those the sources have, in the cache, where it may have
-    been put by hand under the first name, then at the sources, in order. A file comes into the cache whole or not at
-    all, is read before it is taken, and is compared with the SHA-256 prefix in its name where there is one, in the
-    manner of torch.hub. Processes that want the same file download it once.
+    been put by hand under the first of the given names, then at the sources, in order. A file comes into the cache whole
+    or not at all, is read before it is taken, and is compared with the SHA-256 prefix in its name where there is one,
+    in the manner of torch.hub. Processes that want the same file download it once.
 
     Args:
-        names: what the file may be called, without suffix, `dinat_mini.in1k` for one.
+        names: what else the file may be called, without suffix, `dinat_mini.in1k` for one.
         sources: addresses, or `hf-hub:<repository>[@revision][:file]`.
+        model: what errors call it.
         by_hand: where a person finds the file, for the error if nothing else is left.
         cache_dir: folder for downloads; None for torch.hub's and the hub's own.
 
@@ -46,14 +49,15 @@ def fetch(names: Iterable[str], sources: Iterable[str], by_hand: str = "", cache
     names, sources = list(names), list(sources)
     cache = Path(cache_dir or os.path.join(get_dir(), "checkpoints"))
     files = [f"{name}{suffix}" for name in names for suffix in SUFFIXES]
-    mirrored = files + [file for source in sources for file in _mirrored(source, names[0])]
+    mirrored = files + [file for source in sources for file in _mirrored(source, names)]
     mirror = os.environ.get(MIRROR, "")
     if mirror and "://" not in mirror:
         if not Path(mirror).is_dir():
             raise VisionattnError(f"{MIRROR} is neither a folder nor an address: {mirror}")
         if found := next((path for file in mirrored if (path := Path(mirror, file)).is_file()), None):
             return found
-    if found := next((path for suffix in SUFFIXES if (path := cache / f"{names[0]}{suffix}").is_file()), None):
+    by_name = [cache / file for file in files[: len(SUFFIXES)]]
+    if found := next(filter(Path.is_file, by_name), None):
         return found
     failures = []
     if "://" in mirror:
@@ -62,18 +66,19 @@ def fetch(names: Iterable[str], sources: Iterable[str], by_hand: str = "", cache
         try:
             if source.startswith(HUB):
                 return _from_hub(source.removeprefix(HUB), cache_dir)
-            return _from_url(source, cache / _file_name(source, names[0]))
+            return _from_url(source, cache / _file_name(source, names))
         except Exception as e:  # what the network, the hub and the disk raise is theirs
             if not (mirror and source.startswith(mirror)):
                 failures.append(f"{source}: {one_line(e)}")
     if mirror:
         failures.insert(0, f"{MIRROR} {mirror} has none of {', '.join(dict.fromkeys(mirrored))}")
-    place_it = f"save the file as {cache / names[0]}.pth, or in the folder that {MIRROR} names"
+    place = cache / (f"{names[0]}.pth" if names else mirrored[0])
+    place_it = f"save the file as {place}, or in the folder that {MIRROR} names"
     if by_hand:
         failures.append(f"download it by hand from {by_hand} and {place_it}")
     elif failures:
         failures.append(f"or {place_it}")
-    raise VisionattnError(f"cannot fetch {names[0]}: " + ("; ".join(failures) or "no weights were released"))
+    raise VisionattnError(f"cannot fetch {model}: " + ("; ".join(failures) or "no weights were released"))
 
 
 def _from_hub(repository: str, cache_dir: str | None) -> Path:
@@ -129,16 +134,19 @@ def _lock(path: Path) -> Iterator[None]:
             lock.unlink(missing_ok=True)  # who waits for it finds the file, or downloads in its turn
 
 
-def _file_name(url: str, name: str) -> str:
-    """What an address calls its file, or `name` where it says nothing or nothing of its own."""
+def _file_name(url: str, names: list[str]) -> str:
+    """What an address calls its file; where it says nothing, or nothing of its own, the first name or a hash of it."""
     file = PurePosixPath(unquote(urlsplit(url).path)).name
     suffix = re.search(r"\.(safetensors|pth|pt|bin|tar|ckpt)$", file)
-    return file if suffix and file not in HUB_FILES else name + (suffix[0] if suffix else ".pth")
+    if suffix and file not in HUB_FILES:
+        return file
+    name = names[0] if names else f"visionattn_{hashlib.sha256(url.encode()).hexdigest()[:16]}"
+    return name + (suffix[0] if suffix else ".pth")
 
 
-def _mirrored(source: str, name: str) -> list[str]:
+def _mirrored(source: str, names: list[str]) -> list[str]:
     """Where a mirror may have the file of a source."""
     if not source.startswith(HUB):
-        return [_file_name(source, name)]
+        return [_file_name(source, names)]
     repository, _, file = source.removeprefix(HUB).partition(":")
     return [f"{repository.partition('@')[0]}/{file}" for file in ([file] if file else HUB_FILES)]

@@ -18,7 +18,7 @@ from timm.models._hub import load_model_config_from_hf, load_model_config_from_p
 from torch import nn
 
 from .download import HUB, fetch
-from .errors import UnknownArgumentError, UnknownModelError, VisionattnError
+from .errors import UnknownArgumentError, UnknownModelError, VisionattnError, check_arguments
 from .files import DESCRIPTION, find_file, one_line, read_metadata
 from .weights import load_pretrained
 
@@ -219,10 +219,7 @@ def _builder(
     accepted = own | {"img_size"}
 
     def build(pretrained: bool = False, checkpoint_path: str = "", **kwargs) -> nn.Module:
-        if unknown := sorted(kwargs.keys() - accepted - BUILDER_ARGUMENTS):
-            raise UnknownArgumentError(
-                f"{name} got unknown arguments {', '.join(unknown)}; it takes {', '.join(sorted(accepted))}"
-            )
+        check_arguments(name, kwargs.keys() - BUILDER_ARGUMENTS, accepted)
         cfg = kwargs.pop("pretrained_cfg", None) or next(iter(cfgs))
         if isinstance(cfg, str):
             cfg = _tagged(name, cfg, cfgs)
@@ -281,13 +278,16 @@ def _published(name: str, cfg: dict, overlay: dict, variant: Variant, cache_dir:
     sources = []
     if hub := places.get("hf_hub_id"):
         sources.append(f"{HUB}{hub}" + (f":{places['hf_hub_filename']}" if places.get("hf_hub_filename") else ""))
-    if url := places.get("url"):
+    if url := places.get("url") or None:
         sources += published.urls if url in published.urls else [url]
+    if places.get("hf_hub_id") != published.hf_hub_id or url not in (*published.urls, None):
+        # Somebody's own weights, which no file that goes by the model's name may stand in for.
+        return fetch([], sources, name, cache_dir=cache_dir)
     names = [f"{name}.{tag}"] if tag else []
     if tag == first:
         names.append(name)
     by_hand = f"{published.page} ({published.note})" if published.page and published.note else published.page
-    return fetch(names or [name], sources, by_hand, cache_dir)
+    return fetch(names, sources, names[0], by_hand, cache_dir)
 
 
 def _tagged(name: str, tag: str, cfgs: dict[str, PretrainedCfg]) -> PretrainedCfg:

@@ -15,7 +15,7 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxPool, LastLevelP6P7
 
-from ..errors import UnknownArgumentError, VisionattnError
+from ..errors import VisionattnError, check_arguments
 from .features import STRIDES, FeatureMaps, OverBackbone, create_feature_maps
 
 
@@ -192,10 +192,7 @@ def create_detector(
     spec = HEADS[head]
     accepted = {*inspect.signature(spec.model).parameters, "size_divisible", "fixed_size"}
     accepted -= {"backbone", "num_classes", "kwargs", "box_predictor", "mask_head", "mask_predictor"}
-    if unknown := sorted(kwargs.keys() - accepted):
-        raise UnknownArgumentError(
-            f"{head} got unknown arguments {', '.join(unknown)}; it takes {', '.join(sorted(accepted))}"
-        )
+    check_arguments(head, kwargs, accepted)
     sizes = tuple(anchor_sizes or spec.anchor_sizes)
     if len(sizes) != len(spec.anchor_sizes):
         raise VisionattnError(f"expected anchor_sizes of {len(spec.anchor_sizes)} levels, got {len(sizes)}")

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import Conv2dNormActivation
 
-from ..errors import UnknownArgumentError, VisionattnError
+from ..errors import VisionattnError, check_arguments
 from .features import STRIDES, FeatureMaps, OverBackbone, create_feature_maps
 
 try:
@@ -120,9 +120,8 @@ def create_segmenter(
         raise VisionattnError(f"expected head one of {', '.join(HEADS)}, got {head!r}")
     spec = HEADS[head]
     parameters = inspect.signature(spec.decoder).parameters
-    accepted = sorted(parameters.keys() - {"encoder_channels", "encoder_depth", "n_blocks"})
-    if unknown := sorted(kwargs.keys() - set(accepted)):
-        raise UnknownArgumentError(f"{head} got unknown arguments {', '.join(unknown)}; it takes {', '.join(accepted)}")
+    accepted = parameters.keys() - {"encoder_channels", "encoder_depth", "n_blocks"}
+    check_arguments(head, kwargs, accepted)
     encoder = create_feature_maps(backbone, pretrained_backbone, backbone_kwargs, STRIDES)
     options = {name: parameters[name].default for name in accepted} | spec.options | kwargs
     decoder = spec.decoder([encoder.backbone.in_chans, 0, *encoder.channels], **options)

@@ -11,12 +11,11 @@ from functools import partial
 from timm.layers import LayerNorm2d, PatchEmbed, calculate_drop_path_rates, trunc_normal_
 from torch import Tensor, nn
 
-from ..backbone import Backbone, Hierarchical, Isotropic, Stage
+from ..backbone import Hierarchical, Isotropic, Stage
 from ..layers import NeighborhoodAttention2d, TokenNeighborhoodAttention, TokenRelPosAttention
 from ..layers.block import Block
 from ..layers.patch import PatchMerging, PatchStem
 from ..layers.pointwise import Mlp
-from ..layers.position import resize_table
 from ..registry import Family, Variant, Weights, register_family
 from ..weights import renumber
 
@@ -87,20 +86,7 @@ def _init_weights(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-class BiasTables(Backbone):
-    """A backbone whose checkpoints fit windows of other sizes: their tables of biases are resampled."""
-
-    def adapt_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Resamples the bias tables as the published 11 x 11 models were made from the 7 x 7 ones."""
-        state_dict = super().adapt_state_dict(state_dict)
-        return state_dict | {
-            k: resize_table(state_dict[k], tuple(own.shape[1:]))
-            for k, own in self.state_dict().items()
-            if k.endswith(".rpb") and k in state_dict and state_dict[k].ndim == 3
-        }
-
-
-class DiNAT(BiasTables, Hierarchical):
+class DiNAT(Hierarchical):
     """NAT and DiNAT.
 
     Args:
@@ -196,7 +182,7 @@ class DiNATs(DiNAT):
     downsample_layer = PatchMerging
 
 
-class IsotropicDiNAT(BiasTables, Isotropic):
+class IsotropicDiNAT(Isotropic):
     """Isotropic NAT and DiNAT, and the ViT with relative position bias they are compared with.
 
     Args: those of `DiNAT` with one `depth`, and
