@@ -32,7 +32,7 @@ def fetch(
     """A file of weights, downloaded unless it is there.
 
     It is looked for in the mirror under the given names and those the sources have, in the cache, where it may have
-    been put by hand under the first of the given names, then at the sources, in order. A file comes into the cache whole
+    been put by hand under the first given name, then at the sources, in order. A file comes into the cache whole
     or not at all, is read before it is taken, and is compared with the SHA-256 prefix in its name where there is one,
     in the manner of torch.hub. Processes that want the same file download it once.
 
