@@ -23,7 +23,7 @@ from timm.data import create_dataset, create_loader
 from visionattn.data.config import AugmentConfig, DataConfig
 from visionattn.data.datasets import load_validation
 from visionattn.data.loader import TrainSampler, read_batches, train_loader
-from visionattn.data.transforms import train_transform
+from visionattn.data.transforms import OnImage, train_transform
 
 
 def write_jpegs(folder: Path, count: int) -> None:
@@ -63,7 +63,7 @@ def main() -> None:
         print(f"{'workers':>8} {'timm images/s':>14} {'ours images/s':>14} {'ours / timm':>12}")
         for workers in args.workers:
             sampler = TrainSampler(len(images), args.batch)
-            ours = train_loader(images, transform, sampler, "RGB", workers)
+            ours = train_loader(images, OnImage(transform), sampler, "RGB", workers)
             theirs = create_loader(
                 create_dataset("", root=folder, split="none"),
                 (3, args.size, args.size),

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from visionattn.data.config import AugmentConfig, DataConfig
 from visionattn.data.datasets import ImageSet, load_datasets, load_validation, stratified_split
 from visionattn.data.loader import Batch, TrainSampler, eval_loader, read_batches, train_loader
-from visionattn.data.transforms import eval_transform, train_transform
+from visionattn.data.transforms import OnImage, eval_transform, train_transform
 from visionattn.errors import VisionattnError
 
 PREPARED = dict(img_size=16, mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bicubic", crop_pct=1.0, crop_mode="center")
@@ -71,7 +71,7 @@ def test_images_of_any_mode_become_rgb(tmp_path: Path, mode: str):
     make_folder(tmp_path, mode=mode)
     images = load_validation(DataConfig(root=str(tmp_path)))
     assert images.load(0)[0].mode == "RGB"
-    loader = eval_loader(images, eval_transform(DataConfig(**PREPARED)), 4, "RGB", 0)
+    loader = eval_loader(images, OnImage(eval_transform(DataConfig(**PREPARED))), 4, "RGB", 0)
     assert next(read_batches(loader)).images.shape == (2, 3, 16, 16)
 
 
@@ -195,13 +195,15 @@ def test_unreadable_image_is_named(tmp_path: Path, workers: int):
     broken = tmp_path / "dog" / "3.png"
     broken.write_bytes(broken.read_bytes()[:60])
     images = load_validation(DataConfig(root=str(tmp_path), val_fraction=1.0))
-    loader = eval_loader(images, eval_transform(DataConfig(**PREPARED)), 2, "RGB", workers)
+    loader = eval_loader(images, OnImage(eval_transform(DataConfig(**PREPARED))), 2, "RGB", workers)
     assert one_line_error(loader).startswith(f"cannot read {broken}: ")
 
 
 def batches_of(images: ImageSet, sampler: TrainSampler, workers: int, augment: AugmentConfig = STRONG) -> list[Batch]:
     return list(
-        read_batches(train_loader(images, train_transform(DataConfig(**PREPARED), augment), sampler, "RGB", workers))
+        read_batches(
+            train_loader(images, OnImage(train_transform(DataConfig(**PREPARED), augment)), sampler, "RGB", workers)
+        )
     )
 
 
@@ -217,7 +219,7 @@ def test_unreadable_image_of_training_is_replaced_by_the_next(tmp_path: Path, ca
     sampler = TrainSampler(len(images), 7, seed=2)
     for bad in (3, 4):
         Path(images.place(bad)).write_bytes(b"not an image")
-    loader = train_loader(images, transform, sampler, "RGB", workers, max_bad_fraction=0.2)
+    loader = train_loader(images, OnImage(transform), sampler, "RGB", workers, max_bad_fraction=0.2)
     for sampler.epoch in range(2):
         expected = [index for batch in sampler for _, index in batch]
         found = [index for batch in read_batches(loader) for index in batch.indices.tolist()]
@@ -235,7 +237,9 @@ def test_folder_of_which_nothing_is_readable_ends_the_run(tmp_path: Path, worker
     for path in tmp_path.rglob("*.png"):
         path.write_bytes(b"")
     images, _ = load_datasets(DataConfig(root=str(tmp_path)))
-    loader = train_loader(images, eval_transform(DataConfig(**PREPARED)), TrainSampler(8, 4), "RGB", workers, 1.0)
+    loader = train_loader(
+        images, OnImage(eval_transform(DataConfig(**PREPARED))), TrainSampler(8, 4), "RGB", workers, 1.0
+    )
     assert "8 images are unreadable" in one_line_error(loader)
 
 
@@ -250,7 +254,7 @@ class Kill:
 
 def test_death_of_a_worker_names_the_image(tmp_path: Path):
     images = load_validation(DataConfig(root=str(make_folder(tmp_path)), val_fraction=1.0))
-    error = one_line_error(eval_loader(images, Kill(), 2, "RGB", 2))
+    error = one_line_error(eval_loader(images, OnImage(Kill()), 2, "RGB", 2))
     assert "killed" in error and error.endswith(str(tmp_path / "dog" / "3.png"))
 
 
@@ -261,7 +265,7 @@ def test_order_and_augmentation_depend_on_seed_epoch_and_index_alone(repeats: in
 
     def epochs(seed: int, workers: int) -> list[Batch]:
         sampler = TrainSampler(len(images), 32, seed, repeats=repeats)
-        loader = train_loader(images, transform, sampler, "RGB", workers)
+        loader = train_loader(images, OnImage(transform), sampler, "RGB", workers)
         drawn = []
         for sampler.epoch in range(2):
             random.random(), np.random.rand(), torch.rand(1)  # other draws in between must not matter
@@ -320,7 +324,11 @@ def test_repeated_augmentation(processes: int):
 def test_loading_leaves_the_generators_of_the_process_alone():
     images, _ = load_datasets(DataConfig())
     loader = train_loader(
-        images, train_transform(DataConfig(**PREPARED), AugmentConfig(re_prob=1.0)), TrainSampler(64, 8), "RGB", 0
+        images,
+        OnImage(train_transform(DataConfig(**PREPARED), AugmentConfig(re_prob=1.0))),
+        TrainSampler(64, 8),
+        "RGB",
+        0,
     )
     dataset = loader.dataset
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
@@ -356,7 +364,7 @@ def test_sampler_resumes_within_an_epoch_and_fills_small_sets():
 def test_validation_counts_every_image_once(processes: int):
     images = load_validation(DataConfig(val_fraction=0.02))
     transform = eval_transform(DataConfig(**PREPARED))
-    loaders = [eval_loader(images, transform, 8, "RGB", 0, rank, processes) for rank in range(processes)]
+    loaders = [eval_loader(images, OnImage(transform), 8, "RGB", 0, rank, processes) for rank in range(processes)]
     labels = sorted(label for loader in loaders for batch in read_batches(loader) for label in batch.targets.tolist())
     assert labels == sorted(images.load(i)[1] for i in range(len(images)))
 

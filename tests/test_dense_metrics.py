@@ -16,8 +16,10 @@ from torch.nn import functional as F
 
 from visionattn.data.annotations import IGNORED
 from visionattn.data.drawing import draw_map, draw_objects, grid, to_image
-from visionattn.tasks.detection import SUMMARY, Detection, DetectionMetrics
-from visionattn.tasks.segmentation import Segmentation, SegmentationMetrics
+from visionattn.errors import VisionattnError
+from visionattn.tasks.config import LossConfig, TaskConfig
+from visionattn.tasks.detection import SUMMARY, Detection, DetectionLoss, DetectionMetrics
+from visionattn.tasks.segmentation import PixelLoss, Segmentation, SegmentationMetrics
 
 HEIGHT, WIDTH = 120, 140
 
@@ -123,7 +125,7 @@ def test_detection_metrics_agree_with_pycocotools(case: str, masks: bool):
         assert computed[f"{kind}_AP50"] > 5
     precision = evaluation.eval["precision"][:, :, :, 0, -1]
     by_class = [100 * p[p > -1].mean() if (p > -1).any() else None for p in np.moveaxis(precision, 2, 0)]
-    assert metrics.per_class() == pytest.approx(by_class, abs=1e-6)
+    assert [each["AP"] for each in metrics.per_class()] == pytest.approx(by_class, abs=1e-6)
 
 
 def test_a_class_without_objects_does_not_count():
@@ -134,13 +136,13 @@ def test_a_class_without_objects_does_not_count():
     assert metrics.compute()["box_AP"] == pytest.approx(
         100 * pycocotools([(output, target)], "bbox").stats[0], abs=1e-4
     )
-    assert metrics.per_class()[0] is not None and metrics.per_class()[1:] == [None, None]
+    assert metrics.per_class()[0]["AP"] is not None and metrics.per_class()[1:] == [{"AP": None}] * 2
 
 
 def test_nothing_to_count_is_no_number():
     metrics = counted([random_image(np.random.default_rng(0), 0, 0)], masks=True)
     assert math.isnan(metrics.compute()["mask_AP"])
-    assert metrics.per_class() == [None] * 3
+    assert metrics.per_class() == [{"AP": None}] * 3
 
 
 def test_detection_counts_images_of_all_processes():
@@ -171,7 +173,7 @@ class Finder(nn.Module):
 
 
 def test_what_is_found_in_resized_images_counts_in_their_own_pixels():
-    task, metrics = Detection(masks=True), DetectionMetrics(True, 1)
+    task, metrics = detection("mask_rcnn"), DetectionMetrics(True, 1)
     for size, input_size in [((40, 60), (80, 120)), ((40, 60), (20, 28)), ((40, 60), (40, 60))]:
         masks = torch.zeros(1, *size, dtype=torch.uint8)
         masks[:, : size[0] // 4, : size[1] // 4] = 1
@@ -184,11 +186,11 @@ def test_what_is_found_in_resized_images_counts_in_their_own_pixels():
         metrics.update(task.predict(Finder(), [torch.zeros(3, *input_size)]), [target])
     computed = metrics.compute()
     assert computed["box_AP75"] == pytest.approx(100) and computed["mask_AP75"] == pytest.approx(100)
-    assert (task.metric, Detection(masks=False).metric) == ("mask_AP", "box_AP")
+    assert (task.metric, detection("fcos").metric) == ("mask_AP", "box_AP")
 
 
 def test_detection_loss_is_the_sum():
-    assert Detection(masks=False).loss(Finder(), [torch.zeros(3, 8, 8)], [{}], 0).item() == 3.5
+    assert DetectionLoss()(Finder(), [torch.zeros(3, 8, 8)], [{}], 0).item() == 3.5
 
 
 def by_hand(outputs: list[torch.Tensor], targets: list[torch.Tensor], classes: int) -> dict[str, float]:
@@ -218,7 +220,7 @@ def test_segmentation_metrics_agree_with_counts_by_hand():
     metrics.update(outputs[:3], targets[:3])
     metrics.update(outputs[3:], targets[3:])
     assert metrics.compute() == pytest.approx(by_hand(outputs, targets, 5), abs=1e-6)
-    assert metrics.per_class()[3] == 0 and metrics.per_class()[4] is None  # predicted only; neither
+    assert metrics.per_class()[3:] == [{"IoU": 0}, {"IoU": None}]  # predicted only; neither
     for rank, part in enumerate(parts):
         part.update(outputs[rank::2], targets[rank::2])
     parts[0].share(lambda mine: [part.confusion for part in parts])
@@ -235,6 +237,10 @@ def test_logits_are_resized_to_the_map():
     assert metrics.compute()["mIoU"] == 100
 
 
+def detection(head: str) -> Detection:
+    return Detection(TaskConfig("detection", head=head))
+
+
 class Means(nn.Module):
     """Logits that depend on all of the batch, as if padding were seen."""
 
@@ -245,19 +251,37 @@ class Means(nn.Module):
 
 def test_segmentation_does_not_pad_images_to_each_other():
     images = [torch.randn(3, *size) for size in ((8, 8), (8, 12), (8, 8), (4, 4))]
-    together = Segmentation().predict(Means(), images)
-    for image, logits in zip(images, together, strict=True):
-        assert torch.equal(logits, Segmentation().predict(Means(), [image])[0])
+    task = Segmentation(TaskConfig("segmentation"))
+    for image, logits in zip(images, task.predict(Means(), images), strict=True):
+        assert torch.equal(logits, task.predict(Means(), [image])[0])
 
 
 def test_segmentation_loss_ignores_pixels_and_weighs_the_second_head():
     logits, targets = torch.randn(2, 4, 3, 3), torch.randint(0, 4, (2, 3, 3))
     targets[0, 0] = IGNORED
     expected = F.cross_entropy(logits, targets, ignore_index=IGNORED)
-    task, none = Segmentation(), torch.full_like(targets, IGNORED)
-    assert torch.allclose(task.loss(lambda images: logits, logits, targets, 0), expected)
-    assert torch.allclose(task.loss(lambda images: (logits, logits), logits, targets, 0), 1.4 * expected)
-    assert task.loss(lambda images: logits, logits, none, 0) == 0
+    loss, none = PixelLoss(LossConfig(), 4), torch.full_like(targets, IGNORED)
+    assert torch.allclose(loss(lambda images: logits, logits, targets, 0), expected)
+    assert torch.allclose(loss(lambda images: (logits, logits), logits, targets, 0), 1.4 * expected)
+    assert loss(lambda images: logits, logits, none, 0) == 0
+
+
+def test_segmentation_loss_with_weights_and_dice():
+    logits, targets = torch.randn(2, 3, 4, 4, dtype=torch.float64), torch.randint(0, 3, (2, 4, 4))
+    targets[0, 0] = IGNORED
+    weights = torch.tensor([1.0, 2.0, 3.0])
+    counted = targets != IGNORED
+    each = F.cross_entropy(logits, targets.where(counted, 0), reduction="none") * weights[targets.where(counted, 0)]
+    found = PixelLoss(LossConfig(class_weights=(1.0, 2.0, 3.0)), 3)(lambda images: logits, logits, targets, 0)
+    assert found.item() == pytest.approx(each[counted].mean().item(), rel=1e-5)
+    probabilities = logits.softmax(1).movedim(1, -1)[counted]
+    truth = F.one_hot(targets[counted], 3)
+    dice = 1 - 2 * (probabilities * truth).sum(0) / (probabilities.sum(0) + truth.sum(0))
+    plain, both = (PixelLoss(LossConfig(dice=dice), 3)(lambda i: logits, logits, targets, 0) for dice in (0.0, 0.5))
+    assert (both - plain).item() == pytest.approx(0.5 * dice.mean().item(), rel=1e-5)
+    for wrong in ("balanced", (1.0, 2.0)):
+        with pytest.raises(VisionattnError, match="expected 3 values"):
+            PixelLoss(LossConfig(class_weights=wrong), 3)
 
 
 def test_pictures():

@@ -12,12 +12,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 import visionattn
-import visionattn.training.trainer as trainer_module
 from visionattn.data.config import AugmentConfig, DataConfig
 from visionattn.data.datasets import ImageSet, load_datasets
 from visionattn.data.transforms import eval_transform
 from visionattn.errors import VisionattnError
-from visionattn.tasks.classification import Classification, MultiLabelMetrics
+from visionattn.tasks import classification
+from visionattn.tasks.classification import ClassificationLoss, MultiLabelMetrics
 from visionattn.tasks.config import LossConfig
 from visionattn.training.config import OptimConfig, ScheduleConfig, TrainConfig, parse_train
 from visionattn.training.freeze import freeze
@@ -164,8 +164,8 @@ def labelled(*labels, classes: int = 3) -> ImageSet:
 
 
 def loss_of(options: LossConfig, logits: torch.Tensor, targets: torch.Tensor, images: ImageSet) -> float:
-    task = Classification(options, AugmentConfig(mixup=0), images, 0, lambda loss, images, logits: loss)
-    return task.loss(lambda images: logits, torch.zeros(len(logits)), targets, 0).item()
+    loss = ClassificationLoss(options, AugmentConfig(mixup=0), images, 0, lambda loss, images, logits: loss)
+    return loss(lambda images: logits, torch.zeros(len(logits)), targets, 0).item()
 
 
 def test_class_weights_scale_the_loss_of_their_class():
@@ -197,12 +197,12 @@ def test_mean_average_precision_is_that_of_every_share_of_the_images():
     shares = [MultiLabelMetrics(5, 2, rank, 2) for rank in range(2)]
     for rank, share in enumerate(shares):
         share.update(scores[rank::2], targets[rank::2])
-    shares[0].share(lambda sums: sums + shares[1].sums)
+    shares[0].share(lambda mine: [*mine, shares[1].sums])
     assert shares[0].compute() == whole.compute()
 
 
 def test_several_labels_for_each_image_are_learnt(tmp_path: Path, monkeypatch):
-    load = trainer_module.load_datasets
+    load = classification.load_datasets
 
     def with_vectors(config):
         def vectors(images):
@@ -211,7 +211,7 @@ def test_several_labels_for_each_image_are_learnt(tmp_path: Path, monkeypatch):
 
         return tuple(map(vectors, load(config)))
 
-    monkeypatch.setattr(trainer_module, "load_datasets", with_vectors)
+    monkeypatch.setattr(classification, "load_datasets", with_vectors)
     options = ["--loss.multi_label", "--augment.mixup", "0", "--loss.class_weights", "balanced", "--optim.lr", "5e-3"]
     run = trainer(tmp_path, *options, "--epochs", "4", "--schedule.warmup_epochs", "0")
     run.fit()

@@ -46,12 +46,12 @@ def assert_same_weights(ours: dict[str, torch.Tensor], theirs: dict[str, torch.T
 
 def spoil(run: Trainer, when, what: float = float("nan")) -> Trainer:
     """Make the loss of some updates not finite: those for which `when(update, run)`."""
-    loss = run.task.loss
+    loss = run.loss
 
     def spoilt(model, images, targets, update):
         return loss(model, images, targets, update) * (what if when(update, run) else 1)
 
-    run.task.loss = spoilt
+    run.loss = spoilt
     return run
 
 
@@ -112,14 +112,14 @@ def test_a_diverged_run_rolls_back_and_goes_on_with_a_lower_rate(rolled_back: Tr
 @pytest.mark.parametrize("at", [6, 10, 14])
 def test_a_run_that_rolls_back_may_be_interrupted_anywhere(tmp_path: Path, rolled_back: Trainer, at: int):
     run, told = scored(diverging(trainer(tmp_path, *ROLLBACK)), [1, 2, 3]), []
-    loss = run.task.loss
+    loss = run.loss
 
     def interrupted(model, images, targets, update):
         if update == at and not told:
             told.append(os.kill(os.getpid(), signal.SIGTERM))
         return loss(model, images, targets, update)
 
-    run.task.loss = interrupted
+    run.loss = interrupted
     with pytest.raises(Stopped):
         run.fit()
     again = scored(diverging(resumed(run.folder)), [1, 2, 3])

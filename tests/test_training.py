@@ -117,7 +117,7 @@ class Killed(BaseException):
 @pytest.mark.parametrize("where", ["in an epoch", "before the metrics", "before the last checkpoint", "after an epoch"])
 def test_a_resumed_run_ends_as_one_that_was_never_stopped(tmp_path: Path, monkeypatch, never_stopped, where: str):
     stopped = trainer(tmp_path, *RICH)
-    save, loss = stopped._save, stopped.task.loss
+    save, loss = stopped._save, stopped.loss
     saves = []
 
     def stop_at_save(name: str, *args, **kwargs) -> None:
@@ -136,7 +136,7 @@ def test_a_resumed_run_ends_as_one_that_was_never_stopped(tmp_path: Path, monkey
         return loss(model, images, targets, update)
 
     monkeypatch.setattr(stopped, "_save", stop_at_save)
-    monkeypatch.setattr(stopped.task, "loss", stop_at_loss)
+    monkeypatch.setattr(stopped, "loss", stop_at_loss)
     with pytest.raises(Killed):
         stopped.fit()
 

@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-from torch.utils.data import default_collate
 
 from ..errors import VisionattnError
 from .config import DataConfig, user_input
 from .datasets import SYNONYMS, ImageSet
+from .loader import collate_tensors
 
 IGNORED = 255
 """Value of the pixels of a semantic map that do not count."""
@@ -140,4 +139,4 @@ def collate_crops(images: Sequence[Tensor], targets: Sequence[Any]) -> tuple[Ten
     if len({image.shape for image in images}) > 1:
         sizes = ", ".join(sorted({f"{image.shape[-1]} x {image.shape[-2]}" for image in images}))
         raise VisionattnError(f"images of a batch differ in size ({sizes}): set joint.crop to train on equal crops")
-    return torch.stack(list(images)), default_collate(list(targets))
+    return collate_tensors(images, targets)

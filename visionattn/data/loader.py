@@ -8,9 +8,10 @@ import os
 import random
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import IntEnum
+from functools import partial
 from multiprocessing import active_children
 from multiprocessing.connection import wait
 from multiprocessing.sharedctypes import RawArray
@@ -68,11 +69,20 @@ def _seed_generators(seed: int) -> None:
 
 
 class Batch(NamedTuple):
-    """Images (B, C, H, W), their targets and their indices in the image set."""
+    """Images (B, C, H, W), or a list of (C, H, W) of any sizes; their targets and their indices in the image set."""
 
-    images: Tensor
-    targets: Tensor
+    images: Tensor | list[Tensor]
+    targets: Any
     indices: Tensor
+
+
+def collate_tensors(images: Sequence[Tensor], targets: Sequence[Any]) -> tuple[Tensor, Any]:
+    """A batch of images of one size."""
+    return default_collate(list(images)), default_collate(list(targets))
+
+
+Collate = Callable[[Sequence[Tensor], Sequence[Any]], tuple[Any, Any]]
+"""Makes images and targets of a batch of those of samples."""
 
 
 class TrainSampler(Sampler):
@@ -145,7 +155,7 @@ class SampleDataset(Dataset):
 
     Args:
         images: The images.
-        transform: Makes a tensor of an image.
+        transform: Makes a tensor of an image, and its target, from the image and what the set says of it.
         seed: Seed of the augmentation.
         mode: What images are converted to.
         num_workers: Number of loading processes.
@@ -176,7 +186,7 @@ class SampleDataset(Dataset):
                 continue
             try:
                 _seed_generators(derive_seed(self.seed, Stream.AUGMENT, draw, wanted))
-                image = self.transform(image)
+                image, target = self.transform(image, target)
             except Exception as error:
                 error.add_note(f"This happened to {self.images.place(index)}")
                 raise
@@ -196,11 +206,14 @@ def train_loader(
     mode: str,
     num_workers: int,
     max_bad_fraction: float = 0.0,
+    collate: Collate = collate_tensors,
 ) -> DataLoader:
     """Batches in the sampler's order; up to `max_bad_fraction` of an epoch's images may be unreadable, and replaced."""
     taken = sampler.updates * sampler.accumulation * sampler.batch_size / sampler.repeats
     max_bad = int(max_bad_fraction * taken)
-    return _loader(SampleDataset(images, transform, sampler.seed, mode, num_workers, max_bad), sampler, num_workers)
+    return _loader(
+        SampleDataset(images, transform, sampler.seed, mode, num_workers, max_bad), sampler, num_workers, collate
+    )
 
 
 def eval_loader(
@@ -211,11 +224,12 @@ def eval_loader(
     num_workers: int,
     rank: int = 0,
     processes: int = 1,
+    collate: Collate = collate_tensors,
 ) -> DataLoader:
     """This process's share of the images, each of which falls to exactly one process."""
     mine = [(0, index) for index in range(rank, len(images), processes)]
     batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
-    return _loader(SampleDataset(images, transform, 0, mode, num_workers), batches, num_workers)
+    return _loader(SampleDataset(images, transform, 0, mode, num_workers), batches, num_workers, collate)
 
 
 def read_batches(loader: DataLoader) -> Iterator[Batch]:
@@ -271,21 +285,24 @@ def _without_interruption(loader: DataLoader) -> Iterator:
         signal.signal(signal.SIGCHLD, handler)
 
 
-def _loader(dataset: SampleDataset, batches: Sampler | list, num_workers: int) -> DataLoader:
+def _loader(dataset: SampleDataset, batches: Sampler | list, num_workers: int, collate: Collate) -> DataLoader:
     return DataLoader(
         dataset,
         batch_sampler=batches,
         num_workers=num_workers,
-        collate_fn=_collate,
+        collate_fn=partial(_collate, collate),
         pin_memory=torch.cuda.is_available(),
         persistent_workers=num_workers > 0,
     )
 
 
-def _collate(samples: list[Sample]) -> tuple[Batch | None, dict[int, str]]:
+def _collate(collate: Collate, samples: list[Sample]) -> tuple[Batch | None, dict[int, str]]:
     # Errors are returned, not raised: a worker's exception would reach the caller with its traceback as its message.
     images, targets, indices, errors = zip(*samples, strict=True)
     errors = {index: error for found in errors for index, error in found.items()}
     if any(image is None for image in images):
         return None, errors
-    return Batch(default_collate(images), default_collate(targets), torch.tensor(indices)), errors
+    try:
+        return Batch(*collate(images, targets), torch.tensor(indices)), errors
+    except VisionattnError as error:
+        return None, errors | {indices[0]: str(error)}

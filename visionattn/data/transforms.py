@@ -7,7 +7,7 @@ from typing import Any
 from PIL import Image
 from timm.data import auto_augment, create_transform
 from timm.data.transforms import str_to_interp_mode
-from torch import nn
+from torch import Tensor, nn
 from torchvision.transforms import Compose, InterpolationMode, TrivialAugmentWide
 
 from ..errors import VisionattnError
@@ -31,10 +31,24 @@ def resolve_preprocessing(config: DataConfig, model: nn.Module) -> DataConfig:
     return replace(config, **{key: own[key] for key in open_fields if getattr(config, key) is None})
 
 
+class OnImage:
+    """Transform of an image that leaves its target alone.
+
+    Args:
+        transform: Of the image.
+    """
+
+    def __init__(self, transform: Callable[[Image.Image], Tensor]) -> None:
+        self.transform = transform
+
+    def __call__(self, image: Image.Image, target: Any) -> tuple[Tensor, Any]:
+        return self.transform(image), target
+
+
 def preprocessing(config: DataConfig) -> dict[str, Any]:
     """Resolved options of validation under the names of timm's data configuration."""
     return {
-        "input_size": _input_size(config, config.eval_img_size or config.img_size),
+        "input_size": input_size(config),
         "interpolation": config.interpolation,
         "mean": config.mean,
         "std": config.std,
@@ -56,7 +70,7 @@ def train_transform(config: DataConfig, augment: AugmentConfig) -> Callable:
     trivial = augment.auto_augment == "trivial"
     with user_input(f"augment.auto_augment {augment.auto_augment}", AssertionError, KeyError, ValueError):
         crop, change, finish = create_transform(
-            _input_size(config, config.img_size),
+            _size_of(config, config.img_size),
             is_training=True,
             mean=config.mean,
             std=config.std,
@@ -83,5 +97,10 @@ def train_transform(config: DataConfig, augment: AugmentConfig) -> Callable:
     return Compose([crop, change, finish])
 
 
-def _input_size(config: DataConfig, size: int | tuple[int, int]) -> tuple[int, int, int]:
+def input_size(config: DataConfig) -> tuple[int, int, int]:
+    """Channels, height and width of validation's images."""
+    return _size_of(config, config.eval_img_size or config.img_size)
+
+
+def _size_of(config: DataConfig, size: int | tuple[int, int]) -> tuple[int, int, int]:
     return (len(config.mean), *((size, size) if isinstance(size, int) else size))

@@ -143,6 +143,11 @@ class OverBackbone:
         """timm's description of the backbone's weights, for how to prepare images."""
         return self.inner.pretrained_cfg
 
+    @property
+    def in_chans(self) -> int:
+        """Channels of the images."""
+        return self.inner.in_chans
+
     def no_weight_decay(self) -> set[str]:
         """Names of parameters without weight decay, besides those with one dimension."""
         return {f"{self.backbone_name}.{name}" for name in self.inner.no_weight_decay()}

@@ -1,22 +1,114 @@
 """Image classification: targets, loss and metrics."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import torch
+from PIL import Image
 from timm.data import Mixup
 from timm.data.mixup import mixup_target
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..data.class_maps import match_classes
 from ..data.config import AugmentConfig
-from ..data.datasets import ImageSet
-from ..data.loader import Stream, seeded
+from ..data.datasets import ImageSet, dataset_name, load_datasets, load_validation
+from ..data.loader import Collate, Stream, collate_tensors, seeded
+from ..data.transforms import (
+    OnImage,
+    eval_transform,
+    input_size,
+    preprocessing,
+    resolve_preprocessing,
+    train_transform,
+)
 from ..errors import VisionattnError
-from .config import LossConfig
+from ..registry import create_model
+from .config import LossConfig, TaskConfig
+from .task import Metrics, Task, Validation
+from .views import Predictor, Views
 
 
-class Classification:
+class Classification(Task):
+    """One class for each image, or several."""
+
+    def __init__(self, config: TaskConfig) -> None:
+        super().__init__(config)
+        self.multi_label = getattr(config, "loss", LossConfig()).multi_label
+        self.metric = "mAP" if self.multi_label else "top1"
+        self.shown = ("mAP", "loss") if self.multi_label else ("top1", "top5", "loss")
+
+    def load(self) -> tuple[ImageSet, ImageSet]:
+        return load_datasets(self.config.data)
+
+    def load_validation(self, classes: list[str] | None) -> ImageSet:
+        return load_validation(self.config.data)
+
+    def create_model(self, num_classes: int | None) -> nn.Module:
+        config = self.config
+        kwargs = config.model_kwargs | ({} if num_classes is None else {"num_classes": num_classes})
+        return create_model(config.model, config.pretrained, config.checkpoint, **kwargs)
+
+    def describe(self, num_classes: int) -> dict[str, Any]:
+        return {
+            "model": self.config.model,
+            "model_kwargs": self.config.model_kwargs | {"num_classes": num_classes},
+            "preprocessing": preprocessing(self.config.data),
+        }
+
+    def resolve(self, model: nn.Module) -> TaskConfig:
+        data = replace(resolve_preprocessing(self.config.data, model), name=dataset_name(self.config.data))
+        self.config = replace(self.config, data=data)
+        return self.config
+
+    def transform(self, training: bool) -> Callable[[Image.Image, Any], tuple[Tensor, Any]]:
+        data = self.config.data
+        return OnImage(train_transform(data, self.config.augment) if training else eval_transform(data))
+
+    def collate(self, training: bool) -> Collate:
+        return collate_tensors
+
+    def make_loss(self, images: ImageSet, training_loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> nn.Module:
+        return ClassificationLoss(self.config.loss, self.config.augment, images, self.config.seed, training_loss)
+
+    def predict(self, model: nn.Module, images: Tensor) -> Tensor:
+        return model(images).float()
+
+    def metrics(self, images: ImageSet, rank: int, processes: int) -> Metrics:
+        if self.multi_label:
+            return MultiLabelMetrics(len(images), len(images.classes), rank, processes)
+        return ClassificationMetrics(len(images.classes))
+
+    def prepare_validation(self, model: nn.Module, images: ImageSet, classes: list[str] | None) -> Validation:
+        config = self.config
+        outputs = match_classes(images, classes, model.num_classes, config.model)
+        layout = torch.channels_last if config.channels_last else torch.contiguous_format
+        predictor = Predictor(model, outputs, config.precision, config.tta.flip, layout)
+        facts = {
+            "classes": len(outputs),
+            "input_size": "x".join(map(str, input_size(config.data))),
+            "crop_pct": config.data.crop_pct,
+            "views": config.tta.crop_count * (2 if config.tta.flip else 1),
+        }
+
+        def lines(record: dict[str, Any]) -> list[tuple[str, str]]:
+            some = f"{len(outputs)} of the model's {model.num_classes}, and no others ranked"
+            return [
+                *([("classes", some)] if len(outputs) < model.num_classes else []),
+                ("top-1", f"{record['top1']:.4f} %"),
+                ("top-5", f"{record['top5']:.4f} %"),
+                ("loss", f"{record['loss']:.6f}"),
+                ("ECE", f"{record['ece']:.4f} %"),
+            ]
+
+        views, metrics = Views(config.data, config.tta), ClassificationMetrics(len(outputs))
+        device = next(model.parameters()).device
+        return Validation(predictor.to(device), OnImage(views), metrics, facts, lines)
+
+
+class ClassificationLoss(nn.Module):
     """Loss on mixed or plain targets.
 
     Args:
@@ -25,9 +117,6 @@ class Classification:
         images: The images to train on, for their classes and, if these are to be balanced, their labels.
         seed: Seed of the mixtures.
         training_loss: What the model makes of the loss, from (loss, images, logits); see `Backbone.training_loss`.
-
-    Attributes:
-        metric: Name of the metric that says which epoch is best.
 
     Raises:
         VisionattnError: If the class weights do not fit the classes.
@@ -41,8 +130,8 @@ class Classification:
         seed: int,
         training_loss: Callable[[Tensor, Tensor, Tensor], Tensor],
     ) -> None:
+        super().__init__()
         self.seed, self.training_loss, self.multi_label = seed, training_loss, loss.multi_label
-        self.metric = "mAP" if loss.multi_label else "top1"
         num_classes = len(images.classes)
         weight = _class_weights(loss, images)
         self.mixup = None
@@ -69,7 +158,7 @@ class Classification:
         else:
             self.criterion = nn.CrossEntropyLoss()
 
-    def loss(self, model: nn.Module, images: Tensor, targets: Tensor, update: int) -> Tensor:
+    def forward(self, model: nn.Module, images: Tensor, targets: Tensor, update: int) -> Tensor:
         """Loss of a batch; mixtures are drawn by (seed, update), the same in every process and part of an update."""
         if self.mixup:
             with seeded(self.seed, Stream.MIX, update):
@@ -78,12 +167,6 @@ class Classification:
         if self.multi_label:
             targets = targets.float()
         return self.training_loss(self.criterion(logits, targets), images, logits)
-
-    def metrics(self, images: ImageSet, rank: int, processes: int) -> "ClassificationMetrics | MultiLabelMetrics":
-        """What counts in a validation on these images, of which this process has every `processes`-th."""
-        if self.multi_label:
-            return MultiLabelMetrics(len(images), len(images.classes), rank, processes)
-        return ClassificationMetrics(len(images.classes))
 
 
 class WeightedCrossEntropy(nn.Module):
@@ -118,7 +201,7 @@ def _class_weights(loss: LossConfig, images: ImageSet) -> Tensor | None:
     return torch.tensor(loss.class_weights) if loss.class_weights else None
 
 
-class MultiLabelMetrics:
+class MultiLabelMetrics(Metrics):
     """Mean average precision over the classes, and loss.
 
     Args:
@@ -133,13 +216,11 @@ class MultiLabelMetrics:
         self.mine, self.seen = self.sums[:, rank::processes], 0
 
     def update(self, logits: Tensor, targets: Tensor) -> None:
-        """Count a batch."""
         self.mine[:, self.seen : self.seen + len(logits)] = torch.stack([logits, targets.float()]).cpu()
         self.seen += len(logits)
 
-    def share(self, add: Callable[[Tensor], Tensor]) -> None:
-        """Take the sums of all processes, which `add` gives for those of this one."""
-        self.sums.copy_(add(self.sums))
+    def share(self, gather: Callable[[list], list]) -> None:
+        self.sums.copy_(torch.stack(gather([self.sums])).sum(0))
 
     def compute(self) -> dict[str, float]:
         """Mean over the classes with positives of their average precision in percent, and loss."""
@@ -152,7 +233,7 @@ class MultiLabelMetrics:
         return {"mAP": 100 * average.mean().item(), "loss": loss.item()}
 
 
-class ClassificationMetrics:
+class ClassificationMetrics(Metrics):
     """Sums for accuracy, loss and calibration over any number of batches and processes.
 
     Args:
@@ -170,7 +251,6 @@ class ClassificationMetrics:
         self.by_class = by_class.view(2, -1)  # images, correct
 
     def update(self, logits: Tensor, targets: Tensor) -> None:
-        """Count a batch."""
         ranked = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
         loss = F.cross_entropy(logits, targets, reduction="none")
         confidence = logits.softmax(1).amax(1)
@@ -182,20 +262,22 @@ class ClassificationMetrics:
         self.by_confidence.index_add_(1, bins, torch.stack([images, correct, confidence]))
         self.by_class.index_add_(1, targets, torch.stack([images, correct]))
 
-    def share(self, add: Callable[[Tensor], Tensor]) -> None:
-        """Take the sums of all processes, which `add` gives for those of this one."""
-        self.sums.copy_(add(self.sums))
+    def share(self, gather: Callable[[list], list]) -> None:
+        self.sums.copy_(torch.stack(gather([self.sums])).sum(0))
 
     def compute(self) -> dict[str, float]:
         """Accuracy in percent, and loss."""
         images, top1, top5, loss = self.totals.tolist()
         return {"top1": 100 * top1 / images, "top5": 100 * top5 / images, "loss": loss / images}
 
+    def details(self) -> dict[str, float]:
+        return {"ece": self.calibration_error()}
+
     def calibration_error(self) -> float:
         """Expected calibration error in percent: the mean distance of confidence and accuracy, over equal bins."""
         _, correct, confidence = self.by_confidence
         return 100 * (correct - confidence).abs().sum().item() / self.totals[0].item()
 
-    def per_class(self) -> list[tuple[int, float | None]]:
+    def per_class(self) -> list[dict[str, float | None]]:
         """Number of images and accuracy in percent of each class; None for one without images."""
-        return [(int(n), 100 * correct / n if n else None) for n, correct in self.by_class.T.tolist()]
+        return [{"images": int(n), "top1": 100 * hits / n if n else None} for n, hits in self.by_class.T.tolist()]

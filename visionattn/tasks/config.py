@@ -1,24 +1,128 @@
 """Options of the tasks."""
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, Literal
 
-from jsonargparse.typing import ClosedUnitInterval, PositiveFloat
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveFloat
+
+from ..data.config import DataConfig
+from ..data.dense_config import AnnotationConfig, JointConfig
+from ..errors import VisionattnError
+
+FOREIGN = {
+    "classification": ("head", "head_kwargs", "annotations", "joint", "loss.dice", "loss.auxiliary"),
+    "detection": ("loss", "tta"),
+    "segmentation": (
+        *("loss.smoothing", "loss.bce", "loss.bce_threshold", "loss.bce_sum", "loss.multi_label", "tta.crops"),
+        *("joint.detr_crop",),
+    ),
+}
+"""Options that a task has no use for."""
+FOREIGN_TO_DENSE = (
+    *("augment", "distill", "fuse", "data.img_size", "data.eval_img_size", "data.interpolation", "data.crop_mode"),
+    "data.download",
+)
+"""Those that classification alone has a use for."""
+HEADS = {"detection": "fcos", "segmentation": "fpn"}
+"""What is taken where no head is named."""
+
+
+@dataclass
+class TaskConfig:
+    """Model and data"""
+
+    task: Literal["classification", "detection", "segmentation"] = "classification"
+    """What the model learns."""
+    model: str = "test_dinat"
+    """Model; `visionattn list` names them. In detection and segmentation, the backbone."""
+    model_kwargs: dict[str, Any] = field(default_factory=dict)
+    """More arguments of create_model, such as model_kwargs.drop_path_rate 0.1."""
+    head: str = ""
+    """What is built on the backbone: fcos, retinanet, faster_rcnn or mask_rcnn in detection; fpn, upernet, segformer or
+    unet in segmentation; empty: the first."""
+    head_kwargs: dict[str, Any] = field(default_factory=dict)
+    """More arguments of create_detector or create_segmenter, such as head_kwargs.fpn_channels 128."""
+    pretrained: bool = False
+    """Start from the published weights of the model, or backbone."""
+    checkpoint: str = ""
+    """Start from the weights in this file, of the whole model or of its backbone."""
+    data: DataConfig = field(default_factory=DataConfig)
+    annotations: AnnotationConfig = field(default_factory=AnnotationConfig)
+    joint: JointConfig = field(default_factory=JointConfig)
+
+    def __post_init__(self) -> None:
+        self.head = self.head or HEADS.get(self.task, "")
+
+
+def refuse_foreign(config: TaskConfig) -> None:
+    """Refuse options that the task has no use for.
+
+    Raises:
+        VisionattnError: If one of them is given.
+    """
+    dense = () if config.task == "classification" else FOREIGN_TO_DENSE
+    for name in (*FOREIGN[config.task], *dense):
+        if changed := _changed(config, name):
+            hint = " (sizes and augmentation are options of joint)" if name in FOREIGN_TO_DENSE else ""
+            raise VisionattnError(f"option {changed} is of no use to {config.task}{hint}: leave it out")
+
+
+def _changed(config: Any, name: str) -> str | None:
+    """The name of an option, or of one in this group, that is not as it is without being given."""
+    first, _, rest = name.partition(".")
+    known = {each.name: each for each in fields(config)}
+    if first not in known:
+        return None
+    value = getattr(config, first)
+    if rest:
+        found = _changed(value, rest)
+    elif hasattr(value, "__dataclass_fields__"):
+        found = next((key for each in fields(value) if (key := _changed(value, each.name))), None)
+    else:
+        default = known[first].default_factory() if known[first].default is MISSING else known[first].default
+        return None if value == default else first
+    return found and f"{first}.{found}"
 
 
 @dataclass
 class LossConfig:
-    """Loss"""
+    """Loss of classification and segmentation"""
 
     smoothing: ClosedUnitInterval = 0.1
-    """Label smoothing."""
+    """Label smoothing (classification)."""
     bce: bool = False
-    """Binary cross-entropy for each class in place of softmax cross-entropy."""
+    """Binary cross-entropy for each class in place of softmax cross-entropy (classification)."""
     bce_threshold: ClosedUnitInterval | None = None
     """With bce, make targets above it 1 and others 0; null: keep soft targets."""
     bce_sum: bool = False
     """With bce, sum over the classes before averaging over the images, rather than average over both."""
     class_weights: Literal["balanced"] | tuple[PositiveFloat, ...] | None = None
-    """Weight of each class in the loss; balanced: one over its share of the training images."""
+    """Weight of each class in the loss; balanced: one over its share of the training images (classification)."""
     multi_label: bool = False
     """Targets are vectors of 0 and 1, for data that has several labels for each image; implies bce."""
+    dice: NonNegativeFloat = 0.0
+    """Weight of a Dice loss beside the cross-entropy of the pixels (segmentation)."""
+    auxiliary: NonNegativeFloat = 0.4
+    """Weight of the auxiliary head's loss, if head_kwargs.auxiliary makes one (segmentation)."""
+
+
+@dataclass
+class TtaConfig:
+    """Test-time augmentation: several views of each image, whose probabilities are averaged"""
+
+    crops: Literal["center", "five"] = "center"
+    """Crop the centre, or the four corners and the centre; five with tta.flip are the customary ten crops."""
+    flip: bool = False
+    """Take every view mirrored too."""
+    scales: tuple[PositiveFloat, ...] = (1.0,)
+    """Crop from the image resized by each of these factors more than usual, such as [1.0, 1.15, 1.3]; in segmentation,
+    sizes of the whole image, such as [0.5, 0.75, 1.0, 1.25, 1.5, 1.75]."""
+
+    def __post_init__(self) -> None:
+        if not self.scales:
+            raise VisionattnError("tta.scales is empty: give at least one factor, such as [1.0]")
+
+    @property
+    def crop_count(self) -> int:
+        """Crops of each image."""
+        return len(self.scales) * (5 if self.crops == "five" else 1)

@@ -6,10 +6,20 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..data.annotations import collate_lists
 from ..data.datasets import ImageSet
+from ..data.detection import load_detection, load_detection_validation
+from ..data.drawing import draw_objects
+from ..data.joint import ObjectTransform
+from ..data.loader import Collate
+from ..dense.detection import create_detector
+from .config import TaskConfig
+from .dense import DenseTask
+from .task import Metrics
 
 SUMMARY = {
     "AP": "map",
@@ -28,37 +38,62 @@ SUMMARY = {
 """COCO's twelve figures, and what torchmetrics calls them."""
 
 
-class Detection:
-    """Sum of a detector's losses.
+class Detection(DenseTask):
+    """Boxes of objects and, if the head finds them, their masks."""
 
-    Args:
-        masks: Whether the detector finds masks.
+    create = staticmethod(create_detector)
+    prepare = ObjectTransform
+    figures = ("box_", "mask_")
 
-    Attributes:
-        metric: Name of the metric that says which epoch is best.
-    """
+    def __init__(self, config: TaskConfig) -> None:
+        super().__init__(config)
+        self.masks = config.head == "mask_rcnn"
+        kinds = ("mask", "box") if self.masks else ("box",)
+        self.metric = f"{kinds[0]}_AP"
+        self.shown = tuple(f"{kind}_{name}" for kind in kinds for name in ("AP", "AP50"))
 
-    def __init__(self, masks: bool) -> None:
-        self.masks = masks
-        self.metric = "mask_AP" if masks else "box_AP"
+    def load(self) -> tuple[ImageSet, ImageSet]:
+        return load_detection(self.config.data, self.config.annotations, self.masks)
 
-    def loss(self, model: nn.Module, images: list[Tensor], targets: list[dict[str, Tensor]], update: int) -> Tensor:
-        """Loss of a batch."""
-        return torch.stack([loss.float() for loss in model(images, targets).values()]).sum()
+    def load_validation(self, classes: list[str] | None) -> ImageSet:
+        return load_detection_validation(self.config.data, self.config.annotations, self.masks, classes)
+
+    def collate(self, training: bool) -> Collate:
+        return collate_lists
+
+    def make_loss(self, images: ImageSet, training_loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> nn.Module:
+        return DetectionLoss()
 
     def predict(self, model: nn.Module, images: list[Tensor]) -> list[dict[str, Tensor]]:
-        """What the model finds in each image."""
+        """What the model finds in each image, and the size of the image in which it does."""
         found = model(images)
         return [
             {**each, "input_size": torch.tensor(image.shape[-2:])} for each, image in zip(found, images, strict=True)
         ]
 
     def metrics(self, images: ImageSet, rank: int, processes: int) -> "DetectionMetrics":
-        """What counts in a validation on these images."""
         return DetectionMetrics(self.masks, len(images.classes))
 
+    def size_of(self, target: dict[str, Tensor]) -> tuple[int, int]:
+        return tuple(target["size"].tolist())
 
-class DetectionMetrics:
+    def restore(self, output: dict[str, Tensor], size: tuple[int, int]) -> dict[str, Tensor]:
+        return restore(output, size)
+
+    def draw_on(
+        self, picture: Image.Image, found: dict[str, Tensor], classes: list[str], threshold: float = 0.5
+    ) -> Image.Image:
+        return draw_objects(picture, found, classes, threshold)
+
+
+class DetectionLoss(nn.Module):
+    """Sum of a detector's losses."""
+
+    def forward(self, model: nn.Module, images: list[Tensor], targets: list[dict[str, Tensor]], update: int) -> Tensor:
+        return torch.stack([loss.float() for loss in model(images, targets).values()]).sum()
+
+
+class DetectionMetrics(Metrics):
     """COCO's metrics of boxes and masks over any number of batches and processes.
 
     Args:
@@ -82,16 +117,12 @@ class DetectionMetrics:
         self.computed: dict[str, Any] = {}
 
     def update(self, outputs: Sequence[dict[str, Tensor]], targets: Sequence[dict[str, Tensor]]) -> None:
-        """Count what `Detection.predict` found in images with these objects."""
-        found = [restore(output, target["size"]) for output, target in zip(outputs, targets, strict=True)]
+        found = [restore(output, target["size"].tolist()) for output, target in zip(outputs, targets, strict=True)]
         kept = ("boxes", "labels", "iscrowd", "area", *(["masks"] if "mask" in self.kinds else []))
         self.metric.update(found, [{key: target[key].cpu() for key in kept} for target in targets])
 
     def share(self, gather: Callable[[list], list]) -> None:
-        """Take the images of all processes; `gather` gives the lists of all of them, one after the other.
-
-        They are put in order, which decides between detections of one score.
-        """
+        """Take the images of all processes, in their order, which decides between detections of one score."""
         for name, mine in self.metric.metric_state.items():
             rounds = zip_longest(*gather([mine]))  # each process had every `processes`-th image
             setattr(self.metric, name, [item for each in rounds for item in each if item is not None])
@@ -105,21 +136,21 @@ class DetectionMetrics:
             for name, key in SUMMARY.items()
         }
 
-    def per_class(self) -> list[float | None]:
-        """AP in percent of each class, of masks if they count, once it is computed; None for one without objects."""
+    def per_class(self) -> list[dict[str, float | None]]:
+        """AP in percent of each class, of masks if they count; None for one without objects."""
         kind = list(self.kinds)[-1]
         precision = self.computed[self._prefix(kind) + "precision"][:, :, :, 0, -1]  # (IoU, recall, class)
-        means: list[float | None] = [None] * self.num_classes
+        means: list[dict[str, float | None]] = [{"AP": None} for _ in range(self.num_classes)]
         for label, values in zip(self.computed["classes"].flatten().tolist(), precision.unbind(2), strict=True):
             if (values > -1).any():
-                means[label - 1] = 100 * values[values > -1].mean().item()
+                means[label - 1]["AP"] = 100 * values[values > -1].mean().item()
         return means
 
     def _prefix(self, kind: str) -> str:
         return f"{self.kinds[kind]}_" if len(self.kinds) > 1 else ""
 
 
-def restore(output: dict[str, Tensor], size: Tensor) -> dict[str, Tensor]:
+def restore(output: dict[str, Tensor], size: Sequence[int]) -> dict[str, Tensor]:
     """What was found in a resized image, in the pixels of the image itself.
 
     Args:
@@ -130,7 +161,7 @@ def restore(output: dict[str, Tensor], size: Tensor) -> dict[str, Tensor]:
         Boxes, scores, labels and, if there are any, masks (N, H, W) of true and false, in the main memory.
     """
     found = {key: value.detach().cpu() for key, value in output.items()}
-    (height, width), (input_height, input_width) = size.tolist(), found.pop("input_size").tolist()
+    (height, width), (input_height, input_width) = size, found.pop("input_size").tolist()
     ratio = torch.tensor([width / input_width, height / input_height]).repeat(2)
     found["boxes"] = found["boxes"].float() * ratio
     found["scores"] = found["scores"].float()

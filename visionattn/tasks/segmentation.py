@@ -3,62 +3,115 @@
 from collections.abc import Callable, Sequence
 
 import torch
+from PIL import Image
+from segmentation_models_pytorch.losses import DiceLoss
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..data.annotations import IGNORED
+from ..data.annotations import IGNORED, collate_crops, collate_lists
 from ..data.datasets import ImageSet
+from ..data.drawing import draw_map
+from ..data.joint import MapTransform
+from ..data.loader import Collate
+from ..data.segmentation import load_segmentation, load_segmentation_validation
+from ..dense.segmentation import create_segmenter
+from ..errors import VisionattnError
+from .config import LossConfig, TtaConfig
+from .dense import DenseTask, by_size
+from .task import Metrics
 
-AUXILIARY = 0.4
-"""Weight of the auxiliary head's loss, as UPerNet is published with."""
 
+class Segmentation(DenseTask):
+    """A class for every pixel."""
 
-class Segmentation:
-    """Cross-entropy of the pixels that count.
-
-    Attributes:
-        metric: Name of the metric that says which epoch is best.
-    """
-
+    create = staticmethod(create_segmenter)
+    prepare = MapTransform
     metric = "mIoU"
+    shown = figures = ("mIoU", "pixel_accuracy", "mean_accuracy")
 
-    def loss(self, model: nn.Module, images: Tensor, targets: Tensor, update: int) -> Tensor:
-        """Loss of a batch."""
-        outputs = model(images)
-        if isinstance(outputs, Tensor):
-            return pixel_loss(outputs, targets)
-        logits, auxiliary = outputs
-        return pixel_loss(logits, targets) + AUXILIARY * pixel_loss(auxiliary, targets)
+    def load(self) -> tuple[ImageSet, ImageSet]:
+        return load_segmentation(self.config.data, self.config.annotations)
+
+    def load_validation(self, classes: list[str] | None) -> ImageSet:
+        return load_segmentation_validation(self.config.data, self.config.annotations, classes)
+
+    def collate(self, training: bool) -> Collate:
+        return collate_crops if training else collate_lists
+
+    def make_loss(self, images: ImageSet, training_loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> nn.Module:
+        return PixelLoss(self.config.loss, len(images.classes))
 
     def predict(self, model: nn.Module, images: Sequence[Tensor]) -> list[Tensor]:
-        """Logits (classes, H, W) of each image.
-
-        Only images of one size share a batch: none is padded for the sake of another.
-        """
-        by_size: dict[torch.Size, list[int]] = {}
-        for i, image in enumerate(images):
-            by_size.setdefault(image.shape, []).append(i)
+        """Logits (classes, H, W) of each image; of several views, the logarithm of their mean probabilities."""
         logits: dict[int, Tensor] = {}
-        for indices in by_size.values():
-            logits |= zip(indices, model(torch.stack([images[i] for i in indices])).float(), strict=True)
+        for indices in by_size(images):
+            logits |= zip(indices, self._logits(model, torch.stack([images[i] for i in indices])), strict=True)
         return [logits[i] for i in range(len(images))]
 
+    def _logits(self, model: nn.Module, images: Tensor) -> Tensor:
+        tta = getattr(self.config, "tta", TtaConfig())
+        if tta == TtaConfig():
+            return model(images).float()
+        size, total = images.shape[-2:], 0.0
+        for scale in tta.scales:
+            view = images
+            if scale != 1:
+                view = F.interpolate(view, scale_factor=scale, mode="bilinear", antialias=True)
+            logits = [model(view)] + ([model(view.flip(-1)).flip(-1)] if tta.flip else [])
+            total = total + sum(F.interpolate(each.float(), size, mode="bilinear").softmax(1) for each in logits)
+        return (total / total.sum(1, keepdim=True)).log()
+
     def metrics(self, images: ImageSet, rank: int, processes: int) -> "SegmentationMetrics":
-        """What counts in a validation on these images."""
         return SegmentationMetrics(len(images.classes))
 
+    def size_of(self, target: Tensor) -> tuple[int, int]:
+        return tuple(target.shape)
 
-def pixel_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy of the pixels that count, 0 if there are none.
+    def restore(self, output: Tensor, size: tuple[int, int]) -> Tensor:
+        return restore(output, size).cpu()
 
-    Shape:
-        (B, classes, H, W) and (B, H, W) to a scalar.
+    def draw_on(self, picture: Image.Image, found: Tensor, classes: list[str], threshold: float = 0.5) -> Image.Image:
+        return draw_map(picture, found, classes)
+
+
+class PixelLoss(nn.Module):
+    """Cross-entropy of the pixels that count and, if asked for, Dice loss.
+
+    Args:
+        options: Of the loss.
+        num_classes: Number of classes.
+
+    Raises:
+        VisionattnError: If the class weights do not fit the classes.
     """
-    total = F.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="sum")
-    return total / (targets != IGNORED).sum().clamp(min=1)
+
+    def __init__(self, options: LossConfig, num_classes: int) -> None:
+        super().__init__()
+        weights = options.class_weights
+        if weights == "balanced" or (weights and len(weights) != num_classes):
+            given = "balanced" if weights == "balanced" else f"{len(weights)} values"
+            raise VisionattnError(f"loss.class_weights of segmentation: expected {num_classes} values, got {given}")
+        self.register_buffer("weight", torch.tensor(weights) if weights else None)
+        self.dice_weight, self.auxiliary_weight = options.dice, options.auxiliary
+        self.dice = DiceLoss("multiclass", ignore_index=IGNORED)
+
+    def forward(self, model: nn.Module, images: Tensor, targets: Tensor, update: int) -> Tensor:
+        """Loss of a batch; that of an auxiliary head, if there is one, is added with its weight."""
+        outputs = model(images)
+        if isinstance(outputs, Tensor):
+            return self.of(outputs, targets)
+        logits, auxiliary = outputs
+        return self.of(logits, targets) + self.auxiliary_weight * self.of(auxiliary, targets)
+
+    def of(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Loss of logits (B, classes, H, W) for classes (B, H, W); 0 if no pixel counts."""
+        logits = logits.float()
+        total = F.cross_entropy(logits, targets, self.weight, ignore_index=IGNORED, reduction="sum")
+        loss = total / (targets != IGNORED).sum().clamp(min=1)
+        return loss + self.dice_weight * self.dice(logits, targets) if self.dice_weight else loss
 
 
-class SegmentationMetrics:
+class SegmentationMetrics(Metrics):
     """Confusion matrix over any number of batches and processes.
 
     Args:
@@ -78,7 +131,6 @@ class SegmentationMetrics:
             self.confusion += pairs.bincount(minlength=classes**2).view(classes, classes).cpu()
 
     def share(self, gather: Callable[[list], list]) -> None:
-        """Take the counts of all processes; `gather` gives the lists of all of them, one after the other."""
         self.confusion = torch.stack(gather([self.confusion])).sum(0)
 
     def compute(self) -> dict[str, float]:
@@ -91,22 +143,22 @@ class SegmentationMetrics:
         }
         return {name: 100 * value.item() for name, value in metrics.items()}
 
-    def per_class(self) -> list[float | None]:
+    def per_class(self) -> list[dict[str, float | None]]:
         """IoU in percent of each class; None for one that is neither there nor predicted."""
-        return [None if iou != iou else 100 * iou for iou in self._ious().tolist()]
+        return [{"IoU": None if iou != iou else 100 * iou} for iou in self._ious().tolist()]
 
     def _ious(self) -> Tensor:
         hits = self.confusion.diagonal()
         return hits / (self.confusion.sum(0) + self.confusion.sum(1) - hits)
 
 
-def restore(logits: Tensor, size: torch.Size) -> Tensor:
+def restore(logits: Tensor, size: Sequence[int]) -> Tensor:
     """The class of each pixel (H, W) of the image itself.
 
     Args:
         logits: (classes, h, w) of the resized image.
         size: The image's own height and width.
     """
-    if logits.shape[-2:] != size:
-        logits = F.interpolate(logits[None], size, mode="bilinear")[0]
+    if logits.shape[-2:] != tuple(size):
+        logits = F.interpolate(logits[None], tuple(size), mode="bilinear")[0]
     return logits.argmax(0)

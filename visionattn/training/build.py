@@ -1,7 +1,5 @@
 """What a run is made of, from its options: loaders and model."""
 
-from typing import Any
-
 import torch
 from accelerate import Accelerator
 from timm.layers import convert_sync_batchnorm
@@ -11,9 +9,8 @@ from torch.utils.data import DataLoader
 from ..data.config import user_input
 from ..data.datasets import ImageSet
 from ..data.loader import Stream, TrainSampler, derive_seed, eval_loader, train_loader
-from ..data.transforms import eval_transform, train_transform
 from ..errors import VisionattnError
-from ..registry import create_model
+from ..tasks.task import Task
 from .config import TrainConfig
 from .evaluation import image_mode
 from .freeze import freeze
@@ -21,11 +18,11 @@ from .signals import leave_group
 
 
 def make_model(
-    config: TrainConfig, kwargs: dict[str, Any], accelerator: Accelerator
+    task: Task, config: TrainConfig, num_classes: int, accelerator: Accelerator
 ) -> tuple[nn.Module, list[nn.Module]]:
     """The model on its device, and its parts that stay in eval mode."""
     torch.manual_seed(derive_seed(config.seed, Stream.MODEL))
-    model = create_model(config.model, pretrained=config.pretrained, checkpoint_path=config.checkpoint, **kwargs)
+    model = task.create_model(num_classes)
     if config.sync_bn and accelerator.num_processes > 1:
         if accelerator.device.type == "cpu":
             raise VisionattnError("sync_bn needs GPUs: torch shares the statistics of batch norms on those only")
@@ -44,16 +41,16 @@ def memory_format(config: TrainConfig) -> torch.memory_format:
 
 
 def make_loaders(
-    config: TrainConfig, model: nn.Module, images: tuple[ImageSet, ImageSet], rank: int, processes: int
+    task: Task, config: TrainConfig, model: nn.Module, images: tuple[ImageSet, ImageSet], rank: int, processes: int
 ) -> tuple[TrainSampler, DataLoader, DataLoader]:
     """The order of the training images, and this process's share of the images to train and to validate on."""
     data, (train_images, val_images), mode = config.data, images, image_mode(model)
     parts = config.optim.accumulation, rank, processes
     sampler = TrainSampler(len(train_images), data.batch_size, config.seed, *parts, config.augment.repeats)
-    transform = train_transform(data, config.augment)
-    train_batches = train_loader(train_images, transform, sampler, mode, data.num_workers, data.max_bad_fraction)
-    val_batches = eval_loader(
-        val_images, eval_transform(data), data.eval_batch_size, mode, data.num_workers, rank, processes
+    train_batches = train_loader(
+        train_images, task.transform(True), sampler, mode, data.num_workers, data.max_bad_fraction, task.collate(True)
     )
+    share = data.eval_batch_size, mode, data.num_workers, rank, processes
+    val_batches = eval_loader(val_images, task.transform(False), *share, task.collate(False))
     train_batches.worker_init_fn = val_batches.worker_init_fn = leave_group
     return sampler, train_batches, val_batches

@@ -6,6 +6,7 @@ scalars are JSON in the header.
 """
 
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -32,12 +33,12 @@ def save_checkpoint(
     write_checkpoint(path, tensors, metadata)
 
 
-def write_text(path: Path, text: str) -> None:
+def write_file(path: Path, content: str | bytes) -> None:
     """Write a small file whole or not at all."""
     temporary = path.with_name(f".{path.name}.tmp")
     with user_input(f"cannot write {path}", OSError):
         try:
-            temporary.write_text(text)
+            temporary.write_bytes(content.encode() if isinstance(content, str) else content)
             place(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -55,6 +56,11 @@ def link(path: Path, name: Path) -> None:
         except OSError:  # a file system without links
             shutil.copyfile(path, temporary)
         place(temporary, name)
+
+
+def without_nan(record: dict[str, Any]) -> dict[str, Any]:
+    """The record with None for nan, which JSON lacks."""
+    return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in record.items()}
 
 
 def read_description(path: str | Path) -> dict[str, Any]:

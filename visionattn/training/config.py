@@ -18,9 +18,9 @@ from jsonargparse.typing import (
     PositiveInt,
 )
 
-from ..data.config import AugmentConfig, DataConfig
+from ..data.config import AugmentConfig
 from ..errors import VisionattnError
-from ..tasks.config import LossConfig
+from ..tasks.config import LossConfig, TaskConfig, TtaConfig, refuse_foreign
 from .command_line import arrange, make_parser, parse, values_of
 
 
@@ -127,17 +127,9 @@ class GuardConfig:
 
 
 @dataclass
-class TrainConfig:
+class TrainConfig(TaskConfig):
     """Model and run"""
 
-    model: str = "test_dinat"
-    """Model to train; `visionattn list` names them."""
-    model_kwargs: dict[str, Any] = field(default_factory=dict)
-    """More arguments of create_model, such as model_kwargs.drop_path_rate 0.1."""
-    pretrained: bool = False
-    """Start from the published weights."""
-    checkpoint: str = ""
-    """Start from the weights in this file."""
     freeze: tuple[str, ...] = ()
     """Parts of the model that do not learn, such as [stem, stages.0, blocks.0-5]; backbone: all but the head. They run
     as in validation: batch norms keep their statistics and nothing is dropped."""
@@ -160,7 +152,7 @@ class TrainConfig:
     output: str = "runs"
     """Folder that holds the run folders."""
     name: str = ""
-    """Name of the run folder, numbered if it is taken; empty: <model>-<data>."""
+    """Name of the run folder, numbered if it is taken; empty: <model>-<data>, or <model>-<head>-<data>."""
     save_every: NonNegativeInt = 0
     """Save the last checkpoint every so many updates too; 0: at the end of each epoch only."""
     keep_best: PositiveInt = 1
@@ -173,7 +165,6 @@ class TrainConfig:
     """Window of updates, such as 10-20, whose trace by torch.profiler is written to the run folder."""
     dry_run: bool = False
     """Tell parameters, GMACs, peak memory, images/s and the time the run would take, and leave nothing on disk."""
-    data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -183,7 +174,8 @@ class TrainConfig:
     guard: GuardConfig = field(default_factory=GuardConfig)
 
     def __post_init__(self) -> None:
-        if (self.augment.mixup or self.augment.cutmix) and self.data.batch_size % 2:
+        super().__post_init__()
+        if self.task == "classification" and (self.augment.mixup or self.augment.cutmix) and self.data.batch_size % 2:
             raise VisionattnError(f"mixup and cutmix pair images: data.batch_size {self.data.batch_size} is odd")
         window = re.fullmatch(r"(\d+)-(\d+)", self.profile)
         if self.profile and (window is None or int(window[1]) >= int(window[2])):
@@ -195,33 +187,12 @@ class TrainConfig:
 
 
 @dataclass
-class TtaConfig:
-    """Test-time augmentation: several views of each image, whose probabilities are averaged"""
-
-    crops: Literal["center", "five"] = "center"
-    """Crop the centre, or the four corners and the centre; five with tta.flip are the customary ten crops."""
-    flip: bool = False
-    """Take every view mirrored too."""
-    scales: tuple[PositiveFloat, ...] = (1.0,)
-    """Crop from the image resized by each of these factors more than usual, such as [1.0, 1.15, 1.3]."""
-
-    def __post_init__(self) -> None:
-        if not self.scales:
-            raise VisionattnError("tta.scales is empty: give at least one factor, such as [1.0]")
-
-    @property
-    def crop_count(self) -> int:
-        """Crops of each image."""
-        return len(self.scales) * (5 if self.crops == "five" else 1)
-
-
-@dataclass
-class ValidateConfig:
+class ValidateConfig(TaskConfig):
     """Model and output"""
 
     checkpoint: str = ""
     """Weights to validate; several as a pattern or with commas, such as 'runs/*/checkpoints/best.safetensors'. What
-    train.py saved also says which model, data and preparation it belongs to."""
+    train.py saved also says which task, model, data and preparation it belongs to."""
     model: str = ""
     """Model to validate; several as a pattern or with commas, such as 'van_*'; empty: the checkpoint's."""
     model_kwargs: dict[str, Any] = field(default_factory=dict)
@@ -239,7 +210,6 @@ class ValidateConfig:
     output: str = ""
     """Also write the results to this file: .json holds those of this command, with each class's accuracy; to a .csv
     every model adds a row."""
-    data: DataConfig = field(default_factory=DataConfig)
     tta: TtaConfig = field(default_factory=TtaConfig)
 
 
@@ -257,7 +227,9 @@ def parse_train(argv: list[str]) -> tuple[TrainConfig, Path | None]:
         if not (resume / "config.yaml").is_file():
             raise VisionattnError(f"cannot resume {resume}: not a run folder of train.py (it has no config.yaml)")
         argv = ["--config", str(resume / "config.yaml"), *argv]
-    return parse(parser, TrainConfig, arrange(parser, argv)), resume
+    config = parse(parser, TrainConfig, arrange(parser, argv))
+    refuse_foreign(config)
+    return config, resume
 
 
 def parse_validate(argv: list[str], describe: Callable[[str], dict[str, Any]]) -> ValidateConfig:

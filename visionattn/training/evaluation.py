@@ -4,64 +4,62 @@ import fnmatch
 import glob
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, send_to_device
 from torch import nn
 from torch.utils.data import DataLoader
 
 from ..backbone import Backbone
-from ..data.class_maps import match_classes
 from ..data.config import user_input
-from ..data.datasets import load_validation
 from ..data.loader import eval_loader, read_batches
-from ..data.transforms import preprocessing, resolve_preprocessing
 from ..errors import VisionattnError
-from ..registry import create_model, list_models
-from ..tasks.classification import ClassificationMetrics, MultiLabelMetrics
+from ..registry import list_models
+from ..tasks import make_task
+from ..tasks.config import refuse_foreign
+from ..tasks.task import Metrics
 from ..weights import load_checkpoint
 from .checkpoint import read_description
 from .config import ValidateConfig, parse_validate
 from .measure import Stopwatch, peak_memory, reset_peak_memory
 from .results import ResultFile
-from .views import Predictor, Views
 
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module,
+    predict: Callable[[Any], Any],
     loader: DataLoader,
     accelerator: Accelerator,
-    metrics: ClassificationMetrics | MultiLabelMetrics,
-    after_batch: Callable[[int], None] = lambda images: None,
+    metrics: Metrics,
+    after_batch: Callable[[Any, Any, Any], None] = lambda images, targets, outputs: None,
 ) -> dict[str, float]:
-    """Metrics of the model over the loaders of all processes, which fail together if one of them does.
+    """Metrics of a model over the loaders of all processes, which fail together if one of them does.
 
     Args:
-        model: The model.
+        predict: Makes of images what the metrics count.
         loader: This process's images.
         accelerator: The run's accelerator.
         metrics: What counts, new.
-        after_batch: Called with the number of images after each batch.
+        after_batch: Called with images, targets and outputs after each batch.
     """
-    model.eval()
     try:
-        for images, targets, _ in read_batches(loader):
-            images, targets = (x.to(accelerator.device, non_blocking=True) for x in (images, targets))
+        for batch in read_batches(loader):
+            images, targets = send_to_device((batch.images, batch.targets), accelerator.device, non_blocking=True)
             with accelerator.autocast():
-                logits = model(images)
-            metrics.update(logits.float(), targets)
-            after_batch(len(images))
+                outputs = predict(images)
+            metrics.update(outputs, targets)
+            after_batch(images, targets, outputs)
     except Exception as error:
         gather_object([_one_line(error)])  # the others would wait for this process's share
         raise
     if told := gather_object([]):
         raise VisionattnError(told[0])
     if accelerator.num_processes > 1:
-        metrics.share(lambda sums: accelerator.reduce(sums.to(accelerator.device)).cpu())
+        metrics.share(gather_object)
     return metrics.compute()
 
 
@@ -84,8 +82,10 @@ def image_mode(model: nn.Module) -> str:
 def options_of(checkpoint: str) -> dict[str, Any]:
     """The options of validate.py that a checkpoint brings."""
     description = read_description(checkpoint)
-    options = {key: description[key] for key in ("model", "model_kwargs", "precision") if key in description}
-    return options | {f"data.{key}": value for key, value in description.get("data", {}).items()}
+    known = ("task", "model", "model_kwargs", "head", "head_kwargs", "precision")
+    options = {key: description[key] for key in known if key in description}
+    groups = ("data", "annotations", "joint")
+    return options | {f"{group}.{k}": v for group in groups for k, v in description.get(group, {}).items()}
 
 
 def validate_all(config: ValidateConfig, argv: list[str]) -> None:
@@ -132,73 +132,67 @@ def validate(config: ValidateConfig, output: ResultFile | None = None) -> dict[s
         raise VisionattnError(
             f"nothing to validate: {told} --model" + ("" if config.checkpoint else " or --checkpoint")
         )
+    refuse_foreign(config)
     if output is None and config.output:
         output = ResultFile(config.output)
     classes = read_description(config.checkpoint).get("classes") if config.checkpoint else None
-    images = load_validation(config.data)
-    model = create_model(config.model, pretrained=config.pretrained, **config.model_kwargs)
+    task = make_task(replace(config, checkpoint=""))
+    images = task.load_validation(classes)
+    model = task.create_model(None if config.task == "classification" else len(images.classes))
     if config.checkpoint:
         load_checkpoint(model, config.checkpoint)
     parameters = sum(p.numel() for p in model.parameters())
-    outputs = match_classes(images, classes, model.num_classes, config.model)
-    data, mode = resolve_preprocessing(config.data, model), image_mode(model)
+    data, mode = task.resolve(model).data, image_mode(model)
     accelerator = make_accelerator("no")  # the predictor sees to the precision, which differs from model to model
     device = accelerator.device
-    loader = eval_loader(
-        images,
-        Views(data, config.tta),
-        data.eval_batch_size,
-        mode,
-        data.num_workers,
-        accelerator.process_index,
-        accelerator.num_processes,
-    )
+    validation = task.prepare_validation(_as_run(model, config, device), images, classes)
+    rank, processes = accelerator.process_index, accelerator.num_processes
+    share = data.eval_batch_size, mode, data.num_workers, rank, processes
+    loader = eval_loader(images, validation.transform, *share, task.collate(False))
     reset_peak_memory(device)
-    predictor = _predictor(model, outputs, config).to(device)
-    metrics, watch = ClassificationMetrics(len(outputs)), Stopwatch()
-    results = evaluate(predictor, loader, accelerator, metrics, watch.lap)
+    watch = Stopwatch()
+    results = evaluate(
+        validation.predict, loader, accelerator, validation.metrics, lambda batch, *_: watch.lap(len(batch))
+    )
     speeds, memory = accelerator.gather(torch.tensor([[watch.speed, peak_memory(device)]], device=device)).T
     if not accelerator.is_main_process:
         return results
 
-    names = zip(images.classes, metrics.per_class(), strict=False)  # the data has no images of further classes
+    names = zip(images.classes, validation.metrics.per_class(), strict=False)  # the data has none of further classes
     record = {
         "model": config.model,
+        **({"head": config.head} if config.head else {}),
         "weights": config.checkpoint or ("published weights" if config.pretrained else "random weights"),
         "parameters": parameters,
         "data": images.name,
         "images": len(images),
-        "classes": len(outputs),
-        "input_size": "x".join(map(str, preprocessing(data)["input_size"])),
-        "crop_pct": data.crop_pct,
-        "views": config.tta.crop_count * (2 if config.tta.flip else 1),
+        **validation.facts,
         **{option: getattr(config, option) for option in ("precision", "compile", "channels_last", "fuse")},
         **results,
-        "ece": metrics.calibration_error(),
+        **validation.metrics.details(),
         "images_per_second": speeds.sum().item(),
         "peak_memory_mib": memory.max().item(),
-        "per_class": {name: {"images": n, "top1": top1} for name, (n, top1) in names},
+        "per_class": dict(names),
     }
-    held_out = f" of {len(images.source)} (data.val_fraction)" if len(images) < len(images.source) else ""
-    _print(record, model.num_classes, held_out)
+    is_part = config.task == "classification" and len(images) < len(images.source)
+    _print(record, f" of {len(images.source)} (data.val_fraction)" if is_part else "", validation.lines(record))
     if output:
         output.add(record)
     return results
 
 
-def _predictor(model: nn.Module, outputs: list[int], config: ValidateConfig) -> Predictor:
+def _as_run(model: nn.Module, config: ValidateConfig, device: torch.device) -> nn.Module:
     """The model as the options want it run."""
     model.eval()
     if config.fuse:
         if not isinstance(model, Backbone):
             raise VisionattnError(f"{config.model} has no fuse method: leave out --fuse")
         model.fuse()
-    memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
-    model.to(memory_format=memory_format)
+    model.to(device, memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
     if config.compile:
         torch.compiler.reset()  # graphs of other models of the class count against its limit
-        model = torch.compile(model)
-    return Predictor(model, outputs, config.precision, config.tta.flip, memory_format)
+        model.compile()
+    return model
 
 
 def _choices(config: ValidateConfig) -> list[str] | None:
@@ -240,12 +234,16 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _print(record: dict[str, Any], num_classes: int, held_out: str) -> None:
-    views = f", {record['views']} views of each" if record["views"] > 1 else ""
-    print(f"model      {record['model']} ({record['parameters'] / 1e6:.2f} M parameters)")
-    print(f"weights    {record['weights']}\nimages     {record['images']}{held_out} from {record['data']}{views}")
-    if record["classes"] < num_classes:
-        print(f"classes    {record['classes']} of the model's {num_classes}, and no others ranked")
-    print(f"top-1      {record['top1']:.4f} %\ntop-5      {record['top5']:.4f} %\nloss       {record['loss']:.6f}")
-    print(f"ECE        {record['ece']:.4f} %")
-    print(f"images/s   {record['images_per_second']:.1f}\nmemory     {record['peak_memory_mib']:.0f} MiB")
+def _print(record: dict[str, Any], held_out: str, figures: list[tuple[str, str]]) -> None:
+    views = f", {record['views']} views of each" if record.get("views", 1) > 1 else ""
+    head = f" with {record['head']}" if "head" in record else ""
+    lines = [
+        ("model", f"{record['model']}{head} ({record['parameters'] / 1e6:.2f} M parameters)"),
+        ("weights", record["weights"]),
+        ("images", f"{record['images']}{held_out} from {record['data']}{views}"),
+        *figures,
+        ("images/s", f"{record['images_per_second']:.1f}"),
+        ("memory", f"{record['peak_memory_mib']:.0f} MiB"),
+    ]
+    width = max(len(label) for label, _ in lines)
+    print("\n".join(f"{label:{max(width, 10)}} {text}" for label, text in lines))

@@ -6,18 +6,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..data.config import user_input
-from .checkpoint import link, write_text
+from .checkpoint import link, write_file
 from .config import TrainConfig, to_yaml
 
 
 def make_folder(config: TrainConfig, fill: Callable[[Path], None]) -> Path:
     """Make a run folder, which has options and whatever `fill` puts into it from the moment that it is there."""
     images = config.data.root if config.data.name == "folder" else config.data.name
-    wanted = Path(config.output, config.name or f"{config.model}-{Path(images).resolve().name}")
+    parts = [config.model, config.head, Path(images).resolve().name]
+    wanted = Path(config.output, config.name or "-".join(filter(None, parts)))
     with user_input(f"cannot write to {config.output}", OSError):
         hidden = wanted.with_name(f".{wanted.name}.{os.getpid()}")  # until it is complete
         (hidden / "checkpoints").mkdir(parents=True)
-        write_text(hidden / "config.yaml", to_yaml(config))
+        write_file(hidden / "config.yaml", to_yaml(config))
         fill(hidden)
         numbered = (wanted.with_name(f"{wanted.name}-{number}") for number in itertools.count(2))
         return hidden.rename(next(path for path in itertools.chain([wanted], numbered) if not path.exists()))

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from ..errors import VisionattnError
-from .checkpoint import write_text
+from .checkpoint import write_file
 from .config import GuardConfig
 
 
@@ -75,7 +75,7 @@ class Guard:
         """Add a line to skipped.csv, after those that the run had when it was last saved."""
         file = folder / "skipped.csv"
         lines = file.read_text().splitlines() if file.exists() else []
-        write_text(file, "\n".join(["epoch,update,loss,images", *lines[1 : self.skipped], line, ""]))
+        write_file(file, "\n".join(["epoch,update,loss,images", *lines[1 : self.skipped], line, ""]))
 
     def state_dict(self) -> dict[str, int]:
         """The counters."""

@@ -4,15 +4,20 @@ import csv
 import io
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from accelerate import Accelerator
+from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from ..data.config import user_input
-from .checkpoint import write_text
+from ..tasks.task import Task
+from .checkpoint import write_file
+from .config import TrainConfig, plain
 
 
 class RunLog:
@@ -21,18 +26,18 @@ class RunLog:
     Args:
         folder: Run folder.
         accelerator: The run's accelerator, which owns the trackers.
-        epochs: Epochs of the run.
+        config: Options of the run.
+        task: Which says what metrics to show.
         updates: Updates of an epoch.
         start: Epoch to go on from; rows of metrics.csv from there on are dropped, since they come again.
-        config: Options of the run, for the trackers.
     """
 
     def __init__(
-        self, folder: Path, accelerator: Accelerator, epochs: int, updates: int, start: int, config: dict[str, Any]
+        self, folder: Path, accelerator: Accelerator, config: TrainConfig, task: Task, updates: int, start: int
     ) -> None:
         self.accelerator, self.main = accelerator, accelerator.is_main_process
-        self.epochs, self.updates = epochs, updates
-        self.csv, self.png = folder / "metrics.csv", folder / "curves.png"
+        self.epochs, self.updates, self.shown, self.metric = config.epochs, updates, task.shown, task.metric
+        self.csv, self.png, self.pictures = folder / "metrics.csv", folder / "curves.png", folder / "predictions"
         self.rows: list[dict[str, Any]] = []
         self.bar: Progress | None = None
         accelerator.project_configuration.logging_dir = str(folder)
@@ -45,7 +50,7 @@ class RunLog:
             self._write_rows()
         for tracker in accelerator.trackers:
             if tracker.name != "tensorboard":  # which would put the options into a folder of their own
-                tracker.store_init_configuration(config)
+                tracker.store_init_configuration(plain(config))
 
     def start_epoch(self, epoch: int, update: int) -> None:
         """Begin an epoch at an update."""
@@ -83,7 +88,19 @@ class RunLog:
         step = self.epoch * self.updates + self.update
         self.accelerator.log({"train/batch_loss": loss, "train/lr": lr}, step=step)
 
-    def end_epoch(self, train_loss: float, lr: float, metrics: dict[str, float], best: float, metric: str) -> None:
+    def show(self, epoch: int, picture: Image.Image) -> None:
+        """Keep a picture of what the model makes of some images after an epoch, and give it to the trackers."""
+        if not self.main:
+            return
+        with user_input(f"cannot write to {self.pictures}", OSError):
+            self.pictures.mkdir(exist_ok=True)
+            write_file(self.pictures / f"epoch-{epoch + 1:03}.png", _png(lambda file: picture.save(file, "png")))
+        for tracker in self.accelerator.trackers:
+            if hasattr(tracker, "log_images"):
+                layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images({"predictions": np.asarray(picture)[None]}, (epoch + 1) * self.updates, **layout)
+
+    def end_epoch(self, train_loss: float, lr: float, metrics: dict[str, float], best: float) -> None:
         """Record an epoch: a row, a line, the trackers and the curves."""
         if not self.main:
             return
@@ -100,9 +117,9 @@ class RunLog:
         )
         self._draw()
         eta = duration(seconds * (self.epochs - self.epoch - 1))
-        values = "  ".join(f"val {name} {row[f'val_{name}']}" for name in metrics)
+        values = "  ".join(f"val {name} {row[f'val_{name}']}" for name in self.shown)
         Console(soft_wrap=True, highlight=False).print(
-            f"epoch {self.epoch + 1}/{self.epochs}  loss {train_loss:.4f}  {values}  best {metric} {best:.4f}"
+            f"epoch {self.epoch + 1}/{self.epochs}  loss {train_loss:.4f}  {values}  best {self.metric} {best:.4f}"
             f"  lr {lr:.2e}  {self.speed:.0f} images/s  ETA {eta}"
         )
 
@@ -121,7 +138,7 @@ class RunLog:
         writer = csv.DictWriter(text, self.rows[0] if self.rows else ["epoch"], lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.rows)
-        write_text(self.csv, text.getvalue())
+        write_file(self.csv, text.getvalue())
 
     def _draw(self) -> None:
         from matplotlib.figure import Figure
@@ -129,19 +146,21 @@ class RunLog:
         figure = Figure(figsize=(9, 3.5), layout="constrained")
         losses, scores = figure.subplots(1, 2)
         epochs = [int(row["epoch"]) + 1 for row in self.rows]
-        for axes, names, label in ((losses, ["train_loss", "val_loss"], "loss"), (scores, self._scores(), "%")):
+        shown = [f"val_{name}" for name in self.shown if name != "loss"]
+        for axes, names, label in ((losses, ["train_loss", "val_loss"], "loss"), (scores, shown, "%")):
             for name in names:
-                axes.plot(epochs, [float(row[name]) for row in self.rows], label=name.replace("_", " "))
+                if name in self.rows[0]:
+                    axes.plot(epochs, [float(row[name]) for row in self.rows], label=name.replace("_", " "))
             axes.set(xlabel="epoch", ylabel=label)
             axes.grid(alpha=0.3)
             axes.legend()
-        temporary = self.png.with_name(".curves.png")
-        with user_input(f"cannot write {self.png}", OSError):
-            figure.savefig(temporary, dpi=100)
-            temporary.replace(self.png)
+        write_file(self.png, _png(lambda file: figure.savefig(file, dpi=100)))
 
-    def _scores(self) -> list[str]:
-        return [name for name in self.rows[0] if name.startswith("val_") and name != "val_loss"]
+
+def _png(save: Callable[[io.BytesIO], None]) -> bytes:
+    file = io.BytesIO()
+    save(file)
+    return file.getvalue()
 
 
 def duration(seconds: float) -> str:

@@ -5,6 +5,7 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 import torch
+from accelerate.utils import send_to_device
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -42,7 +43,8 @@ def dry_run(trainer: "Trainer") -> None:
     weights = trainer.validated_weights().eval()
     with torch.no_grad(), accelerator.autocast():
         for images, _, _ in read_batches(trainer.val_batches):
-            weights(images.to(accelerator.device))
+            images = send_to_device(images, accelerator.device)
+            trainer.task.predict(weights, images)
             seen += 1
             if time.perf_counter() - start > SECONDS:
                 break
@@ -50,14 +52,14 @@ def dry_run(trainer: "Trainer") -> None:
             torch.cuda.synchronize()
         validation = (time.perf_counter() - start) / seen * len(trainer.val_batches)
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # some torch count no fused ones
-            weights(images[:1].to(accelerator.device))
+            trainer.task.predict(weights, images[:1])
 
     memory = accelerator.gather(memory).max().item()
     if not accelerator.is_main_process:
         return
     learning = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
     total = config.epochs * (trainer.updates * update + validation)
-    size = " x ".join(map(str, images.shape[1:]))
+    size = " x ".join(map(str, images[0].shape))
     print(f"model      {config.model}, {size} input")
     print(f"parameters {sum(p.numel() for p in model.parameters()) / 1e6:.3f} M, of which {learning:.3f} M learn")
     print(f"GMACs      {counter.get_total_flops() / 2e9:.3f} for an image, as it is executed")

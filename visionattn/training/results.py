@@ -8,7 +8,7 @@ from typing import Any
 
 from ..data.config import user_input
 from ..errors import VisionattnError
-from .checkpoint import write_text
+from .checkpoint import without_nan, write_file
 
 
 class ResultFile:
@@ -34,9 +34,9 @@ class ResultFile:
 
     def add(self, record: dict[str, Any]) -> None:
         """Write the results of one more model."""
-        self.records.append(record)
+        self.records.append(without_nan(record))
         if self.path.suffix == ".json":
-            text = json.dumps(self.records if self.many else record, indent=2) + "\n"
+            text = json.dumps(self.records if self.many else self.records[-1], indent=2) + "\n"
         else:
             rows = [*self._rows(), {key: value for key, value in record.items() if not isinstance(value, dict)}]
             table = io.StringIO()
@@ -45,7 +45,7 @@ class ResultFile:
             writer.writeheader()
             writer.writerows(rows)
             text = table.getvalue()
-        write_text(self.path, text)
+        write_file(self.path, text)
 
     def _rows(self) -> list[dict[str, str]]:
         if not self.path.exists():

@@ -6,29 +6,29 @@ import shlex
 import shutil
 import signal
 from collections.abc import Iterator
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, send_to_device
 from timm.utils import ModelEmaV3, dispatch_clip_grad
 from torch import Tensor, nn
 
 from ..backbone import Backbone
 from ..data.config import user_input
-from ..data.datasets import dataset_name, load_datasets
 from ..data.loader import Batch, Stream, derive_seed, read_batches
-from ..data.transforms import preprocessing, resolve_preprocessing
+from ..dense.features import OverBackbone
 from ..errors import VisionattnError
-from ..tasks.classification import Classification
+from ..tasks import make_task
 from ..weights import load_checkpoint
 from .build import make_loaders, make_model, memory_format
-from .checkpoint import link, read_training_state, save_checkpoint, write_text
+from .checkpoint import link, read_training_state, save_checkpoint, without_nan, write_file
 from .config import TrainConfig, plain, to_yaml
 from .distill import Distillation, make_teacher
 from .evaluation import evaluate, make_accelerator
 from .folder import keep_best, make_folder, remove_temporaries
+from .gallery import Gallery
 from .guard import Diverged, Guard
 from .logging import RunLog
 from .optim import Schedule, make_optimizer
@@ -61,30 +61,28 @@ class Trainer:
             spare = (os.cpu_count() or 1) - config.data.num_workers
             torch.set_num_threads(max(1, min(torch.get_num_threads(), spare)))
 
-        images = load_datasets(config.data)
+        self.task = make_task(config)
+        images = self.task.load()
         self.classes = images[0].classes
-        self.model_kwargs = config.model_kwargs | {"num_classes": len(self.classes)}
-        model, self.frozen = make_model(config, self.model_kwargs, accelerator)
-        data = replace(resolve_preprocessing(config.data, model), name=dataset_name(config.data))
-        self.config = config = replace(config, data=data)
+        model, self.frozen = make_model(self.task, config, len(self.classes), accelerator)
+        self.config = config = self.task.resolve(model)
         self.sampler, self.train_batches, self.val_batches = make_loaders(
-            config, model, images, accelerator.process_index, accelerator.num_processes
+            self.task, config, model, images, accelerator.process_index, accelerator.num_processes
         )
         self.updates = self.sampler.updates
 
         # What a paper adds to the loop is the model's own. Any module can be registered; a bare Backbone adds nothing.
-        self.mechanics = model if isinstance(model, Backbone) else Backbone(0, 0, 0, 0.0, 0)
+        self.mechanics = model if isinstance(model, (Backbone, OverBackbone)) else Backbone(0, 0, 0, 0.0, 0)
         self.bare_model = self.student = model
-        training_loss = self.mechanics.training_loss
+        training_loss = getattr(self.mechanics, "training_loss", None)
         if config.distill.model:
             teacher = make_teacher(config.distill, len(self.classes)).to(accelerator.device)
             if type(self.mechanics).learn_from is Backbone.learn_from:
-                distillation = Distillation(config.distill, teacher, data, len(self.classes), model, accelerator)
+                distillation = Distillation(config.distill, teacher, config.data, len(self.classes), model, accelerator)
                 self.student, training_loss = distillation.student or model, distillation.loss
             else:
                 self.mechanics.learn_from(teacher)
-        self.task = Classification(config.loss, config.augment, images[0], config.seed, training_loss)
-        self.task.criterion.to(accelerator.device)
+        self.loss = self.task.make_loss(images[0], training_loss).to(accelerator.device)
         optimizer = make_optimizer(config.optim, model, self.mechanics.learning_rates())
         if self.student is not model:
             optimizer.add_param_group({"params": list(self.student.projection.parameters())})
@@ -119,11 +117,9 @@ class Trainer:
         if began_here:
             self._begin()
         elif self.accelerator.is_main_process:
-            write_text(self.folder / "config.yaml", to_yaml(self.config))
+            write_file(self.folder / "config.yaml", to_yaml(self.config))
             remove_temporaries(self.folder)
-        self.log = RunLog(
-            self.folder, self.accelerator, self.config.epochs, self.updates, self.epoch, plain(self.config)
-        )
+        self.log = RunLog(self.folder, self.accelerator, self.config, self.task, self.updates, self.epoch)
         if self.config.profile and self.accelerator.is_main_process:
             self.profiler = Profiler(self.config.profile, self.folder)
         try:
@@ -199,10 +195,11 @@ class Trainer:
         for part, (images, targets, _) in enumerate(batches):
             # What the model draws (drop path, dropout) follows from the step too, so no state of generators is kept.
             self._seed(derive_seed(config.seed, Stream.MODEL, update, part, accelerator.process_index))
-            images = images.to(accelerator.device, memory_format=memory_format(config), non_blocking=True)
-            targets = targets.to(accelerator.device, non_blocking=True)
+            images, targets = send_to_device((images, targets), accelerator.device, non_blocking=True)
+            if isinstance(images, Tensor):
+                images = images.to(memory_format=memory_format(config))
             with accelerator.accumulate(self.model):
-                loss = self.task.loss(self.model, images, targets, update)
+                loss = self.loss(self.model, images, targets, update)
                 accelerator.backward(loss)
             losses.append(loss.detach())
         loss = torch.stack(losses).mean()
@@ -253,21 +250,27 @@ class Trainer:
 
     def _validate(self) -> dict[str, float]:
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
-        metrics = self.task.metrics(self.val_batches.dataset.images, rank, processes)
-        if processes > 1:  # they go on together to the next update, where they stop together
-            with gathered(self.validated_weights(), self.accelerator):
-                return evaluate(self.validated_weights(), self.val_batches, self.accelerator, metrics)
-        with self.signals.stopping():
-            return evaluate(self.validated_weights(), self.val_batches, self.accelerator, metrics)
+        images, model = self.val_batches.dataset.images, self.validated_weights().eval()
+        metrics, gallery = self.task.metrics(images, rank, processes), Gallery(self.task, images.classes)
+        # Several processes go on together to the next update, where they stop together.
+        held = gathered(model, self.accelerator) if processes > 1 else self.signals.stopping()
+        with held:
+            found = evaluate(
+                partial(self.task.predict, model), self.val_batches, self.accelerator, metrics, gallery.add
+            )
+        if picture := gallery.picture():
+            self.log.show(self.epoch, picture)
+        return found
 
     def _end_epoch(self, metrics: dict[str, float]) -> None:
         score = metrics[self.task.metric]
+        score = -1.0 if math.isnan(score) else score  # as COCO's tools put that there is nothing to count
         self.schedule.observe(self.epoch, score)
         if not self.guard.in_a_row:  # weights that make no finite loss are not kept
             self._rank(score, metrics)
         train_loss = self.train_loss / self.counted if self.counted else math.nan
         best = score if self.best is None else self.best
-        self.log.end_epoch(train_loss, self._lr(), metrics, best, self.task.metric)
+        self.log.end_epoch(train_loss, self._lr(), metrics, best)
         self.epoch, self.update = self.epoch + 1, 0
         self.train_loss, self.counted = 0.0, 0
         self._save_last(metrics)
@@ -351,15 +354,12 @@ class Trainer:
     ) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any] | None]:
         """What a checkpoint holds: weights, description and training state; complete in the main process alone."""
         config, scaler, main = self.config, self.accelerator.scaler, self.accelerator.is_main_process
-        description = {
-            "model": config.model,
-            "model_kwargs": self.model_kwargs,
+        description = self.task.describe(len(self.classes)) | {
             "classes": self.classes,
-            "preprocessing": preprocessing(config.data),
             "data": plain(config.data),
             "precision": config.precision,
             "epoch": self.epoch,
-            "metrics": metrics,
+            "metrics": metrics and without_nan(metrics),
         }
         weights = whole(self.validated_weights().state_dict(), main)
         if not state:

@@ -14,6 +14,7 @@ from ..data.config import DataConfig
 from ..data.transforms import eval_transform
 from ..errors import VisionattnError
 from .config import TtaConfig
+from .task import autocast
 
 
 class Views:
@@ -72,8 +73,7 @@ class Predictor(nn.Module):
         memory_format: torch.memory_format = torch.contiguous_format,
     ) -> None:
         super().__init__()
-        self.dtype = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-        self.model, self.flip, self.memory_format = model, flip, memory_format
+        self.model, self.precision, self.flip, self.memory_format = model, precision, flip, memory_format
         self.register_buffer("outputs", torch.tensor(outputs), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -81,7 +81,7 @@ class Predictor(nn.Module):
         if self.flip:
             views += tuple(view.flip(-1) for view in views)
         views = [view.contiguous(memory_format=self.memory_format) for view in views]
-        with torch.autocast(images.device.type, self.dtype, enabled=self.dtype is not None):
+        with autocast(images.device, self.precision):
             logits = [self.model(view) for view in views]
         logits = [part.float()[:, self.outputs] for part in logits]
         if len(logits) == 1:

@@ -1,0 +1,122 @@
+"""What detection and segmentation share: a head over a backbone, and images of any size."""
+
+import json
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from typing import Any, ClassVar
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from ..data.annotations import kind_of
+from ..data.datasets import ImageSet
+from ..data.drawing import to_image
+from ..data.joint import MapTransform, ObjectTransform
+from ..data.preprocessing import model_preprocessing
+from ..files import DESCRIPTION, read_metadata
+from ..weights import load_pretrained
+from .config import TaskConfig
+from .task import Task, Validation, autocast
+
+
+class DenseTask(Task):
+    """A task whose models are a head over a backbone.
+
+    Attributes:
+        create: `create_detector` or `create_segmenter`.
+        prepare: Class of the transform.
+        figures: What the names of the metrics begin with.
+    """
+
+    create: ClassVar[Callable[..., nn.Module]]
+    prepare: ClassVar[type[ObjectTransform | MapTransform]]
+    figures: ClassVar[tuple[str, ...]]
+
+    def create_model(self, num_classes: int | None) -> nn.Module:
+        config, kwargs = self.config, dict(self.config.model_kwargs)
+        is_whole = config.checkpoint and _task_of(config.checkpoint) == config.task
+        if config.checkpoint and not is_whole:
+            kwargs["checkpoint_path"] = config.checkpoint
+        model = type(self).create(
+            config.model,
+            config.head,
+            num_classes,
+            pretrained_backbone=config.pretrained,
+            backbone_kwargs=kwargs,
+            **config.head_kwargs,
+        )
+        if is_whole:
+            load_pretrained(model, config.checkpoint)
+        return model
+
+    def describe(self, num_classes: int) -> dict[str, Any]:
+        config = self.config
+        options = {name: getattr(config, name) for name in ("task", "model", "model_kwargs", "head", "head_kwargs")}
+        return options | {"annotations": asdict(config.annotations), "joint": asdict(config.joint)}
+
+    def resolve(self, model: nn.Module) -> TaskConfig:
+        data, own = self.config.data, model_preprocessing(model)
+        data = replace(data, mean=data.mean or own["mean"], std=data.std or own["std"], name=kind_of(data))
+        self.config = replace(self.config, data=data)
+        return self.config
+
+    def transform(self, training: bool) -> Callable[[Image.Image, Any], tuple[Tensor, Any]]:
+        return self.prepare(self.config.joint, self.config.data.mean, self.config.data.std, training)
+
+    def prepare_validation(self, model: nn.Module, images: ImageSet, classes: list[str] | None) -> Validation:
+        def predict(batch: Sequence[Tensor]) -> list:
+            with autocast(batch[0].device, self.config.precision):
+                return self.predict(model, batch)
+
+        def lines(record: dict[str, Any]) -> list[tuple[str, str]]:
+            figures = [
+                (name.replace("_", " "), f"{record[name]:.4f} %") for name in record if name.startswith(self.figures)
+            ]
+            each = {name: next(iter(figures.values())) for name, figures in record["per_class"].items()}
+            known = ", ".join(f"{name} {value:.1f}" for name, value in each.items() if value is not None)
+            return [*figures, ("per class", known)]
+
+        joint = self.config.joint
+        side = joint.eval_size or max(joint.min_size or [0])
+        facts = {"classes": len(images.classes), "input_size": f"shorter side {side}" if side else "as they are"}
+        metrics = self.metrics(images, 0, 1)
+        return Validation(predict, self.transform(False), metrics, facts, lines)
+
+    def draw(self, image: Tensor, target: Any, output: Any, classes: list[str]) -> list[Image.Image]:
+        height, width = self.size_of(target)
+        picture = to_image(image, self.config.data.mean, self.config.data.std).resize((width, height))
+        return [self.draw_on(picture, found, classes) for found in (target, self.restore(output, (height, width)))]
+
+    @abstractmethod
+    def size_of(self, target: Any) -> tuple[int, int]:
+        """Height and width of an image itself, from its target."""
+
+    @abstractmethod
+    def restore(self, output: Any, size: tuple[int, int]) -> Any:
+        """What `predict` found in a resized image, for the image itself, of this height and width."""
+
+    @abstractmethod
+    def draw_on(self, picture: Image.Image, found: Any, classes: list[str], threshold: float = 0.5) -> Image.Image:
+        """The picture with a target, or with what `restore` gave, drawn over it.
+
+        Args:
+            picture: The image itself.
+            found: What to draw.
+            classes: Names of the classes.
+            threshold: Least score of the objects that are drawn.
+        """
+
+
+def by_size(images: Sequence[Tensor]) -> list[list[int]]:
+    """Numbers of the images, those of one size together: none is to be padded for the sake of another."""
+    groups: dict[torch.Size, list[int]] = {}
+    for i, image in enumerate(images):
+        groups.setdefault(image.shape, []).append(i)
+    return list(groups.values())
+
+
+def _task_of(checkpoint: str) -> str | None:
+    """The task of a model that train.py saved."""
+    return json.loads(read_metadata(checkpoint).get(DESCRIPTION, "{}")).get("task")

@@ -1,0 +1,142 @@
+"""What the loop asks of a task."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from ..data.datasets import ImageSet
+from ..data.loader import Collate
+from .config import TaskConfig
+
+DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Metrics(ABC):
+    """Counts of a validation, over any number of batches and processes."""
+
+    @abstractmethod
+    def update(self, outputs: Any, targets: Any) -> None:
+        """Count a batch: what `Task.predict` made of the images, and their targets."""
+
+    @abstractmethod
+    def share(self, gather: Callable[[list], list]) -> None:
+        """Take the counts of all processes; `gather` gives the lists of all of them, one after the other."""
+
+    def details(self) -> dict[str, float]:
+        """Further figures, which validate.py tells."""
+        return {}
+
+    def per_class(self) -> list[dict[str, float | None]]:
+        """Figures of each class, once they are computed; None for one of which there is nothing to count."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def compute(self) -> dict[str, float]:
+        """The figures by name; nan for one of which there is nothing to count."""
+
+
+@dataclass
+class Validation:
+    """How validate.py validates a model.
+
+    Args:
+        predict: Makes of images what `metrics` counts.
+        transform: Of an image and its target.
+        metrics: What counts, new.
+        facts: What to record of the way that it is done.
+        lines: Makes of all that is recorded what to print of it: labels and texts.
+    """
+
+    predict: Callable[[Any], Any]
+    transform: Callable
+    metrics: Metrics
+    facts: dict[str, Any]
+    lines: Callable[[dict[str, Any]], list[tuple[str, str]]]
+
+
+class Task(ABC):
+    """What a task adds to training and validation.
+
+    Args:
+        config: Options of the run, or of validate.py, which needs neither loss nor augmentation.
+
+    Attributes:
+        metric: Name of the metric that says which epoch is best.
+        shown: Names of the metrics for which a line on the screen has room.
+    """
+
+    metric: str
+    shown: tuple[str, ...]
+
+    def __init__(self, config: TaskConfig) -> None:
+        self.config = config
+
+    @abstractmethod
+    def load(self) -> tuple[ImageSet, ImageSet]:
+        """The images to train on and to validate on."""
+
+    @abstractmethod
+    def load_validation(self, classes: list[str] | None) -> ImageSet:
+        """The images to validate a model on; `classes` are the model's, if they are known."""
+
+    @abstractmethod
+    def create_model(self, num_classes: int | None) -> nn.Module:
+        """The model, with the weights to start from; None for the classes that its options say."""
+
+    @abstractmethod
+    def describe(self, num_classes: int) -> dict[str, Any]:
+        """What a checkpoint tells of its model: the options that make it, and how its images are prepared."""
+
+    @abstractmethod
+    def resolve(self, model: nn.Module) -> TaskConfig:
+        """The options, from now on the task's own, with what they left to model or data."""
+
+    @abstractmethod
+    def transform(self, training: bool) -> Callable[[Image.Image, Any], tuple[Tensor, Any]]:
+        """How an image and its target are prepared."""
+
+    @abstractmethod
+    def collate(self, training: bool) -> Collate:
+        """How images and targets become those of a batch."""
+
+    @abstractmethod
+    def make_loss(self, images: ImageSet, training_loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> nn.Module:
+        """Module that gives the loss of a batch from (model, images, targets, number of the update).
+
+        Args:
+            images: To train on.
+            training_loss: What a classifier makes of the loss, from (loss, images, logits); `Backbone.training_loss`.
+        """
+
+    @abstractmethod
+    def predict(self, model: nn.Module, images: Any) -> Any:
+        """What the model says of a batch of images, as `metrics` counts it."""
+
+    @abstractmethod
+    def metrics(self, images: ImageSet, rank: int, processes: int) -> Metrics:
+        """What counts in a validation on these images, of which this process has every `processes`-th."""
+
+    @abstractmethod
+    def prepare_validation(self, model: nn.Module, images: ImageSet, classes: list[str] | None) -> Validation:
+        """How validate.py is to validate a model, once `resolve` has been called.
+
+        Args:
+            model: In eval mode, on its device.
+            images: To validate on.
+            classes: The model's, if they are known.
+        """
+
+    def draw(self, image: Tensor, target: Any, output: Any, classes: list[str]) -> list[Image.Image]:
+        """Pictures of an image's target and of what the model makes of it; none where there is nothing to be seen."""
+        return []
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager:
+    """Mixed precision by its name in the options."""
+    return torch.autocast(device.type, DTYPES[precision], enabled=precision != "no")
