@@ -12,7 +12,7 @@ from timm.models import adapt_input_conv
 import visionattn
 from visionattn.download import MIRROR
 from visionattn.errors import VisionattnError
-from visionattn.files import read_checkpoint, read_metadata
+from visionattn.files import read_checkpoint
 from visionattn.sharing import convert_file
 from visionattn.weights import convert_state_dict, fit_state_dict
 
@@ -107,7 +107,7 @@ def test_conversion_reads_classes_and_channels_from_the_file(tmp_path):
     assert made["model_kwargs"] == {"num_classes": 7, "in_chans": 1} and made["classes"] is None
     model = visionattn.create_model(str(tmp_path / "w.safetensors"))
     assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
-    assert read_metadata(tmp_path / "w.safetensors")["format"] == "pt"
+    assert read_checkpoint(tmp_path / "w.safetensors")[1]["format"] == "pt"
 
 
 def test_a_changed_file_is_noticed(tmp_path):

@@ -17,9 +17,20 @@ from visionattn.training.trainer import Trainer
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 RECIPES = sorted((CONFIGS / "classification").glob("*.yaml"))
+DENSE = sorted(p for task in ("detection", "segmentation") for p in (CONFIGS / task).glob("*.yaml"))
+DENSE = [path for path in DENSE if not path.stem.startswith("scenes")]
 NAMES = visionattn.list_models()
 MECHANICS = ("drop_path_rate", "drop_rate", "soft_mask_schedule", "soft_mask_epochs", "phase")
 """Arguments of models that a test variant shares with the others of its family; the rest tell its shape."""
+SMALL_HEADS = {
+    "mask_rcnn": {
+        **{"fpn_channels": 64, "box_batch_size_per_image": 16},
+        **{"rpn_pre_nms_top_n_train": 100, "rpn_post_nms_top_n_train": 50},
+    },
+    "retinanet": {"fpn_channels": 64},
+    "upernet": {"decoder_channels": 32},
+    "fpn": {"pyramid_channels": 32, "segmentation_channels": 32},
+}
 
 
 def read(path: Path) -> TrainConfig:
@@ -27,11 +38,10 @@ def read(path: Path) -> TrainConfig:
 
 
 def one_of_each_kind(paths: list[Path]) -> list:
-    """All of the recipes, of which those are slow that have their bases in common with one before."""
+    """All of the recipes, of which those are slow that have their bases, and head, in common with one before."""
     params, seen = [], set()
     for path in paths:
-        base = re.search(r"^base: .*$", path.read_text(), re.M)
-        kind = base[0] if base else path.stem
+        kind = tuple(re.findall(r"^(?:base|head): .*$", path.read_text(), re.M)) or path.stem
         params.append(pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if kind in seen else []))
         seen.add(kind)
     return params
@@ -102,6 +112,50 @@ def test_recipes_agree_with_their_headers_and_with_the_facts_of_the_model(path: 
         ours = vars(config.augment) | vars(config.optim) | {"drop_path_rate": 0.0} | config.model_kwargs
         facts = info.recipe.keys() & ours.keys()
         assert {name: ours[name] for name in facts} == {name: info.recipe[name] for name in facts}
+
+
+@pytest.mark.parametrize("path", one_of_each_kind(DENSE))
+def test_dense_recipes_train(path: Path, tmp_path: Path):
+    config = read(path)
+    create = visionattn.create_detector if config.task == "detection" else visionattn.create_segmenter
+    with torch.device("meta"):
+        model = create(config.model, config.head, 80, backbone_kwargs=config.model_kwargs, **config.head_kwargs)
+    joint, data = config.joint, {"name": "scenes", "root": None, "batch_size": 2, "num_workers": 0}
+    trainer = Trainer(
+        replace(
+            config,
+            model="test_" + type(model.inner).__module__.rpartition(".")[2],
+            model_kwargs={key: value for key, value in config.model_kwargs.items() if key in MECHANICS},
+            head_kwargs=config.head_kwargs | SMALL_HEADS[config.head],
+            pretrained=False,
+            checkpoint="",
+            precision="no",
+            output=str(tmp_path),
+            data=replace(config.data, **data),
+            annotations=replace(config.annotations, scene_count=10),
+            joint=replace(joint, min_size=[size // 8 for size in joint.min_size], crop=joint.crop and joint.crop // 8),
+        )
+    )
+    assert math.isfinite(next(trainer.run_updates()))
+    assert trainer.counted == 1 and trainer.optimizer.state
+
+
+@pytest.mark.parametrize("path", one_of_each_kind(DENSE))
+def test_dense_recipes_agree_with_their_headers(path: Path):
+    config, text = read(path), path.read_text()
+    total, images = map(int, re.search(r"^# Batch (\d+) = (\d+) x 8 processes:$", text, re.M).groups())
+    assert (total, images, 1) == (8 * images, config.data.batch_size, config.optim.accumulation)
+    assert f"--config configs/{config.task}/{path.name}\n" in text
+    assert re.search(r"published .*\d|not published", text.partition("\n")[0])
+    assert path.stem.startswith(config.head)
+    if config.task == "detection":
+        updates = 117_266 // total  # of an epoch
+        assert path.stem.split("_")[config.head.count("_") + 1] == {12: "1x", 36: "3x"}[config.epochs]
+        assert round(config.schedule.warmup_epochs * updates) == 500
+    else:
+        updates = 20_210 // total
+        length, warmup = config.epochs * updates, round(config.schedule.warmup_epochs * updates)
+        assert (length // 40_000, warmup) in ((4, 1500), (2, 0), (1, 0))
 
 
 @pytest.mark.parametrize("path", sorted((CONFIGS / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)

@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 
 import visionattn
 from visionattn.errors import VisionattnError
-from visionattn.training.checkpoint import read_description, read_training_state, save_checkpoint
+from visionattn.files import read_description
+from visionattn.training.checkpoint import read_training_state, save_checkpoint
 from visionattn.training.config import parse_train, parse_validate, run
 from visionattn.training.evaluation import options_of, validate
 from visionattn.training.trainer import Trainer, train

@@ -82,6 +82,12 @@ def _push(args: argparse.Namespace) -> None:
     print(f"visionattn.create_model({push(args.checkpoint, args.place, args.private, args.message)!r})")
 
 
+def _predict(args: argparse.Namespace) -> None:
+    from .predict import predict
+
+    predict(args.checkpoint, args.images, args.output, args.threshold, args.overwrite)
+
+
 def _key_value(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals:
@@ -118,6 +124,15 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument("--private", action="store_true", help="keep a new repository private")
     command.add_argument("--message", default="Add model", help="message of the commit")
     command.set_defaults(run=_push)
+    command = commands.add_parser("predict", help="draw what a checkpoint of train.py makes of images")
+    command.add_argument("images", nargs="+", metavar="IMAGE", help="image file")
+    command.add_argument("--checkpoint", required=True, help="what train.py saved, of any task")
+    command.add_argument(
+        "--output", default="predictions", help="folder for a PNG of each image (default: %(default)s)"
+    )
+    command.add_argument("--threshold", type=float, default=0.5, help="least score of objects (default: %(default)s)")
+    command.add_argument("--overwrite", action="store_true", help="write over pictures that are there")
+    command.set_defaults(run=_predict)
     args = parser.parse_args(argv)
     try:
         args.run(args)

@@ -1,6 +1,7 @@
 """Checkpoint files: read without executing anything they hold, written whole or not at all."""
 
 import hashlib
+import json
 import os
 import pickletools
 import re
@@ -10,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -72,22 +73,16 @@ def read_checkpoint(path: str | PathLike) -> tuple[dict[str, Tensor], dict[str, 
     return dict(content), metadata
 
 
-def read_metadata(path: str | PathLike) -> dict[str, str]:
-    """The metadata in the header of a safetensors file; empty for other files.
+def read_description(path: str | PathLike) -> dict[str, Any]:
+    """What a file of ours says of its model; empty for other files.
 
     Args:
-        path: of the file.
+        path: of the file, which is read whole, so that what it says is known to be undamaged.
 
     Raises:
-        VisionattnError: if there is no such file.
+        VisionattnError: if the file cannot be read.
     """
-    if not Path(path).is_file():
-        raise VisionattnError(f"checkpoint {path} does not exist or is not a file")
-    try:
-        with safe_open(path, framework="pt") as file:
-            return file.metadata() or {}
-    except (SafetensorError, OSError):
-        return {}
+    return json.loads(read_checkpoint(path)[1].get(DESCRIPTION, "{}"))
 
 
 def find_file(path: str | PathLike) -> Path:

@@ -3,7 +3,6 @@
 import difflib
 import fnmatch
 import inspect
-import json
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
@@ -19,7 +18,7 @@ from torch import nn
 
 from .download import HUB, fetch
 from .errors import UnknownArgumentError, UnknownModelError, VisionattnError, check_arguments
-from .files import DESCRIPTION, find_file, one_line, read_metadata
+from .files import find_file, one_line, read_description
 from .weights import load_pretrained
 
 BUILDER_ARGUMENTS = {
@@ -345,6 +344,10 @@ def create_model(name: str, pretrained: bool | None = None, checkpoint_path: str
         VisionattnError: if weights cannot be fetched or read, or do not fit.
     """
     kwargs = {k: v for k, v in kwargs.items() if v is not None}
+    if name.endswith(FILE_SUFFIXES) and (description := read_description(name)).get("task"):
+        from .dense.trained import create_trained  # whose libraries are heavy
+
+        return create_trained(name, description, pretrained is not False, **kwargs)
     if ":" in name or name.endswith(FILE_SUFFIXES):
         name, cfg, model_kwargs = _described(name, kwargs.get("cache_dir"))
         overlay = cfg | kwargs.get("pretrained_cfg_overlay", {})
@@ -383,7 +386,7 @@ def _described(place: str, cache_dir: str | None) -> tuple[str, dict, dict]:
 
 def _described_by_header(path: str) -> tuple[str, dict, dict]:
     try:
-        description = json.loads(read_metadata(path).get(DESCRIPTION, "{}"))
+        description = read_description(path)
         name, classes = description["model"], description.get("classes")
         kwargs = description.get("model_kwargs", {})
         cfg = description.get("preprocessing", {}) | {"file": path, "label_names": classes}

@@ -11,7 +11,7 @@ from timm.models import push_to_hf_hub, save_for_hf
 
 from .data.preprocessing import model_preprocessing
 from .errors import VisionattnError
-from .files import DESCRIPTION, one_line, read_checkpoint, read_metadata, write_checkpoint
+from .files import DESCRIPTION, one_line, read_checkpoint, read_description, write_checkpoint
 from .registry import create_model, model_info, split_tag
 from .weights import find_widths, fit_state_dict
 
@@ -82,8 +82,10 @@ def push(path: str, place: str, private: bool = False, message: str = "Add model
     Raises:
         VisionattnError: if the checkpoint does not say which model it is of, or the hub refuses it.
     """
+    description = read_description(path)
+    if task := description.get("task"):
+        raise VisionattnError(f"cannot push {path}: it is of {task}, and timm's format holds classifiers only")
     model = create_model(path)
-    description = json.loads(read_metadata(path)[DESCRIPTION])
     options = {
         "model_config": {"label_names": description.get("classes")},
         "model_args": description["model_kwargs"],

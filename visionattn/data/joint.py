@@ -97,17 +97,19 @@ class ObjectTransform:
         # Boxes are looked after even if nothing is to be done to them, but not without any step.
         self.steps = A.Compose(steps or [A.NoOp()], boxes if training else None)
 
+    def image(self, image: Image.Image) -> Tensor:
+        """An image without objects, in validation."""
+        return _normalised(self.steps(image=_pixels(image))["image"], self.mean, self.std)
+
     def __call__(self, image: Image.Image, target: Objects) -> tuple[Tensor, dict[str, Tensor]]:
-        pixels = _pixels(image)
         if not self.training:
             given = {"boxes": target.boxes, "labels": target.labels, "iscrowd": target.crowd, "area": target.areas}
             if target.masks is not None:
                 given["masks"] = target.masks
-            given["size"] = np.array(pixels.shape[:2])
-            pixels = self.steps(image=pixels)["image"]
-            return _normalised(pixels, self.mean, self.std), {k: torch.from_numpy(v) for k, v in given.items()}
+            given["size"] = np.array([image.height, image.width])
+            return self.image(image), {k: torch.from_numpy(v) for k, v in given.items()}
         chosen = np.flatnonzero(target.crowd == 0)
-        given = {"image": pixels, "bboxes": target.boxes[chosen], "index": chosen}
+        given = {"image": _pixels(image), "bboxes": target.boxes[chosen], "index": chosen}
         has_masks = target.masks is not None
         if has_masks and len(chosen):
             given["masks"] = target.masks
@@ -154,15 +156,16 @@ class MapTransform:
             steps += _flip(joint) + _photometric(joint)
         self.steps = A.Compose(steps)
 
+    def image(self, image: Image.Image) -> Tensor:
+        """An image without a map, in validation."""
+        return _normalised(self.steps(image=_pixels(image))["image"], self.mean, self.std)
+
     def __call__(self, image: Image.Image, target: np.ndarray) -> tuple[Tensor, Tensor]:
-        pixels = _pixels(image)
-        if self.training:
-            _seed(self.steps)
-            made = self.steps(image=pixels, mask=target)
-            pixels, target = made["image"], made["mask"]
-        else:
-            pixels = self.steps(image=pixels)["image"]
-        return _normalised(pixels, self.mean, self.std), torch.from_numpy(target.astype(np.int64))
+        if not self.training:
+            return self.image(image), torch.from_numpy(target.astype(np.int64))
+        _seed(self.steps)
+        made = self.steps(image=_pixels(image), mask=target)
+        return _normalised(made["image"], self.mean, self.std), torch.from_numpy(made["mask"].astype(np.int64))
 
 
 def _seed(steps: A.Compose) -> None:

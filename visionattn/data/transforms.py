@@ -39,10 +39,10 @@ class OnImage:
     """
 
     def __init__(self, transform: Callable[[Image.Image], Tensor]) -> None:
-        self.transform = transform
+        self.image = transform
 
     def __call__(self, image: Image.Image, target: Any) -> tuple[Tensor, Any]:
-        return self.transform(image), target
+        return self.image(image), target
 
 
 def preprocessing(config: DataConfig) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torchvision.ops import Conv2dNormActivation
 
 from ..errors import VisionattnError, check_arguments
+from ..files import one_line
 from .features import STRIDES, FeatureMaps, OverBackbone, create_feature_maps
 
 try:
@@ -114,7 +115,7 @@ def create_segmenter(
     Raises:
         UnknownModelError: if there is no such backbone.
         UnknownArgumentError: if backbone or head do not take one of the arguments.
-        VisionattnError: if there is no such head.
+        VisionattnError: if there is no such head, or it cannot have such options.
     """
     if head not in HEADS:
         raise VisionattnError(f"expected head one of {', '.join(HEADS)}, got {head!r}")
@@ -124,7 +125,10 @@ def create_segmenter(
     check_arguments(head, kwargs, accepted)
     encoder = create_feature_maps(backbone, pretrained_backbone, backbone_kwargs, STRIDES)
     options = {name: parameters[name].default for name in accepted} | spec.options | kwargs
-    decoder = spec.decoder([encoder.backbone.in_chans, 0, *encoder.channels], **options)
+    try:
+        decoder = spec.decoder([encoder.backbone.in_chans, 0, *encoder.channels], **options)
+    except (ValueError, TypeError) as e:  # of layers that cannot have such widths
+        raise VisionattnError(f"{head} with {kwargs}: {one_line(e)}") from e
     if head == "upernet":
         decoder.feature_norms = nn.ModuleList(nn.Identity() for _ in STRIDES)  # the backbone has those of its paper
     return Segmenter(encoder, decoder, spec.channels(options), spec.stride, num_classes, auxiliary)

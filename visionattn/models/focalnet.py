@@ -218,7 +218,7 @@ class FocalNet(Hierarchical):
         added = ("feature_norms.", ".focal_layers.")
         fitted = {key: value for key, value in own.items() if any(part in key for part in added)}
         fitted |= {key: fit_tensor(key, value, own[key]) if key in own else value for key, value in state_dict.items()}
-        return {k: v for k, v in fitted.items() if self.feature_norms is None or not k.startswith("norm.")}
+        return {k: v for k, v in fitted.items() if k in own or not k.startswith("norm.")}
 
 
 class IsotropicFocalNet(Isotropic):

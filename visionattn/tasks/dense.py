@@ -1,6 +1,5 @@
 """What detection and segmentation share: a head over a backbone, and images of any size."""
 
-import json
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -15,7 +14,7 @@ from ..data.datasets import ImageSet
 from ..data.drawing import to_image
 from ..data.joint import MapTransform, ObjectTransform
 from ..data.preprocessing import model_preprocessing
-from ..files import DESCRIPTION, read_metadata
+from ..files import read_description
 from ..weights import load_pretrained
 from .config import TaskConfig
 from .task import Task, Validation, autocast
@@ -36,7 +35,7 @@ class DenseTask(Task):
 
     def create_model(self, num_classes: int | None) -> nn.Module:
         config, kwargs = self.config, dict(self.config.model_kwargs)
-        is_whole = config.checkpoint and _task_of(config.checkpoint) == config.task
+        is_whole = config.checkpoint and read_description(config.checkpoint).get("task") == config.task
         if config.checkpoint and not is_whole:
             kwargs["checkpoint_path"] = config.checkpoint
         model = type(self).create(
@@ -108,6 +107,10 @@ class DenseTask(Task):
             threshold: Least score of the objects that are drawn.
         """
 
+    @abstractmethod
+    def summarise(self, found: Any, classes: list[str], threshold: float) -> str:
+        """What `restore` gave, in a few words."""
+
 
 def by_size(images: Sequence[Tensor]) -> list[list[int]]:
     """Numbers of the images, those of one size together: none is to be padded for the sake of another."""
@@ -115,8 +118,3 @@ def by_size(images: Sequence[Tensor]) -> list[list[int]]:
     for i, image in enumerate(images):
         groups.setdefault(image.shape, []).append(i)
     return list(groups.values())
-
-
-def _task_of(checkpoint: str) -> str | None:
-    """The task of a model that train.py saved."""
-    return json.loads(read_metadata(checkpoint).get(DESCRIPTION, "{}")).get("task")

@@ -1,5 +1,6 @@
 """Detection and instance segmentation: loss and metrics."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import zip_longest
 from typing import Any
@@ -84,6 +85,10 @@ class Detection(DenseTask):
         self, picture: Image.Image, found: dict[str, Tensor], classes: list[str], threshold: float = 0.5
     ) -> Image.Image:
         return draw_objects(picture, found, classes, threshold)
+
+    def summarise(self, found: dict[str, Tensor], classes: list[str], threshold: float) -> str:
+        counts = Counter(found["labels"][found["scores"] >= threshold].tolist())
+        return ", ".join(f"{count} x {classes[label - 1]}" for label, count in counts.most_common()) or "nothing found"
 
 
 class DetectionLoss(nn.Module):

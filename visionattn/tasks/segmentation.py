@@ -73,6 +73,11 @@ class Segmentation(DenseTask):
     def draw_on(self, picture: Image.Image, found: Tensor, classes: list[str], threshold: float = 0.5) -> Image.Image:
         return draw_map(picture, found, classes)
 
+    def summarise(self, found: Tensor, classes: list[str], threshold: float) -> str:
+        shares = found.flatten().bincount(minlength=len(classes)) / found.numel()
+        ranked = sorted(zip(shares.tolist(), classes, strict=True), reverse=True)
+        return ", ".join(f"{name} {100 * share:.1f} %" for share, name in ranked if share >= 0.001)
+
 
 class PixelLoss(nn.Module):
     """Cross-entropy of the pixels that count and, if asked for, Dice loss.

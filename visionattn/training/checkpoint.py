@@ -63,11 +63,6 @@ def without_nan(record: dict[str, Any]) -> dict[str, Any]:
     return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in record.items()}
 
 
-def read_description(path: str | Path) -> dict[str, Any]:
-    """What a checkpoint of train.py says of itself; empty for other files."""
-    return json.loads(read_checkpoint(path)[1].get(DESCRIPTION, "{}"))
-
-
 def read_training_state(path: str | Path) -> dict[str, Any]:
     """What `save_checkpoint` was given as state."""
     tensors, metadata = read_checkpoint(path)

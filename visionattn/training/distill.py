@@ -10,9 +10,9 @@ from torch.nn import functional as F
 
 from ..data.config import DataConfig, user_input
 from ..errors import UnknownModelError, VisionattnError
+from ..files import read_description
 from ..registry import create_model
 from ..weights import load_checkpoint
-from .checkpoint import read_description
 from .config import DistillConfig
 
 

@@ -18,12 +18,12 @@ from ..backbone import Backbone
 from ..data.config import user_input
 from ..data.loader import eval_loader, read_batches
 from ..errors import VisionattnError
+from ..files import read_description
 from ..registry import list_models
 from ..tasks import make_task
 from ..tasks.config import refuse_foreign
 from ..tasks.task import Metrics
 from ..weights import load_checkpoint
-from .checkpoint import read_description
 from .config import ValidateConfig, parse_validate
 from .measure import Stopwatch, peak_memory, reset_peak_memory
 from .results import ResultFile

@@ -1,0 +1,88 @@
+"""What a checkpoint of train.py makes of image files: pictures for detection and segmentation, classes for others."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import nn
+
+from .data.config import user_input
+from .data.datasets import to_mode
+from .errors import VisionattnError
+from .files import read_description
+from .tasks import make_task
+from .tasks.task import Task
+from .training.config import parse_validate
+from .training.evaluation import image_mode, make_accelerator, options_of
+from .weights import load_checkpoint
+
+
+def predict(
+    checkpoint: str, files: Sequence[str], output: str = "predictions", threshold: float = 0.5, overwrite: bool = False
+) -> None:
+    """Print what the model makes of images and, for boxes, masks and semantic maps, draw it.
+
+    Args:
+        checkpoint: Of train.py.
+        files: Of the images.
+        output: Folder for a PNG of each image, named after it.
+        threshold: Least score of the objects that are drawn and counted.
+        overwrite: Write over pictures that are there.
+
+    Raises:
+        VisionattnError: If a file cannot be read, or would be written over.
+    """
+    description = read_description(checkpoint)
+    if not {"model", "classes", "data"} <= description.keys():
+        raise VisionattnError(f"{checkpoint} was not saved by train.py: it does not say which model and classes it has")
+    config = parse_validate(["--checkpoint", checkpoint], options_of)
+    pictures = [] if config.task == "classification" else _pictures(files, Path(output), overwrite)
+    classes = description["classes"]
+    task = make_task(replace(config, checkpoint=""))
+    model = task.create_model(len(classes))
+    load_checkpoint(model, checkpoint)
+    task.resolve(model)
+    device = make_accelerator("no").device
+    model.eval().to(device)
+    for number, file in enumerate(files):
+        with user_input(f"cannot read {file}", OSError, ValueError), Image.open(file) as opened:
+            image = to_mode(opened, image_mode(model))
+        output_of = _predict_one(task, model, image, device)
+        if not pictures:
+            print(f"{file}: {_ranked(output_of, classes)}", flush=True)
+            continue
+        found = task.restore(output_of, (image.height, image.width))
+        with user_input(f"cannot write {pictures[number]}", OSError):
+            pictures[number].parent.mkdir(parents=True, exist_ok=True)
+            task.draw_on(image, found, classes, threshold).save(pictures[number])
+        print(f"{file}: {task.summarise(found, classes, threshold)}; see {pictures[number]}", flush=True)
+
+
+def _predict_one(task: Task, model: nn.Module, image: Image.Image, device: torch.device) -> Any:
+    images = task.collate(False)([task.transform(False).image(image)], [0])[0]
+    images = [each.to(device) for each in images] if isinstance(images, list) else images.to(device)
+    with torch.no_grad():
+        return task.predict(model, images)[0]
+
+
+def _pictures(files: Sequence[str], folder: Path, overwrite: bool) -> list[Path]:
+    """Where the picture of each image goes."""
+    twice = [name for name, count in Counter(Path(file).stem for file in files).items() if count > 1]
+    if twice:
+        raise VisionattnError(f"several images are called {twice[0]}, and so would be their pictures")
+    pictures = [folder / f"{Path(file).stem}.png" for file in files]
+    if not overwrite and (there := next((path for path in pictures if path.exists()), None)):
+        raise VisionattnError(f"{there} exists: give --output another folder, or --overwrite")
+    return pictures
+
+
+def _ranked(logits: torch.Tensor, classes: list[str]) -> str:
+    """The five likeliest classes."""
+    shares, best = logits.float().softmax(0).topk(min(5, len(classes)))
+    return ", ".join(
+        f"{classes[i]} {100 * share:.1f} %" for share, i in zip(shares.tolist(), best.tolist(), strict=True)
+    )
