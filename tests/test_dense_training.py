@@ -2,11 +2,15 @@
 
 import csv
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
@@ -257,6 +261,32 @@ def test_views_of_segmentation_are_averaged_as_by_hand():
     assert not torch.allclose(found.softmax(0), model(image[None])[0].softmax(0), atol=1e-2)
 
 
+def main(output: str) -> None:
+    """Runs of each of two processes."""
+    PartialState.destroy_process_group = lambda self, group=None: None  # torch keeps it for further runs of a process
+    for task in (MAPS, FCOS, MASKS):
+        folder = train(*parse(Path(output), *task, "--annotations.scene_count", "30"))
+        found = validated("--checkpoint", checkpoint(folder), "--annotations.scene_count", "30")
+        if os.environ["RANK"] == "0":
+            (folder / "found.json").write_text(json.dumps(found))
+
+
+def test_two_processes_are_as_good_as_one(tmp_path: Path):
+    env = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__]
+    done = subprocess.run([*command, tmp_path / "two"], capture_output=True, text=True, env=env, timeout=300)
+    assert done.returncode == 0, done.stderr
+    for folder in sorted((tmp_path / "two").iterdir()):  # its metrics, shared, are those of one process
+        alone = validated("--checkpoint", checkpoint(folder))
+        assert json.loads((folder / "found.json").read_text()) == pytest.approx(alone, nan_ok=True, abs=1e-6)
+        assert (folder / "predictions" / "epoch-002.png").is_file()
+    # What a pixel loses does not depend on the process, unlike detectors' losses, which go by objects of a batch.
+    one = train(*parse(tmp_path, *MAPS, "--annotations.scene_count", "30", "--data.batch_size", "4"))
+    for ours, theirs in zip(rows(one), rows(tmp_path / "two" / one.name), strict=True):
+        for name, value in ours.items():
+            assert float(value) == pytest.approx(float(theirs[name]), rel=1e-3), name
+
+
 @TASKS
 def test_dry_run_leaves_nothing(tmp_path: Path, task: list[str], capsys, monkeypatch):
     monkeypatch.setattr("visionattn.training.report.SECONDS", 0.1)
@@ -287,3 +317,7 @@ def test_bad_input_is_refused_in_one_line(tmp_path: Path, options: list[str], to
         train(*parse_train([*quick, "--output", str(tmp_path / "runs"), *options]))
     assert "\n" not in str(error.value)
     assert not list(tmp_path.rglob("*.safetensors"))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

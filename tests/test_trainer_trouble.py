@@ -267,14 +267,16 @@ def test_early_stopping_counts_over_interruptions(tmp_path: Path):
 
 
 def test_a_killed_run_ends_with_the_same_bits(tmp_path: Path):
-    train(*parse_train([*kills.OPTIONS, "--output", str(tmp_path), "--name", "whole", "--data.num_workers", "0"]))
-    kills.kill_until_done(tmp_path, 1, 1, random.Random(3), 2.0)
+    begin = [*kills.OPTIONS, *kills.TASKS["classification"]]
+    train(*parse_train([*begin, "--output", str(tmp_path), "--name", "whole", "--data.num_workers", "0"]))
+    kills.kill_until_done(begin, tmp_path, 1, 1, random.Random(3), 2.0)
     assert kills.differences(tmp_path / "run", tmp_path / "whole") == []
 
 
 @pytest.mark.slow
-def test_twenty_kills_change_no_bit(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["kills.py", "--kills", "20"])
+@pytest.mark.parametrize(("task", "count"), [("classification", 20), ("detection", 6), ("segmentation", 6)])
+def test_kills_change_no_bit(monkeypatch, task: str, count: int):
+    monkeypatch.setattr(sys, "argv", ["kills.py", "--kills", str(count), "--task", task])
     kills.main()
 
 

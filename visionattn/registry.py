@@ -28,6 +28,7 @@ BUILDER_ARGUMENTS = {
 """What timm's builder takes besides the arguments of the model's class."""
 
 
+REPOSITORIES = ("hf-hub:", "hf_hub:", "local-dir:")
 FILE_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt")
 
 
@@ -336,7 +337,8 @@ def create_model(name: str, pretrained: bool | None = None, checkpoint_path: str
             position tables are made for, where a model has some, and the one that its data are prepared at.
 
     Returns:
-        The model, or a list-of-maps feature extractor with `features_only=True`.
+        The model, or a list-of-maps feature extractor with `features_only=True`; the detector or segmenter, if the file
+        is train.py's checkpoint of one, whose arguments are then those of its head.
 
     Raises:
         UnknownModelError: if there is no such name or tag.
@@ -344,7 +346,8 @@ def create_model(name: str, pretrained: bool | None = None, checkpoint_path: str
         VisionattnError: if weights cannot be fetched or read, or do not fit.
     """
     kwargs = {k: v for k, v in kwargs.items() if v is not None}
-    if name.endswith(FILE_SUFFIXES) and (description := read_description(name)).get("task"):
+    is_file = name.endswith(FILE_SUFFIXES) and not name.startswith(REPOSITORIES)
+    if is_file and (description := read_description(name)).get("task"):
         from .dense.trained import create_trained  # whose libraries are heavy
 
         return create_trained(name, description, pretrained is not False, **kwargs)

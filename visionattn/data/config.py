@@ -16,15 +16,18 @@ class DataConfig:
 
     name: str = ""
     """digits (1,797 handwritten digits that ship with scikit-learn), folder, torch/<torchvision dataset> or
-    hfds/<Hugging Face dataset>; empty: folder where data.root is given, else digits."""
+    hfds/<Hugging Face dataset>; empty: folder where data.root is given, else digits. In detection and segmentation
+    scenes (composed of these digits), folder or hfds/...; empty: folder or scenes."""
     root: str | None = None
-    """Folder of the images: train/ and val/ that hold a folder per class, or a folder per class at once."""
+    """Folder of the images: train/ and val/ that hold a folder per class, or a folder per class at once. In detection
+    and segmentation, laid out as COCO, Pascal VOC, ADE20K or Cityscapes."""
     train_split: str = "train"
     """Name of the split to train on."""
     val_split: str = "validation"
     """Name of the split to validate on; folders may also call it val, valid, eval or evaluation."""
     val_fraction: ClosedUnitInterval = 0.2
-    """Share of every class held out, always the same images, where the data brings no validation split."""
+    """Share of every class held out, always the same images, where the data brings no validation split
+    (classification)."""
     download: bool = False
     """Let torchvision download a dataset that data.root lacks."""
     img_size: PositiveInt | tuple[PositiveInt, PositiveInt] | None = None

@@ -19,7 +19,7 @@ class AnnotationConfig:
     """Boxes of a Hugging Face dataset: corner and size, or two corners, in pixels."""
     scene_size: PositiveInt = 96
     """Height and width of the scenes, in pixels."""
-    scene_objects: PositiveInt = 6
+    scene_objects: PositiveInt = 4
     """Most objects in a scene; it has at least one."""
     scene_count: PositiveInt = 2000
     """Scenes to train on; a tenth as many are validated on."""

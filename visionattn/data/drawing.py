@@ -31,6 +31,7 @@ def draw_objects(
         classes: Names of the classes.
         threshold: Least score of what is drawn.
     """
+    found = {name: value.cpu() for name, value in found.items()}
     scores = found.get("scores")
     drawn = torch.arange(len(found["boxes"])) if scores is None else (scores >= threshold).nonzero()[:, 0]
     picture = pil_to_tensor(image.convert("RGB"))
@@ -56,6 +57,7 @@ def draw_map(image: Image.Image, labels: Tensor, classes: Sequence[str]) -> Imag
         labels: (H, W), the class of each pixel.
         classes: Names of the classes.
     """
+    labels = labels.cpu()
     shown = [label for label in labels.unique().tolist() if label != IGNORED and classes[label] != "background"]
     picture = pil_to_tensor(image.convert("RGB"))
     if not shown:

@@ -1,7 +1,7 @@
 """Scenes for detection and segmentation: real handwritten digits on cluttered backgrounds, made as they are asked for.
 
 A scene follows from its split and number alone. Objects differ in scale, shape, colour and contrast and cover each
-other, but none loses more than a third of its pixels; strokes and pieces of digits lie about, which are no objects.
+other, but none loses more than a quarter of its pixels; strokes and pieces of digits lie about, which are no objects.
 Boxes and masks are exact: a pixel belongs to the topmost object that covers at least half of it, and a box is tight
 around the pixels of its object that can be seen. Scenes to validate on are made of other digits than those to train on.
 """
@@ -89,7 +89,7 @@ class Scenes:
                 inside = alpha >= 0.5
                 covered = np.bincount(owners[window][inside], minlength=len(full))
                 seen = np.bincount(owners.ravel(), minlength=len(full)) - covered
-                if inside.sum() >= MIN_PIXELS and (3 * seen >= 2 * np.array(full)).all():
+                if inside.sum() >= MIN_PIXELS and (4 * seen >= 3 * np.array(full)).all():
                     labels.append(label + 1)
                     full.append(int(inside.sum()))
                     owners[window][inside] = len(labels)
@@ -102,7 +102,7 @@ class Scenes:
         """Opacity and brightness of an object, and where it lies."""
         members = self.by_class[label]
         source = members[rng.integers(len(members))]
-        side = int(self.size * rng.uniform(0.25, 0.5))
+        side = int(self.size * rng.uniform(0.3, 0.5))
         value = _distorted(rng, source, side, rng.uniform(-0.25, 0.25))
         if label < 10:
             alpha, shade = (value - 70) / 90, np.ones_like(value)

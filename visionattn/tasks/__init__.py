@@ -2,11 +2,21 @@
 
 from importlib import import_module
 
+from ..errors import VisionattnError
 from .config import TaskConfig
 from .task import Task
 
 
 def make_task(config: TaskConfig) -> Task:
-    """The task that the options name, whose libraries are imported with it."""
-    name = config.task.capitalize()
-    return getattr(import_module(f".{config.task}", __name__), name)(config)
+    """The task that the options name, whose libraries are imported with it.
+
+    Raises:
+        VisionattnError: If one of them is not installed.
+    """
+    try:
+        module = import_module(f".{config.task}", __name__)
+    except ModuleNotFoundError as error:
+        raise VisionattnError(
+            f"{config.task} needs {error.name}: python -m pip install 'visionattn[train,dense]'"
+        ) from error
+    return getattr(module, config.task.capitalize())(config)

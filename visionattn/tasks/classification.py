@@ -90,7 +90,7 @@ class Classification(Task):
             "classes": len(outputs),
             "input_size": "x".join(map(str, input_size(config.data))),
             "crop_pct": config.data.crop_pct,
-            "views": config.tta.crop_count * (2 if config.tta.flip else 1),
+            "views": config.tta.view_count,
         }
 
         def lines(record: dict[str, Any]) -> list[tuple[str, str]]:

@@ -123,6 +123,6 @@ class TtaConfig:
             raise VisionattnError("tta.scales is empty: give at least one factor, such as [1.0]")
 
     @property
-    def crop_count(self) -> int:
-        """Crops of each image."""
-        return len(self.scales) * (5 if self.crops == "five" else 1)
+    def view_count(self) -> int:
+        """Views of each image."""
+        return len(self.scales) * (5 if self.crops == "five" else 1) * (2 if self.flip else 1)

@@ -70,16 +70,20 @@ class DenseTask(Task):
                 return self.predict(model, batch)
 
         def lines(record: dict[str, Any]) -> list[tuple[str, str]]:
-            figures = [
-                (name.replace("_", " "), f"{record[name]:.4f} %") for name in record if name.startswith(self.figures)
-            ]
+            found = {name: value for name, value in record.items() if name.startswith(self.figures)}
+            told = (f"{value:.4f} %" if value == value else "nothing to count" for value in found.values())
+            figures = zip((name.replace("_", " ") for name in found), told, strict=True)
             each = {name: next(iter(figures.values())) for name, figures in record["per_class"].items()}
             known = ", ".join(f"{name} {value:.1f}" for name, value in each.items() if value is not None)
             return [*figures, ("per class", known)]
 
         joint = self.config.joint
         side = joint.eval_size or max(joint.min_size or [0])
-        facts = {"classes": len(images.classes), "input_size": f"shorter side {side}" if side else "as they are"}
+        facts = {
+            "classes": len(images.classes),
+            "input_size": f"shorter side {side}" if side else "as they are",
+            "views": self.config.tta.view_count,
+        }
         metrics = self.metrics(images, 0, 1)
         return Validation(predict, self.transform(False), metrics, facts, lines)
 

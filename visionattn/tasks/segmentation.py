@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 
 import torch
 from PIL import Image
-from segmentation_models_pytorch.losses import DiceLoss
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -98,7 +97,6 @@ class PixelLoss(nn.Module):
             raise VisionattnError(f"loss.class_weights of segmentation: expected {num_classes} values, got {given}")
         self.register_buffer("weight", torch.tensor(weights) if weights else None)
         self.dice_weight, self.auxiliary_weight = options.dice, options.auxiliary
-        self.dice = DiceLoss("multiclass", ignore_index=IGNORED)
 
     def forward(self, model: nn.Module, images: Tensor, targets: Tensor, update: int) -> Tensor:
         """Loss of a batch; that of an auxiliary head, if there is one, is added with its weight."""
@@ -113,7 +111,24 @@ class PixelLoss(nn.Module):
         logits = logits.float()
         total = F.cross_entropy(logits, targets, self.weight, ignore_index=IGNORED, reduction="sum")
         loss = total / (targets != IGNORED).sum().clamp(min=1)
-        return loss + self.dice_weight * self.dice(logits, targets) if self.dice_weight else loss
+        return loss + self.dice_weight * dice_loss(logits, targets) if self.dice_weight else loss
+
+
+def dice_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Dice loss over the pixels that count, the mean of the classes that occur; 0 if none does.
+
+    "V-Net", arXiv 1606.04797, without its squares. That of segmentation_models_pytorch took a quarter of the training
+    of a small model.
+
+    Shape:
+        (B, classes, H, W) and (B, H, W) to a scalar.
+    """
+    counted = (targets != IGNORED)[:, None].to(logits.dtype)
+    truth = torch.zeros_like(logits).scatter_(1, targets[:, None] * counted.long(), counted)
+    probabilities, pixels = logits.softmax(1) * counted, truth.sum((0, 2, 3))
+    dice = 2 * (probabilities * truth).sum((0, 2, 3)) / (probabilities.sum((0, 2, 3)) + pixels).clamp(min=1e-6)
+    occurs = pixels > 0
+    return ((1 - dice) * occurs).sum() / occurs.sum().clamp(min=1)
 
 
 class SegmentationMetrics(Metrics):

@@ -3,7 +3,6 @@
 from itertools import islice
 from typing import Any
 
-from accelerate.utils import send_to_device
 from PIL import Image
 
 from ..data.drawing import grid
@@ -29,7 +28,7 @@ class Gallery:
     def add(self, images: Any, targets: Any, outputs: Any) -> None:
         """Draw those of a batch that there is room for."""
         for sample in islice(zip(images, targets, outputs, strict=True), self.count - len(self.pictures)):
-            if drawn := self.task.draw(*send_to_device(sample, "cpu"), self.classes):
+            if drawn := self.task.draw(*sample, self.classes):
                 for picture in drawn:
                     picture.thumbnail((self.side, self.side))
                 self.pictures.append(grid(drawn))
