@@ -261,14 +261,19 @@ def test_views_of_segmentation_are_averaged_as_by_hand():
     assert not torch.allclose(found.softmax(0), model(image[None])[0].softmax(0), atol=1e-2)
 
 
+SHARED = ["--head_kwargs.dropout", "0"]  # which is drawn for each process
+
+
 def main(output: str) -> None:
     """Runs of each of two processes."""
     PartialState.destroy_process_group = lambda self, group=None: None  # torch keeps it for further runs of a process
-    for task in (MAPS, FCOS, MASKS):
+    for task in ([*MAPS, *SHARED], FCOS, MASKS):
         folder = train(*parse(Path(output), *task, "--annotations.scene_count", "30"))
-        found = validated("--checkpoint", checkpoint(folder), "--annotations.scene_count", "30")
+        found = validated("--checkpoint", checkpoint(folder))
         if os.environ["RANK"] == "0":
             (folder / "found.json").write_text(json.dumps(found))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 
 
 def test_two_processes_are_as_good_as_one(tmp_path: Path):
@@ -281,7 +286,7 @@ def test_two_processes_are_as_good_as_one(tmp_path: Path):
         assert json.loads((folder / "found.json").read_text()) == pytest.approx(alone, nan_ok=True, abs=1e-6)
         assert (folder / "predictions" / "epoch-002.png").is_file()
     # What a pixel loses does not depend on the process, unlike detectors' losses, which go by objects of a batch.
-    one = train(*parse(tmp_path, *MAPS, "--annotations.scene_count", "30", "--data.batch_size", "4"))
+    one = train(*parse(tmp_path, *MAPS, *SHARED, "--annotations.scene_count", "30", "--data.batch_size", "4"))
     for ours, theirs in zip(rows(one), rows(tmp_path / "two" / one.name), strict=True):
         for name, value in ours.items():
             assert float(value) == pytest.approx(float(theirs[name]), rel=1e-3), name

@@ -11,18 +11,15 @@ from ..errors import VisionattnError
 
 FOREIGN = {
     "classification": ("head", "head_kwargs", "annotations", "joint", "loss.dice", "loss.auxiliary"),
-    "detection": ("loss", "tta"),
+    "detection": ("loss", "tta", "joint.max_class_share", "distill", "fuse", "data.download"),
     "segmentation": (
         *("loss.smoothing", "loss.bce", "loss.bce_threshold", "loss.bce_sum", "loss.multi_label", "tta.crops"),
-        *("joint.detr_crop",),
+        *("joint.detr_crop", "distill", "fuse", "data.download"),
     ),
 }
 """Options that a task has no use for."""
-FOREIGN_TO_DENSE = (
-    *("augment", "distill", "fuse", "data.img_size", "data.eval_img_size", "data.interpolation", "data.crop_mode"),
-    "data.download",
-)
-"""Those that classification alone has a use for."""
+INSTEAD_OF_JOINT = ("augment", "data.img_size", "data.eval_img_size", "data.interpolation", "data.crop_mode")
+"""Those that classification has where the other tasks have joint."""
 HEADS = {"detection": "fcos", "segmentation": "fpn"}
 """What is taken where no head is named."""
 
@@ -60,10 +57,10 @@ def refuse_foreign(config: TaskConfig) -> None:
     Raises:
         VisionattnError: If one of them is given.
     """
-    dense = () if config.task == "classification" else FOREIGN_TO_DENSE
-    for name in (*FOREIGN[config.task], *dense):
+    others = () if config.task == "classification" else INSTEAD_OF_JOINT
+    for name in (*FOREIGN[config.task], *others):
         if changed := _changed(config, name):
-            hint = " (sizes and augmentation are options of joint)" if name in FOREIGN_TO_DENSE else ""
+            hint = " (sizes and augmentation are options of joint)" if name in others else ""
             raise VisionattnError(f"option {changed} is of no use to {config.task}{hint}: leave it out")
 
 
