@@ -26,7 +26,7 @@ OPTIONS += ["--optim.accumulation", "2", "--ema.decay", "0.9"]
 OPTIONS += ["--data.eval_batch_size", "359"]  # of 1437 images the processes get 719 and 718: 3 batches and 2
 DENSE = ["--task", "segmentation", "--annotations.scene_count", "32", "--annotations.scene_size", "64", "--epochs", "2"]
 DENSE += ["--head_kwargs", '{"pyramid_channels": 32, "segmentation_channels": 32, "dropout": 0}', "--ema.decay", "0.9"]
-DENSE += ["--schedule.warmup_epochs", "0", "--data.num_workers", "0"]
+DENSE += ["--schedule.warmup_epochs", "0", "--data.num_workers", "0", "--optim.lr", "1e-4"]
 HALF, WHOLE = ["--data.batch_size", "8"], ["--data.batch_size", "16"]
 
 
@@ -106,7 +106,7 @@ def test_split_segmenter_learns_as_one_process(tmp_path: Path, folder: Path):
     one = train(*parse_train([*DENSE, "--data.batch_size", "4", "--output", str(tmp_path)]))
     for ours, theirs in zip(rows(folder / "dense"), rows(one), strict=True):
         assert float(ours["train_loss"]) == pytest.approx(float(theirs["train_loss"]), rel=1e-4)
-        assert float(ours["val_mIoU"]) == pytest.approx(float(theirs["val_mIoU"]), abs=0.1)  # pixels change their class
+        assert float(ours["val_mIoU"]) == pytest.approx(float(theirs["val_mIoU"]), abs=0.1)
 
 
 def test_resumed_split_run_ends_as_one_that_was_never_stopped(folder: Path):
