@@ -402,7 +402,8 @@ def train(config: TrainConfig, resume: Path | None = None) -> Path | None:
     if trainer.accelerator.is_main_process:
         checkpoint = shlex.quote(str(folder / "checkpoints" / "best.safetensors"))
         print(f"best {trainer.task.metric} {trainer.best:.4f} % in {trainer.epoch} epochs")
-        print(f"results    {folder}: metrics.csv, curves.png, config.yaml, checkpoints/")
+        made = ("metrics.csv", "curves.png", "predictions/", "config.yaml", "checkpoints/")
+        print(f"results    {folder}: {', '.join(name for name in made if (folder / name).exists())}")
         print(f"validate   python validate.py --checkpoint {checkpoint}")
         print(f"compare    tensorboard --logdir {shlex.quote(str(folder.parent))}")
     return folder
