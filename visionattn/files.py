@@ -82,7 +82,12 @@ def read_description(path: str | PathLike) -> dict[str, Any]:
     Raises:
         VisionattnError: if the file cannot be read.
     """
-    return json.loads(read_checkpoint(path)[1].get(DESCRIPTION, "{}"))
+    try:
+        return dict(json.loads(read_checkpoint(path)[1].get(DESCRIPTION, "{}")))
+    except (TypeError, ValueError) as e:
+        if isinstance(e, VisionattnError):
+            raise
+        raise VisionattnError(f"checkpoint {path} does not say which model it is of in a way we know") from e
 
 
 def find_file(path: str | PathLike) -> Path:

@@ -2,23 +2,22 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from PIL import Image
-from torch import nn
 
 from .data.config import user_input
 from .data.datasets import to_mode
 from .errors import VisionattnError
 from .files import read_description
+from .registry import create_model
 from .tasks import make_task
-from .tasks.task import Task
+from .training.checkpoint import write_file
 from .training.config import parse_validate
 from .training.evaluation import image_mode, make_accelerator, options_of
-from .weights import load_checkpoint
 
 
 def predict(
@@ -42,31 +41,24 @@ def predict(
     config = parse_validate(["--checkpoint", checkpoint], options_of)
     pictures = [] if config.task == "classification" else _pictures(files, Path(output), overwrite)
     classes = description["classes"]
-    task = make_task(replace(config, checkpoint=""))
-    model = task.create_model(len(classes))
-    load_checkpoint(model, checkpoint)
+    task, model = make_task(config), create_model(checkpoint).eval()
     task.resolve(model)
-    device = make_accelerator("no").device
-    model.eval().to(device)
+    prepare, collate, device = task.transform(False).image, task.collate(False), make_accelerator("no").device
+    model.to(device)
     for number, file in enumerate(files):
         with user_input(f"cannot read {file}", OSError, ValueError), Image.open(file) as opened:
             image = to_mode(opened, image_mode(model))
-        output_of = _predict_one(task, model, image, device)
+        with torch.no_grad():
+            output_of = task.predict(model, send_to_device(collate([prepare(image)], [0])[0], device))[0]
         if not pictures:
             print(f"{file}: {_ranked(output_of, classes)}", flush=True)
             continue
         found = task.restore(output_of, (image.height, image.width))
         with user_input(f"cannot write {pictures[number]}", OSError):
             pictures[number].parent.mkdir(parents=True, exist_ok=True)
-            task.draw_on(image, found, classes, threshold).save(pictures[number])
+        picture = task.draw_on(image, found, classes, threshold)
+        write_file(pictures[number], partial(picture.save, format="png"))
         print(f"{file}: {task.summarise(found, classes, threshold)}; see {pictures[number]}", flush=True)
-
-
-def _predict_one(task: Task, model: nn.Module, image: Image.Image, device: torch.device) -> Any:
-    images = task.collate(False)([task.transform(False).image(image)], [0])[0]
-    images = [each.to(device) for each in images] if isinstance(images, list) else images.to(device)
-    with torch.no_grad():
-        return task.predict(model, images)[0]
 
 
 def _pictures(files: Sequence[str], folder: Path, overwrite: bool) -> list[Path]:

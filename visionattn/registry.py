@@ -351,8 +351,10 @@ def create_model(name: str, pretrained: bool | None = None, checkpoint_path: str
         from .dense.trained import create_trained  # whose libraries are heavy
 
         return create_trained(name, description, pretrained is not False, **kwargs)
-    if ":" in name or name.endswith(FILE_SUFFIXES):
-        name, cfg, model_kwargs = _described(name, kwargs.get("cache_dir"))
+    if is_file or ":" in name:
+        name, cfg, model_kwargs = (
+            _by_header(name, description) if is_file else _described(name, kwargs.get("cache_dir"))
+        )
         overlay = cfg | kwargs.get("pretrained_cfg_overlay", {})
         kwargs = model_kwargs | kwargs | {"pretrained_cfg_overlay": overlay}
         pretrained = pretrained is not False
@@ -368,15 +370,13 @@ def create_model(name: str, pretrained: bool | None = None, checkpoint_path: str
 
 
 def _described(place: str, cache_dir: str | None) -> tuple[str, dict, dict]:
-    """(model name, entries of the pretrained configuration, arguments of the model) of a file or repository."""
+    """(model name, entries of the pretrained configuration, arguments of the model) of a repository."""
     kind, _, rest = place.partition(":")
     try:
         if kind in ("hf-hub", "hf_hub"):
             cfg, name, kwargs = load_model_config_from_hf(rest, cache_dir=cache_dir)
         elif kind == "local-dir":
             cfg, name, kwargs = load_model_config_from_path(rest)
-        elif place.endswith(FILE_SUFFIXES):
-            return _described_by_header(place)
         else:
             raise UnknownModelError(f"unknown model {place}: expected a name, a file, hf-hub:... or local-dir:...")
     except VisionattnError:
@@ -387,18 +387,15 @@ def _described(place: str, cache_dir: str | None) -> tuple[str, dict, dict]:
     return name, {k: v for k, v in cfg.items() if k in known}, kwargs
 
 
-def _described_by_header(path: str) -> tuple[str, dict, dict]:
+def _by_header(path: str, description: dict) -> tuple[str, dict, dict]:
     try:
-        description = read_description(path)
         name, classes = description["model"], description.get("classes")
         kwargs = description.get("model_kwargs", {})
         cfg = description.get("preprocessing", {}) | {"file": path, "label_names": classes}
         if "num_classes" in kwargs:
             cfg["num_classes"] = kwargs["num_classes"]
         return name, cfg, kwargs
-    except (ValueError, KeyError, TypeError) as e:
-        if isinstance(e, VisionattnError):
-            raise
+    except (KeyError, TypeError) as e:
         raise VisionattnError(f"{path} does not say which model it is of: give it as checkpoint_path of a name") from e
 
 

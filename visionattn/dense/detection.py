@@ -16,7 +16,7 @@ from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxPool, LastLevelP6P7
 
 from ..errors import VisionattnError, check_arguments
-from .features import STRIDES, FeatureMaps, OverBackbone, create_feature_maps
+from .features import STRIDES, FeatureMaps, OverBackbone, by_size, create_feature_maps
 
 
 class PyramidBackbone(nn.Module):
@@ -92,11 +92,8 @@ class Detector(OverBackbone):
         if self.training:
             targets = targets and [{**t, "labels": t["labels"] - 1 + self.offset} for t in targets]
             return super().forward(list(images), targets)
-        by_size: dict[torch.Size, list[int]] = {}
-        for i, image in enumerate(images):
-            by_size.setdefault(image.shape, []).append(i)
         results: list[dict[str, Tensor]] = [{} for _ in images]
-        for indices in by_size.values():
+        for indices in by_size(images):
             for i, found in zip(indices, super().forward([images[i] for i in indices]), strict=True):
                 results[i] = {**found, "labels": found["labels"] + 1 - self.offset}
         return results

@@ -5,6 +5,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import torch
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
@@ -14,6 +15,14 @@ from ..registry import create_model
 from ..weights import load_pretrained
 
 STRIDES = (4, 8, 16, 32)
+
+
+def by_size(images: Sequence[Tensor]) -> list[list[int]]:
+    """Numbers of the images, those of one size together: none is to be padded for the sake of another."""
+    groups: dict[torch.Size, list[int]] = {}
+    for i, image in enumerate(images):
+        groups.setdefault(image.shape, []).append(i)
+    return list(groups.values())
 
 
 class SimplePyramid(nn.Module):

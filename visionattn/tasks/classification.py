@@ -93,14 +93,14 @@ class Classification(Task):
             "views": config.tta.view_count,
         }
 
-        def lines(record: dict[str, Any]) -> list[tuple[str, str]]:
+        def lines(figures: dict[str, float], per_class: dict[str, dict]) -> list[tuple[str, str]]:
             some = f"{len(outputs)} of the model's {model.num_classes}, and no others ranked"
             return [
                 *([("classes", some)] if len(outputs) < model.num_classes else []),
-                ("top-1", f"{record['top1']:.4f} %"),
-                ("top-5", f"{record['top5']:.4f} %"),
-                ("loss", f"{record['loss']:.6f}"),
-                ("ECE", f"{record['ece']:.4f} %"),
+                ("top-1", f"{figures['top1']:.4f} %"),
+                ("top-5", f"{figures['top5']:.4f} %"),
+                ("loss", f"{figures['loss']:.6f}"),
+                ("ECE", f"{figures['ece']:.4f} %"),
             ]
 
         views, metrics = Views(config.data, config.tta), ClassificationMetrics(len(outputs))

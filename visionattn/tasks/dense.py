@@ -1,11 +1,11 @@
 """What detection and segmentation share: a head over a backbone, and images of any size."""
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import Any, ClassVar
 
-import torch
 from PIL import Image
 from torch import Tensor, nn
 
@@ -26,12 +26,10 @@ class DenseTask(Task):
     Attributes:
         create: `create_detector` or `create_segmenter`.
         prepare: Class of the transform.
-        figures: What the names of the metrics begin with.
     """
 
     create: ClassVar[Callable[..., nn.Module]]
     prepare: ClassVar[type[ObjectTransform | MapTransform]]
-    figures: ClassVar[tuple[str, ...]]
 
     def create_model(self, num_classes: int | None) -> nn.Module:
         config, kwargs = self.config, dict(self.config.model_kwargs)
@@ -69,13 +67,11 @@ class DenseTask(Task):
             with autocast(batch[0].device, self.config.precision):
                 return self.predict(model, batch)
 
-        def lines(record: dict[str, Any]) -> list[tuple[str, str]]:
-            found = {name: value for name, value in record.items() if name.startswith(self.figures)}
-            told = (f"{value:.4f} %" if value == value else "nothing to count" for value in found.values())
-            figures = zip((name.replace("_", " ") for name in found), told, strict=True)
-            each = {name: next(iter(figures.values())) for name, figures in record["per_class"].items()}
+        def lines(figures: dict[str, float], per_class: dict[str, dict]) -> list[tuple[str, str]]:
+            told = [(name.replace("_", " "), _percent(value)) for name, value in figures.items()]
+            each = {name: next(iter(values.values())) for name, values in per_class.items()}
             known = ", ".join(f"{name} {value:.1f}" for name, value in each.items() if value is not None)
-            return [*figures, ("per class", known)]
+            return [*told, ("per class", known)]
 
         joint = self.config.joint
         side = joint.eval_size or max(joint.min_size or [0])
@@ -116,9 +112,5 @@ class DenseTask(Task):
         """What `restore` gave, in a few words."""
 
 
-def by_size(images: Sequence[Tensor]) -> list[list[int]]:
-    """Numbers of the images, those of one size together: none is to be padded for the sake of another."""
-    groups: dict[torch.Size, list[int]] = {}
-    for i, image in enumerate(images):
-        groups.setdefault(image.shape, []).append(i)
-    return list(groups.values())
+def _percent(value: float) -> str:
+    return "nothing to count" if math.isnan(value) else f"{value:.4f} %"

@@ -44,7 +44,6 @@ class Detection(DenseTask):
 
     create = staticmethod(create_detector)
     prepare = ObjectTransform
-    figures = ("box_", "mask_")
 
     def __init__(self, config: TaskConfig) -> None:
         super().__init__(config)

@@ -13,10 +13,11 @@ from ..data.drawing import draw_map
 from ..data.joint import MapTransform
 from ..data.loader import Collate
 from ..data.segmentation import load_segmentation, load_segmentation_validation
+from ..dense.features import by_size
 from ..dense.segmentation import create_segmenter
 from ..errors import VisionattnError
 from .config import LossConfig, TtaConfig
-from .dense import DenseTask, by_size
+from .dense import DenseTask
 from .task import Metrics
 
 
@@ -26,7 +27,7 @@ class Segmentation(DenseTask):
     create = staticmethod(create_segmenter)
     prepare = MapTransform
     metric = "mIoU"
-    shown = figures = ("mIoU", "pixel_accuracy", "mean_accuracy")
+    shown = ("mIoU", "pixel_accuracy", "mean_accuracy")
 
     def load(self) -> tuple[ImageSet, ImageSet]:
         return load_segmentation(self.config.data, self.config.annotations)

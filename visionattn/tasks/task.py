@@ -33,8 +33,8 @@ class Metrics(ABC):
         return {}
 
     def per_class(self) -> list[dict[str, float | None]]:
-        """Figures of each class, once they are computed; None for one of which there is nothing to count."""
-        raise NotImplementedError
+        """Figures of each class, if there are some, once they are computed; None where there is nothing to count."""
+        return []
 
     @abstractmethod
     def compute(self) -> dict[str, float]:
@@ -50,14 +50,14 @@ class Validation:
         transform: Of an image and its target.
         metrics: What counts, new.
         facts: What to record of the way that it is done.
-        lines: Makes of all that is recorded what to print of it: labels and texts.
+        lines: Makes of the figures, and of those of each class by name, what to print of them: labels and texts.
     """
 
     predict: Callable[[Any], Any]
     transform: Callable
     metrics: Metrics
     facts: dict[str, Any]
-    lines: Callable[[dict[str, Any]], list[tuple[str, str]]]
+    lines: Callable[[dict[str, float], dict[str, dict]], list[tuple[str, str]]]
 
 
 class Task(ABC):

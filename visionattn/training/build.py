@@ -17,10 +17,9 @@ from .freeze import freeze
 from .signals import leave_group
 
 
-def make_model(
-    task: Task, config: TrainConfig, num_classes: int, accelerator: Accelerator
-) -> tuple[nn.Module, list[nn.Module]]:
+def make_model(task: Task, num_classes: int, accelerator: Accelerator) -> tuple[nn.Module, list[nn.Module]]:
     """The model on its device, and its parts that stay in eval mode."""
+    config = task.config
     torch.manual_seed(derive_seed(config.seed, Stream.MODEL))
     model = task.create_model(num_classes)
     if config.sync_bn and accelerator.num_processes > 1:
@@ -41,9 +40,10 @@ def memory_format(config: TrainConfig) -> torch.memory_format:
 
 
 def make_loaders(
-    task: Task, config: TrainConfig, model: nn.Module, images: tuple[ImageSet, ImageSet], rank: int, processes: int
+    task: Task, model: nn.Module, images: tuple[ImageSet, ImageSet], rank: int, processes: int
 ) -> tuple[TrainSampler, DataLoader, DataLoader]:
     """The order of the training images, and this process's share of the images to train and to validate on."""
+    config = task.config
     data, (train_images, val_images), mode = config.data, images, image_mode(model)
     parts = config.optim.accumulation, rank, processes
     sampler = TrainSampler(len(train_images), data.batch_size, config.seed, *parts, config.augment.repeats)

@@ -9,8 +9,9 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -33,12 +34,16 @@ def save_checkpoint(
     write_checkpoint(path, tensors, metadata)
 
 
-def write_file(path: Path, content: str | bytes) -> None:
-    """Write a small file whole or not at all."""
+def write_file(path: Path, content: str | Callable[[BinaryIO], Any]) -> None:
+    """Write a small file, whole or not at all: a text, or what a function writes to it."""
     temporary = path.with_name(f".{path.name}.tmp")
     with user_input(f"cannot write {path}", OSError):
         try:
-            temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+            if isinstance(content, str):
+                temporary.write_text(content)
+            else:
+                with temporary.open("wb") as file:
+                    content(file)
             place(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)

@@ -158,7 +158,8 @@ def validate(config: ValidateConfig, output: ResultFile | None = None) -> dict[s
     if not accelerator.is_main_process:
         return results
 
-    names = zip(images.classes, validation.metrics.per_class(), strict=False)  # the data has none of further classes
+    figures = results | validation.metrics.details()
+    per_class = dict(zip(images.classes, validation.metrics.per_class(), strict=False))  # the data has no further ones
     record = {
         "model": config.model,
         **({"head": config.head} if config.head else {}),
@@ -168,14 +169,15 @@ def validate(config: ValidateConfig, output: ResultFile | None = None) -> dict[s
         "images": len(images),
         **validation.facts,
         **{option: getattr(config, option) for option in ("precision", "compile", "channels_last", "fuse")},
-        **results,
-        **validation.metrics.details(),
+        **figures,
         "images_per_second": speeds.sum().item(),
         "peak_memory_mib": memory.max().item(),
-        "per_class": dict(names),
+        "per_class": per_class,
     }
     is_part = config.task == "classification" and len(images) < len(images.source)
-    _print(record, f" of {len(images.source)} (data.val_fraction)" if is_part else "", validation.lines(record))
+    _print(
+        record, f" of {len(images.source)} (data.val_fraction)" if is_part else "", validation.lines(figures, per_class)
+    )
     if output:
         output.add(record)
     return results

@@ -4,7 +4,6 @@ import csv
 import io
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +93,7 @@ class RunLog:
             return
         with user_input(f"cannot write to {self.pictures}", OSError):
             self.pictures.mkdir(exist_ok=True)
-            write_file(self.pictures / f"epoch-{epoch + 1:03}.png", _png(lambda file: picture.save(file, "png")))
+            write_file(self.pictures / f"epoch-{epoch + 1:03}.png", lambda file: picture.save(file, "png"))
         for tracker in self.accelerator.trackers:
             if hasattr(tracker, "log_images"):
                 layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
@@ -154,13 +153,7 @@ class RunLog:
             axes.set(xlabel="epoch", ylabel=label)
             axes.grid(alpha=0.3)
             axes.legend()
-        write_file(self.png, _png(lambda file: figure.savefig(file, dpi=100)))
-
-
-def _png(save: Callable[[io.BytesIO], None]) -> bytes:
-    file = io.BytesIO()
-    save(file)
-    return file.getvalue()
+        write_file(self.png, lambda file: figure.savefig(file, dpi=100))
 
 
 def duration(seconds: float) -> str:

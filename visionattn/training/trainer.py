@@ -64,10 +64,10 @@ class Trainer:
         self.task = make_task(config)
         images = self.task.load()
         self.classes = images[0].classes
-        model, self.frozen = make_model(self.task, config, len(self.classes), accelerator)
+        model, self.frozen = make_model(self.task, len(self.classes), accelerator)
         self.config = config = self.task.resolve(model)
         self.sampler, self.train_batches, self.val_batches = make_loaders(
-            self.task, config, model, images, accelerator.process_index, accelerator.num_processes
+            self.task, model, images, accelerator.process_index, accelerator.num_processes
         )
         self.updates = self.sampler.updates
 
