@@ -1,6 +1,7 @@
 """Detectors: torchvision's heads over any backbone."""
 
 import inspect
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,8 +13,9 @@ from torchvision.models import detection
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
-from torchvision.ops import FeaturePyramidNetwork
+from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxPool, LastLevelP6P7
+from torchvision.ops.poolers import initLevelMapper
 
 from ..errors import VisionattnError, check_arguments
 from .features import STRIDES, FeatureMaps, OverBackbone, by_size, create_feature_maps
@@ -49,10 +51,16 @@ class PadOnly(GeneralizedRCNNTransform):
 
 
 class Anchors(AnchorGenerator):
-    """Anchors in float32 under autocast: half precision cannot tell neighbouring pixels apart."""
+    """Anchors in float32 under autocast: half precision cannot tell neighbouring pixels apart. They do not depend on
+    precision and mode of earlier passes."""
 
     def set_cell_anchors(self, dtype: torch.dtype, device: torch.device) -> None:
-        super().set_cell_anchors(torch.float32 if torch.is_autocast_enabled(device.type) else dtype, device)
+        dtype = torch.float32 if torch.is_autocast_enabled(device.type) else dtype
+        if all(anchors.dtype == dtype and anchors.device == device for anchors in self.cell_anchors):
+            return
+        with torch.inference_mode(False):  # or training could not use them
+            made = map(self.generate_anchors, self.sizes, self.aspect_ratios)
+            self.cell_anchors = [anchors.to(device, dtype) for anchors in made]
 
 
 def _in_float(module: nn.Module, args: tuple, output: Any) -> Any:
@@ -125,6 +133,16 @@ class FCOS(Detector, detection.FCOS):
 
     classifier = ("head.classification_head.cls_logits",)
     offset = 0
+
+
+def _set_scales(pool: MultiScaleRoIAlign) -> None:
+    """Tell RoIAlign the strides of the maps. torchvision guesses them from the size of the first image that it sees,
+    and guesses wrong where that is much smaller than with its padding."""
+    strides = dict(zip(("0", "1", "2", "3", "pool"), (*STRIDES, 2 * STRIDES[-1]), strict=True))
+    chosen = [strides[name] for name in pool.featmap_names]
+    levels = int(math.log2(chosen[0])), int(math.log2(chosen[-1]))
+    pool.scales = [1 / stride for stride in chosen]
+    pool.map_levels = initLevelMapper(*levels, pool.canonical_scale, pool.canonical_level)
 
 
 @dataclass(frozen=True)
@@ -213,6 +231,8 @@ def create_detector(
         model.roi_heads.mask_head = MaskRCNNHeads(fpn_channels, (fpn_channels,) * 4, dilation=1)
         model.roi_heads.mask_predictor = MaskRCNNPredictor(fpn_channels, fpn_channels, classes)
     for name, module in model.named_modules():
+        if isinstance(module, MultiScaleRoIAlign):
+            _set_scales(module)
         if name in ("head", "rpn.head", "roi_heads.box_predictor", "roi_heads.mask_predictor"):
             module.register_forward_hook(_in_float)
     if not {"min_size", "max_size", "fixed_size"} & kwargs.keys():

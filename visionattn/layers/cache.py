@@ -1,7 +1,12 @@
-"""A cache for what depends on parameters and sizes but not on the input."""
+"""Keeping what depends on parameters and sizes but not on the input, so that it is not made in every forward pass.
 
-from collections.abc import Callable, Hashable
-from typing import TypeVar
+A model may be called by several threads, first in inference mode and later to be trained, by a tracer or under
+`torch.func`'s transforms. What is kept is therefore made as outside all of these, and never a tracer's or a transform's
+tensor, which must not outlive it.
+"""
+
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,31 +17,47 @@ T = TypeVar("T")
 class ParameterCache:
     """Keeps the last result of a function of parameters, position biases for example, while gradients are off.
 
-    It is rebuilt when a parameter or the key changes, and is neither saved, copied nor moved with its module.
+    It is made anew when a parameter or the key changes, and is neither saved, copied nor moved with its module. Several
+    threads may call it.
+
+    Whether a parameter has changed is told by its values, as nothing else tells of every change: version counters do
+    not count writes to `p.data`, tensors made in inference mode have none, and memory that is freed comes back at the
+    same address. On the CPU that costs little beside what it saves. Other devices would have to be waited for in every
+    layer, which costs more than to make the result again, as compiled models do too: there only what depends on no
+    parameter is kept.
+
+    Attributes:
+        max_bytes: size of the largest result that is kept.
     """
 
+    max_bytes = 2**26
+
     def __init__(self) -> None:
-        self._key: Hashable = None
-        self._seen: list[Tensor] = []
-        self._value = None
+        self._kept: tuple[Hashable, list[Tensor], Any] = None, [], None
 
     def __call__(self, key: Hashable, parameters: list[Tensor], build: Callable[[], T]) -> T:
         """`build()`, or what it returned last time if nothing has changed since.
 
         Args:
-            key: what the result depends on besides the parameters (sizes, usually).
+            key: what the result depends on besides the parameters: sizes, precisions and, if there are no parameters,
+                the device.
             parameters: tensors the result depends on.
-            build: computes the result.
+            build: computes the result, which consists of tensors and None in tuples and lists.
         """
         if torch.compiler.is_compiling() or torch.is_grad_enabled():
             return build()
-        if not all(type(p) in (Tensor, torch.nn.Parameter) for p in parameters):  # a tracer's fake tensors
+        if not all(is_plain(p) and p.device.type == "cpu" for p in parameters):
             return build()
-        key = (key, *((p.device, p.dtype, p.shape) for p in parameters), *map(_version, parameters))
-        if key != self._key or not all(map(_same, parameters, self._seen)):
-            self._value = build()
-            self._key, self._seen = key, [p.detach().clone() for p in parameters if p.device.type == "cpu"]
-        return self._value
+        key = (key, *((p.dtype, p.shape) for p in parameters))
+        kept_key, seen, value = self._kept  # at once, as another thread may put another result in its place
+        if key != kept_key or not all(map(torch.equal, parameters, seen)):
+            with torch.inference_mode(False), torch.no_grad():  # or training could not use it
+                seen = [p.clone() for p in parameters]
+                value = build()
+            tensors = list(_tensors(value))
+            if all(map(is_plain, tensors)) and sum(tensor.nbytes for tensor in tensors) <= self.max_bytes:
+                self._kept = key, seen, value
+        return value
 
     def __deepcopy__(self, memo: dict) -> "ParameterCache":
         return ParameterCache()
@@ -45,11 +66,15 @@ class ParameterCache:
         return ParameterCache, ()
 
 
-def _version(p: Tensor) -> Hashable:
-    """What changes when `p` is written to. On the CPU the values themselves are compared, which also sees writes to
-    `p.data`; elsewhere that would wait for the device."""
-    return None if p.device.type == "cpu" or p.is_inference() else (p.data_ptr(), p._version)
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor holds values of its own, and is none of a tracer's or of one of `torch.func`'s transforms."""
+    return type(tensor) in (Tensor, torch.nn.Parameter) and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
-def _same(p: Tensor, seen: Tensor) -> bool:
-    return p.device.type != "cpu" or torch.equal(p, seen)
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors in nested tuples and lists."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for part in value:
+            yield from _tensors(part)

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .cache import is_plain
+
 
 @dataclass(frozen=True)
 class AxisTiles:
@@ -114,17 +116,18 @@ class LocalPlan:
         def tensor(array: np.ndarray) -> Tensor:
             return torch.from_numpy(array).to(device)
 
-        groups = tuple(
-            TileGroup(
-                *(tensor(array) for array in (q.ravel(), k.ravel(), pairs, mask)),
-                masked=not mask.all(),
-                tiles=len(q),
-                shared=len(pairs) < len(q),
+        with torch.inference_mode(False):  # or training could not use them
+            groups = tuple(
+                TileGroup(
+                    *(tensor(array) for array in (q.ravel(), k.ravel(), pairs, mask)),
+                    masked=not mask.all(),
+                    tiles=len(q),
+                    shared=len(pairs) < len(q),
+                )
+                for q, k, pairs, mask in self._groups
             )
-            for q, k, pairs, mask in self._groups
-        )
-        tensors = PlanTensors(groups, tensor(self._inverse))
-        if type(tensors.inverse) is Tensor:  # an exporter's fake tensors must not outlive it
+            tensors = PlanTensors(groups, tensor(self._inverse))
+        if is_plain(tensors.inverse):
             self._tensors[device] = tensors
         return tensors
 

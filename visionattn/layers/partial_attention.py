@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .cache import ParameterCache
+from .cache import ParameterCache, is_plain
 from .fuse import is_batch_norm, scale_and_shift, scale_output
 from .pointwise import Pointwise, Pointwise2d
 
@@ -293,8 +293,9 @@ class _Buckets:
     def on(self, device: torch.device) -> Tensor:
         if device in self._tensors:
             return self._tensors[device]
-        tensor = torch.from_numpy(self._array).to(device)
-        if type(tensor) is Tensor:  # an exporter's fake tensors must not outlive it
+        with torch.inference_mode(False):  # or training could not use it
+            tensor = torch.from_numpy(self._array).to(device)
+        if is_plain(tensor):
             self._tensors[device] = tensor
         return tensor
 

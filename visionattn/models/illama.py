@@ -68,7 +68,7 @@ def _tables(module: SequenceTables, x: Tensor) -> tuple[tuple[Tensor, Tensor], T
     def build() -> tuple[tuple[Tensor, Tensor], Tensor]:
         return rotary_table(length, module.head_dim, x.device, dtype), causal_halves(length, x.device)
 
-    return module._cache((length, dtype), [x.new_empty(0)], build)
+    return module._cache((length, dtype, x.device), [], build)
 
 
 class ILLaMA(Isotropic):
