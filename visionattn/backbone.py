@@ -5,9 +5,9 @@ parameter groups), input checks and position tables that follow the input size.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from timm.layers import create_classifier, to_2tuple, trunc_normal_
@@ -101,13 +101,14 @@ class Backbone(nn.Module):
         """Recompute activations in the backward pass instead of keeping them."""
         self.grad_checkpointing = enable
 
-    def adapt_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    def adapt_state_dict(self, state_dict: dict[str, Tensor], made_for: Mapping[str, Any]) -> dict[str, Tensor]:
         """Last step of a conversion: makes a state dict in our layout fit this model's configuration, where it can.
 
         Tables of biases by relative position are resampled for windows of another size.
 
         Args:
             state_dict: in our layout, of any model of the family (or of another; then whatever is returned).
+            made_for: arguments of the model that it was made for, as far as they are known.
         """
         tables = {k: tuple(v.shape[1:]) for k, v in self.state_dict().items() if k.endswith(".rpb") and v.ndim == 3}
         return state_dict | {
@@ -535,17 +536,28 @@ class Isotropic(Backbone):
         placement = self._placement()
         self.head = nn.Linear(self.num_features, num_classes, **placement) if num_classes else nn.Identity()
 
-    def adapt_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Resamples a position table that was made for square images of another size."""
-        state_dict = super().adapt_state_dict(state_dict)
+    def adapt_state_dict(self, state_dict: dict[str, Tensor], made_for: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Resamples a position table that was made for images of another size."""
+        state_dict = super().adapt_state_dict(state_dict, made_for)
         table, own = state_dict.get("pos_embed.weight"), self.pos_embed
-        if own is None or table is None or table.ndim != 3 or table.shape[1] == own.weight.shape[1]:
+        if own is None or table is None or table.ndim != 3:
             return state_dict
-        side = math.isqrt(table.shape[1] - own.prefix - own.suffix)
-        if side * side != table.shape[1] - own.prefix - own.suffix:
+        grid = self._grid_of(table.shape[1] - own.prefix - own.suffix, made_for)
+        if grid in (None, own.grid_size):
             return state_dict
-        table = resample_rows(table[0], (side, side), own.grid_size, own.prefix, own.suffix)[None]
+        table = resample_rows(table[0], grid, own.grid_size, own.prefix, own.suffix)[None]
         return state_dict | {"pos_embed.weight": table}
+
+    def _grid_of(self, patches: int, made_for: Mapping[str, Any]) -> tuple[int, int] | None:
+        """The grid of that many patches in the model that weights were made for, square if it is not known, or None if
+        it cannot be told."""
+        side = math.isqrt(max(patches, 0))
+        sizes = [made_for["img_size"]] if made_for.get("img_size") else []
+        for size in (*sizes, side * self.patch_size):
+            grid = tuple(-(-length // self.patch_size) for length in to_2tuple(size))
+            if math.prod(grid) == patches:
+                return grid
+        return None
 
     def block_arguments(self, x: Tensor, grid: tuple[int, int]) -> tuple:
         """What every block is called with besides its tokens, made once for a forward pass.

@@ -5,9 +5,11 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
 from timm.models import adapt_input_conv
@@ -36,10 +38,12 @@ WRAPPERS = (
     *("state_dict", "model_state_dict", "model", "module", "net", "teacher"),
 )
 PREFIXES = ("module.", "_orig_mod.", "model.", "encoder.")
-PARTS = ("vision_tower.", "visual.", "backbone.")
+PARTS = ("vision_tower.", "visual.", "backbone.maps.backbone.", "encoder.backbone.", "backbone.")
 """Prefixes under which checkpoints of larger models hold a backbone; what is not under them is dropped."""
 MISFITS = (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError)
 """What rules raise for tensors of a shape that their layout does not have."""
+TABLES = ("pos_embed.weight", ".proj_n", ".proj_back_n")
+"""Ends of the names of tables with a row for every patch, which may be resampled without a change of shape."""
 TRAINING_STATE = "training_state."
 """Prefix of what a training checkpoint holds besides the model."""
 
@@ -97,7 +101,7 @@ class _Conversion:
     left_out: list[str]
 
 
-def _convert(state_dict: Mapping, model: nn.Module) -> _Conversion:
+def _convert(state_dict: Mapping, model: nn.Module, made_for: Mapping[str, Any] | None = None) -> _Conversion:
     """The layout that fits the model's names best."""
     expected = model.state_dict().keys()
     source = unwrap(state_dict, getattr(model, "averaged_weights", True))
@@ -110,7 +114,8 @@ def _convert(state_dict: Mapping, model: nn.Module) -> _Conversion:
         source = {k.removeprefix(prefix): v for k, v in source.items()}
         candidates.append((source, candidates[-1][1]))
     layouts = [[], *getattr(model, "layouts", {}).values()]
-    adapt, conversions = getattr(model, "adapt_state_dict", dict), []
+    adapt = partial(model.adapt_state_dict, made_for=made_for or {}) if hasattr(model, "adapt_state_dict") else dict
+    conversions = []
     for (candidate, left_out), rules in product(reversed(candidates), layouts):
         with suppress(*MISFITS):
             found = _apply(rules, candidate)
@@ -136,7 +141,10 @@ def convert_state_dict(state_dict: Mapping, model: nn.Module) -> dict[str, Tenso
     Raises:
         VisionattnError: if no layout of the family fits; the message says which keys are missing and left over.
     """
-    own, tensors = model.state_dict(), _convert(state_dict, model).tensors
+    own, made_for = model.state_dict(), {}
+    if (grid := getattr(model, "grid_size", None)) is not None:
+        made_for["img_size"] = [length * model.patch_size for length in grid]
+    tensors = _convert(state_dict, model, made_for).tensors
     for prefix in _heads(model):
         if not any(k.startswith(prefix) for k in own):
             tensors = {k: v for k, v in tensors.items() if not k.startswith(prefix)}
@@ -144,7 +152,9 @@ def convert_state_dict(state_dict: Mapping, model: nn.Module) -> dict[str, Tenso
     return tensors
 
 
-def fit_state_dict(state_dict: Mapping, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
+def fit_state_dict(
+    state_dict: Mapping, model: nn.Module, made_for: Mapping[str, Any] | None = None
+) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
     """A state dict of any layout, number of classes, input channels, image size or window, for this model.
 
     Position tables and filters are resampled as the family does, the first convolution follows timm's rule for other
@@ -154,6 +164,8 @@ def fit_state_dict(state_dict: Mapping, model: nn.Module) -> tuple[dict[str, Ten
     Args:
         state_dict: tensors by name, possibly wrapped.
         model: the model to fit them to.
+        made_for: arguments of the model that they were made for, as far as they are known. Without an `img_size`,
+            tables of positions are those of square images.
 
     Returns:
         State dict with the model's keys and shapes, and names of what was "re-initialised", "dropped" and "resized".
@@ -161,7 +173,7 @@ def fit_state_dict(state_dict: Mapping, model: nn.Module) -> tuple[dict[str, Ten
     Raises:
         VisionattnError: if it does not fit otherwise.
     """
-    own, conversion = model.state_dict(), _convert(state_dict, model)
+    own, conversion = model.state_dict(), _convert(state_dict, model, made_for)
     tensors, found, heads = dict(conversion.tensors), conversion.found, _heads(model)
     for prefix in heads:
         theirs, ours = ({k: v for k, v in d.items() if k.startswith(prefix)} for d in (tensors, own))
@@ -184,7 +196,7 @@ def fit_state_dict(state_dict: Mapping, model: nn.Module) -> tuple[dict[str, Ten
         "resized": [
             f"{old[k]} to {tuple(v.shape)}"
             for k, v in tensors.items()
-            if k in found and k not in fresh and v.shape != found[k].shape
+            if k in found and k not in fresh and (v.shape != found[k].shape or k.endswith(TABLES) and v is not found[k])
         ],
     }
 
@@ -276,7 +288,12 @@ def load_checkpoint(model: nn.Module, path: str | PathLike) -> None:
         model.load_state_dict(convert_state_dict(content, model), strict=True)
 
 
-def load_pretrained(model: nn.Module, weights: str | PathLike | Mapping) -> None:
+def load_pretrained(
+    model: nn.Module,
+    weights: str | PathLike | Mapping,
+    made_for: Mapping[str, Any] | None = None,
+    place: str | PathLike = "",
+) -> None:
     """Load weights to start from, fitted to the model by `fit_state_dict`.
 
     What was re-initialised, dropped or resized is logged in one line, as a warning if a part of the model is new.
@@ -284,18 +301,20 @@ def load_pretrained(model: nn.Module, weights: str | PathLike | Mapping) -> None
     Args:
         model: the model to load into.
         weights: a file that `read_checkpoint` reads, or a state dict.
+        made_for: arguments of the model that they were made for, as for `fit_state_dict`.
+        place: file that the state dict is from.
 
     Raises:
         VisionattnError: if the file cannot be read or does not fit the model; the model is then unchanged.
     """
-    held = isinstance(weights, Mapping)
-    content = weights if held else read_checkpoint(weights)[0]
-    with nullcontext() if held else _named(weights):
-        tensors, report = fit_state_dict(content, model)
+    if not isinstance(weights, Mapping):
+        weights, place = read_checkpoint(weights)[0], weights
+    with _named(place) if place else nullcontext():
+        tensors, report = fit_state_dict(weights, model, made_for)
         model.load_state_dict(tensors, strict=True)
     if told := "; ".join(f"{what} {_some(keys)}" for what, keys in report.items() if keys):
         level = logging.WARNING if report["re-initialised"] else logging.INFO
-        _logger.log(level, "%s: %s", "state dict" if held else Path(weights).name, told)
+        _logger.log(level, "%s: %s", Path(place).name if place else "state dict", told)
 
 
 @contextmanager

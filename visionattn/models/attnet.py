@@ -3,8 +3,9 @@
 "Attentive Convolution: Unifying the Expressivity of Self-Attention with Convolutional Efficiency", arXiv 2510.20092.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from timm.layers import LayerNorm2d, LayerScale2d, calculate_drop_path_rates, trunc_normal_
@@ -144,7 +145,7 @@ class AttNet(Hierarchical):
         self.use_layer_scale = use_layer_scale
         self.apply(_init_weights)
 
-    def adapt_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    def adapt_state_dict(self, state_dict: dict[str, Tensor], made_for: Mapping[str, Any]) -> dict[str, Tensor]:
         """Merges layer scales into the products before them, or adds scales of 1: the published code is not of one mind
         about which variants have them."""
         state_dict = dict(state_dict)

@@ -6,8 +6,9 @@ channel block is global at a cost linear in the number of pixels; positions come
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch.nn.functional as F
 from timm.layers import DropPath, LayerNorm2d, calculate_drop_path_rates, trunc_normal_
@@ -236,7 +237,7 @@ class DaViT(Hierarchical):
         self.image_tower = channel_attn_v2
         self.apply(partial(_init_weights, convolutions=weight_init == "conv"))
 
-    def adapt_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    def adapt_state_dict(self, state_dict: dict[str, Tensor], made_for: Mapping[str, Any]) -> dict[str, Tensor]:
         """Adds the norm and the head that the image towers' checkpoints lack, as they are."""
         own = self.state_dict() if self.image_tower else {}
         return {k: v for k, v in own.items() if k.startswith(("norm.", "head."))} | state_dict

@@ -1,7 +1,8 @@
 """FocalNet: a pyramid, or an isotropic model, on focal modulation. "Focal Modulation Networks", arXiv 2203.11926."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch.nn.functional as F
 from timm.layers import LayerNorm2d, calculate_drop_path_rates, trunc_normal_
@@ -210,7 +211,7 @@ class FocalNet(Hierarchical):
             return -(-length // reduction)
         return -(-((length + 1) // 4) // (reduction // 4)) if self.use_conv_embed else length // reduction
 
-    def adapt_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    def adapt_state_dict(self, state_dict: dict[str, Tensor], made_for: Mapping[str, Any]) -> dict[str, Tensor]:
         """Fits kernels, levels and norms to this model with `adapt_checkpoints`."""
         if not self.adapt_checkpoints:
             return state_dict

@@ -4,8 +4,9 @@
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from timm.layers import LayerNorm2d, calculate_drop_path_rates, trunc_normal_
@@ -158,7 +159,7 @@ class HorNet(Hierarchical):
         stages = [(rf"^stages\.{i}\.", (depth,)) for i, depth in enumerate((1, 2, 3, 12))]
         return {"stem": r"^stem", "blocks": deep + stages}
 
-    def adapt_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    def adapt_state_dict(self, state_dict: dict[str, Tensor], made_for: Mapping[str, Any]) -> dict[str, Tensor]:
         """Resizes frequency filters that were stored for images of another size."""
         own = {k: v.shape for k, v in self.state_dict().items() if k.endswith(".complex_weight")}
         return state_dict | {

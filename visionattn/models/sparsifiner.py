@@ -4,9 +4,9 @@
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from ..backbone import Isotropic
 from ..errors import VisionattnError
 from ..layers import SparseAttention
 from ..layers.pointwise import Mlp
+from ..layers.position import resample_rows
 from ..layers.pruning import PruningBlock
 from ..registry import Family, Variant, Weights, register_family
 
@@ -191,13 +192,21 @@ class Sparsifiner(Isotropic):
     def get_classifier(self) -> nn.Module | tuple[nn.Module, ...]:
         return self.head if self.aux_head is None else (self.head, self.aux_head)
 
-    def adapt_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    def adapt_state_dict(self, state_dict: dict[str, Tensor], made_for: Mapping[str, Any]) -> dict[str, Tensor]:
         """Leaves the predictors as they are where weights of the dense backbone are loaded, or where their bases, whose
-        number follows the image size, are others."""
-        state_dict = super().adapt_state_dict(state_dict)
+        number follows the image size, are others; as many bases of another grid are resampled."""
+        state_dict = super().adapt_state_dict(state_dict, made_for)
         if self.aux_head is not None and not self.num_classes:
             state_dict = {k: v for k, v in state_dict.items() if not k.startswith("aux_head.")}
         own = {k: v for k, v in self.state_dict().items() if ".predictor." in k}
+        for k in own:
+            table = state_dict.get(k)
+            if k.endswith((".proj_n", ".proj_back_n")) and table is not None and table.shape[1:] == own[k].shape[1:]:
+                grid = self._grid_of(len(table) - 1, made_for)
+                if grid not in (None, self.grid_size):
+                    state_dict[k] = resample_rows(table, grid, self.grid_size, prefix=1)
+                    if k.endswith(".proj_n"):
+                        state_dict[k] *= len(table) / len(own[k])  # the sum over tokens keeps its size
         same = any(".predictor." in k for k in state_dict) and all(
             k not in state_dict or state_dict[k].shape == v.shape for k, v in own.items()
         )

@@ -1,0 +1,135 @@
+"""Arguments, checked against the signature of what takes them before it is called."""
+
+import inspect
+import math
+import reprlib
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from numbers import Integral, Real
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from .errors import UnknownArgumentError
+
+
+@cache
+def hints(function: Callable) -> dict[str, Any]:
+    """Types of the arguments of a function or class; where one is not annotated, what its default says of it.
+
+    Args:
+        function: the function or class.
+    """
+    try:
+        annotated = get_type_hints(function.__init__ if isinstance(function, type) else function)
+    except (NameError, TypeError, AttributeError):  # annotations that are no types, or no function of Python's
+        annotated = {}
+    found = {}
+    for name, parameter in inspect.signature(function).parameters.items():
+        if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            found[name] = annotated.get(name, _hint_of(parameter.default))
+            if parameter.default is None:
+                found[name] = Union[found[name], None]  # noqa: UP007 - types may be texts here
+    return found
+
+
+def _hint_of(default: Any) -> Any:
+    if isinstance(default, (bool, str)):
+        return type(default)
+    if isinstance(default, Real):
+        return float
+    return Sequence if isinstance(default, (tuple, list)) else Any
+
+
+def with_meaning(arguments: Mapping[str, Any], function: Callable) -> dict[str, Any]:
+    """The arguments without those that are None where the function has no use for None, as timm leaves them out.
+
+    Args:
+        arguments: by name.
+        function: the function or class that takes them.
+    """
+    types = hints(function)
+    return {k: v for k, v in arguments.items() if v is not None or (k in types and fits(None, types[k]))}
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of a type, as `typing` writes it. Sequences may be of any kind, and numbers of any library.
+
+    Args:
+        value: the value.
+        hint: the type.
+    """
+    origin, inner = get_origin(hint), get_args(hint)
+    if hint in (None, NoneType):
+        return value is None
+    if origin in (Union, UnionType):
+        return any(fits(value, each) for each in inner)
+    if origin is Literal:
+        return any(value == each and type(value) is type(each) for each in inner)
+    if hint is bool or isinstance(value, bool):
+        return isinstance(value, bool) and hint in (bool, Any, inspect.Parameter.empty)
+    if hint is int:
+        return isinstance(value, Integral)
+    if hint is float:
+        return isinstance(value, Real) and math.isfinite(value)
+    kind = origin or hint
+    if kind in (tuple, list, Sequence):
+        if isinstance(value, (str, bytes, Mapping)) or not hasattr(value, "__len__") or not hasattr(value, "__iter__"):
+            return False
+        if kind is tuple and inner and inner[-1] is not Ellipsis:
+            return len(value) == len(inner) and all(map(fits, value, inner))
+        return not inner or all(fits(each, inner[0]) for each in value)
+    if kind in (dict, Mapping):
+        return isinstance(value, Mapping) and (not inner or all(fits(k, inner[0]) for k in value))
+    if kind is type or kind is Callable:
+        return callable(value)
+    if isinstance(hint, type):
+        return isinstance(value, hint) or _is_restricted(value, hint)
+    return True
+
+
+def _is_restricted(value: Any, hint: type) -> bool:
+    """Whether a value is of one of jsonargparse's restricted kinds of numbers and texts, such as PositiveInt."""
+    base = next((each for each in (int, float, str) if issubclass(hint, each)), None)
+    if base is None or not fits(value, base):
+        return False
+    try:
+        hint(value)
+    except (ValueError, TypeError):
+        return False
+    return True
+
+
+def check_values(arguments: Mapping[str, Any], function: Callable, told: Callable[[str], str]) -> None:
+    """Refuse arguments that are not of the types in the signature of what takes them.
+
+    Args:
+        arguments: by name; those that the function does not have are passed over.
+        function: the function or class.
+        told: makes the beginning of an error of an argument's name, "test_van takes depths" for one.
+
+    Raises:
+        UnknownArgumentError: says which it is, what it is and what is expected.
+    """
+    types = hints(function)
+    for name, value in arguments.items():
+        if name in types and not fits(value, types[name]):
+            raise UnknownArgumentError(f"{told(name)} as {describe(types[name])}, got {reprlib.repr(value)}")
+
+
+def describe(hint: Any) -> str:
+    """A type as an error names it."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return " or ".join(describe(each) for each in inner)
+    if origin is Literal:
+        return " or ".join(map(repr, inner))
+    if hint in (None, NoneType):
+        return "null"
+    kind = origin or hint
+    if kind in (tuple, list, Sequence):
+        if kind is tuple and inner and inner[-1] is not Ellipsis:
+            return f"({', '.join(describe(each) for each in inner)})"
+        return f"a list of {describe(inner[0])}" if inner else "a list"
+    names = {int: "an integer", float: "a number", str: "a text", bool: "true or false", dict: "a mapping"}
+    names |= {Mapping: "a mapping", Callable: "a function", type: "a class"}
+    return names.get(kind) or getattr(kind, "__name__", str(kind))
