@@ -194,7 +194,8 @@ def _recomputed(block: nn.Module, *args) -> Tensor:
             for norm, momentum, count in zip(norms, momenta, counts, strict=True):
                 norm.momentum, norm.num_batches_tracked = momentum, count
 
-    if norms and block.training:
+    # Compiled graphs write to buffers once, at the end of the forward pass, whatever is recomputed.
+    if norms and block.training and not torch.compiler.is_compiling():
         return checkpoint(block, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), frozen_statistics()))
     return checkpoint(block, *args, use_reentrant=False)
 

@@ -23,8 +23,8 @@ class ParameterCache:
     Whether a parameter has changed is told by its values, as nothing else tells of every change: version counters do
     not count writes to `p.data`, tensors made in inference mode have none, and memory that is freed comes back at the
     same address. On the CPU that costs little beside what it saves. Other devices would have to be waited for in every
-    layer, which costs more than to make the result again, as compiled models do too: there only what depends on no
-    parameter is kept.
+    layer, which on a GPU costs large batches more than to make the result again, as compiled models do too: there only
+    what depends on no parameter is kept.
 
     Attributes:
         max_bytes: size of the largest result that is kept.
