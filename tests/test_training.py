@@ -17,8 +17,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import visionattn
+from visionattn.description import read_description
 from visionattn.errors import VisionattnError
-from visionattn.files import read_description
 from visionattn.training.checkpoint import read_training_state, save_checkpoint
 from visionattn.training.config import parse_train, parse_validate, run
 from visionattn.training.evaluation import options_of, validate

@@ -5,7 +5,8 @@ from typing import Any
 
 from . import data as data
 from . import models as models
-from .registry import create_model, list_models, model_info, register_model
+from .create import create_model
+from .registry import list_models, model_info, register_model
 
 __version__ = "0.1.0"
 __all__ = ["create_model", "list_models", "model_info", "register_model"]

@@ -59,6 +59,8 @@ def fits(value: Any, hint: Any) -> bool:
         hint: the type.
     """
     origin, inner = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return True
     if hint in (None, NoneType):
         return value is None
     if origin in (Union, UnionType):
@@ -66,7 +68,7 @@ def fits(value: Any, hint: Any) -> bool:
     if origin is Literal:
         return any(value == each and type(value) is type(each) for each in inner)
     if hint is bool or isinstance(value, bool):
-        return isinstance(value, bool) and hint in (bool, Any, inspect.Parameter.empty)
+        return isinstance(value, bool) and hint is bool
     if hint is int:
         return isinstance(value, Integral)
     if hint is float:
@@ -90,7 +92,7 @@ def fits(value: Any, hint: Any) -> bool:
 def _is_restricted(value: Any, hint: type) -> bool:
     """Whether a value is of one of jsonargparse's restricted kinds of numbers and texts, such as PositiveInt."""
     base = next((each for each in (int, float, str) if issubclass(hint, each)), None)
-    if base is None or not fits(value, base):
+    if base in (None, hint) or not fits(value, base):
         return False
     try:
         hint(value)

@@ -53,6 +53,7 @@ class Backbone(nn.Module):
         first_conv: name of the convolution that takes the image.
         classifier: name of the head, or names where there are several.
         feature_cfg: how timm's builder makes a feature extractor of the model.
+        optional: beginnings of the names of what models for dense prediction do without, or have besides.
         averaged_weights: whether the published figures are those of averaged weights, where a checkpoint holds both.
     """
 
@@ -60,6 +61,7 @@ class Backbone(nn.Module):
     first_conv: ClassVar[str] = "stem.proj"
     classifier: ClassVar[str | tuple[str, ...]] = "head"
     feature_cfg: ClassVar[dict]
+    optional: ClassVar[tuple[str, ...]] = ("norm.", "feature_norms.", "hidden.", "cls_token")
     averaged_weights: ClassVar[bool] = True
 
     def __init__(

@@ -1,7 +1,6 @@
 """Checkpoint files: read without executing anything they hold, written whole or not at all."""
 
 import hashlib
-import json
 import os
 import pickletools
 import re
@@ -11,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -71,23 +70,6 @@ def read_checkpoint(path: str | PathLike) -> tuple[dict[str, Tensor], dict[str, 
     if not isinstance(content, Mapping):
         raise VisionattnError(f"checkpoint {path} holds a {type(content).__name__}, expected a dictionary of tensors")
     return dict(content), metadata
-
-
-def read_description(path: str | PathLike) -> dict[str, Any]:
-    """What a file of ours says of its model; empty for other files.
-
-    Args:
-        path: of the file, which is read whole, so that what it says is known to be undamaged.
-
-    Raises:
-        VisionattnError: if the file cannot be read.
-    """
-    try:
-        return dict(json.loads(read_checkpoint(path)[1].get(DESCRIPTION, "{}")))
-    except (TypeError, ValueError) as e:
-        if isinstance(e, VisionattnError):
-            raise
-        raise VisionattnError(f"checkpoint {path} does not say which model it is of in a way we know") from e
 
 
 def find_file(path: str | PathLike) -> Path:

@@ -9,11 +9,11 @@ import torch
 from accelerate.utils import send_to_device
 from PIL import Image
 
+from .create import create_model
 from .data.config import user_input
 from .data.datasets import to_mode
+from .description import read_description
 from .errors import VisionattnError
-from .files import read_description
-from .registry import create_model
 from .tasks import make_task
 from .training.checkpoint import write_file
 from .training.config import parse_validate

@@ -2,10 +2,9 @@
 
 import difflib
 import fnmatch
-import inspect
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
@@ -13,12 +12,12 @@ import timm
 import torch
 from timm.models import PretrainedCfg, build_model_with_cfg, generate_default_cfgs
 from timm.models import register_model as register_with_timm
-from timm.models._hub import load_model_config_from_hf, load_model_config_from_path
 from torch import nn
 
+from .arguments import check_values, hints, with_meaning
 from .download import HUB, fetch
 from .errors import UnknownArgumentError, UnknownModelError, VisionattnError, check_arguments
-from .files import find_file, one_line, read_description
+from .files import find_file
 from .weights import load_pretrained
 
 BUILDER_ARGUMENTS = {
@@ -26,10 +25,6 @@ BUILDER_ARGUMENTS = {
     *("pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict", "pretrained_model_args"),
 }
 """What timm's builder takes besides the arguments of the model's class."""
-
-
-REPOSITORIES = ("hf-hub:", "hf_hub:", "local-dir:")
-FILE_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt")
 
 
 @dataclass(frozen=True)
@@ -131,14 +126,25 @@ class ModelInfo:
 
 
 @dataclass(frozen=True)
-class _Entry:
+class Entry:
+    """What is registered under a name.
+
+    Args:
+        build: makes the model.
+        takes: what has the arguments of the model in its signature: its class, or `build`.
+        family: of the model, None for one of `register_model`; so are the others.
+        variant: the model's own facts.
+        cfgs: timm's configurations by tag.
+    """
+
     build: Callable[..., nn.Module]
+    takes: Callable[..., nn.Module]
     family: Family | None = None
     variant: Variant | None = None
     cfgs: dict[str, PretrainedCfg] = field(default_factory=dict)
 
 
-_entries: dict[str, _Entry] = {}
+_entries: dict[str, Entry] = {}
 _aliases: dict[str, str] = {}
 
 
@@ -154,7 +160,7 @@ def register_model(build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
     Raises:
         VisionattnError: if the name is taken.
     """
-    return _register(build.__name__, _Entry(build)).build
+    return _register(build.__name__, Entry(build, build)).build
 
 
 def register_family(
@@ -172,7 +178,7 @@ def register_family(
     for name, variant in variants.items():
         cls = variant.model or model
         cfgs = {tag: _pretrained_cfg(name, tag, family, variant, cls) for tag in variant.weights or {"": None}}
-        entry = _register(name, _Entry(_builder(name, cls, variant, cfgs), family, variant, cfgs))
+        entry = _register(name, Entry(_builder(name, cls, variant, cfgs), cls, family, variant, cfgs))
         if not timm.is_model(name):
             entry.build.__name__, entry.build.__module__ = name, module.__name__
             tagged = {f"{name}.{tag}" if tag else name: cfg for tag, cfg in cfgs.items()}
@@ -181,7 +187,7 @@ def register_family(
     _aliases.update(aliases or {})
 
 
-def _register(name: str, entry: _Entry) -> _Entry:
+def _register(name: str, entry: Entry) -> Entry:
     if name in _entries or name in _aliases:
         raise VisionattnError(f"a model named {name} is registered already")
     _entries[name] = entry
@@ -215,35 +221,34 @@ def _pretrained_cfg(name: str, tag: str, family: Family, variant: Variant, cls: 
 def _builder(
     name: str, cls: type[nn.Module], variant: Variant, cfgs: dict[str, PretrainedCfg]
 ) -> Callable[..., nn.Module]:
-    own = set(inspect.signature(cls).parameters)
-    accepted = own | {"img_size"}
+    accepted = hints(cls).keys() | {"img_size"}
 
-    def build(pretrained: bool = False, checkpoint_path: str = "", **kwargs) -> nn.Module:
+    def build(pretrained: bool = False, start: Callable[[nn.Module], None] | None = None, **kwargs) -> nn.Module:
+        kwargs = with_meaning(kwargs, cls)
         check_arguments(name, kwargs.keys() - BUILDER_ARGUMENTS, accepted)
+        check_values(kwargs, cls, lambda argument: f"{name} takes {argument}")
         cfg = kwargs.pop("pretrained_cfg", None) or next(iter(cfgs))
         if isinstance(cfg, str):
-            cfg = _tagged(name, cfg, cfgs)
+            cfg = tagged(name, cfg, cfgs)
         if not isinstance(cfg, dict):
             cfg = cfg.to_dict()
         overlay = dict(kwargs.pop("pretrained_cfg_overlay", None) or {})
-        weights = []
-        if pretrained:
-            weights.append(_published(name, cfg, overlay, variant, kwargs.get("cache_dir")))
-        if checkpoint_path:
-            weights.append(checkpoint_path)
-        if weights and kwargs.get("features_only"):
+        published = find_published(name, cfg, overlay, variant, kwargs.get("cache_dir")) if pretrained else None
+        if (pretrained or start) and kwargs.get("features_only"):
             kwargs["num_classes"] = 0  # whatever the file's classes
         if size := kwargs.get("img_size"):
             overlay = {"input_size": (cfg["input_size"][0], *_checked_size(size)), "pool_size": None} | overlay
-            if "img_size" not in own:
+            if "img_size" not in hints(cls):
                 del kwargs["img_size"]
 
         def construct(**kwargs) -> nn.Module:
             model = cls(**kwargs)
             model.pretrained_cfg = cfg
             model.check.name = name
-            for file in weights:
-                load_pretrained(model, file)
+            if published is not None:
+                load_pretrained(model, published)
+            if start is not None:  # what else is loaded, after the published weights
+                start(model)
             return model
 
         return build_model_with_cfg(
@@ -266,8 +271,19 @@ def _checked_size(size: int | tuple[int, int]) -> tuple[int, int]:
     return sizes
 
 
-def _published(name: str, cfg: dict, overlay: dict, variant: Variant, cache_dir: str | None) -> Path | dict:
-    """The file, fetched if need be, or the state dict that `pretrained=True` asks for."""
+def find_published(name: str, cfg: dict, overlay: dict, variant: Variant, cache_dir: str | None) -> Path | dict:
+    """The file, fetched if need be, or the state dict that `pretrained=True` asks for.
+
+    Args:
+        name: of the model.
+        cfg: timm's configuration of the weights.
+        overlay: entries in place of those.
+        variant: of the model.
+        cache_dir: folder for downloads; None for the usual ones.
+
+    Raises:
+        VisionattnError: if it is nowhere to be had.
+    """
     places = overlay if any(overlay.get(key) for key in ("state_dict", "file", "url", "hf_hub_id")) else cfg
     if places.get("state_dict"):
         return places["state_dict"]
@@ -290,14 +306,24 @@ def _published(name: str, cfg: dict, overlay: dict, variant: Variant, cache_dir:
     return fetch(names, sources, names[0], by_hand, cache_dir)
 
 
-def _tagged(name: str, tag: str, cfgs: dict[str, PretrainedCfg]) -> PretrainedCfg:
+def tagged(name: str, tag: str, cfgs: dict[str, PretrainedCfg]) -> PretrainedCfg:
+    """The configuration of a tag.
+
+    Args:
+        name: of the model.
+        tag: of its weights.
+        cfgs: configurations by tag.
+
+    Raises:
+        UnknownModelError: if there is none.
+    """
     if tag not in cfgs:
         raise UnknownModelError(f"{name} has no weights tagged {tag}; it has {', '.join(filter(None, cfgs)) or 'none'}")
     return cfgs[tag]
 
 
-def split_tag(name: str) -> tuple[str, str]:
-    """(registered name, tag or "") of a name.
+def find(name: str) -> tuple[str, str, Entry]:
+    """(name, tag, entry) of a model name with optional tag, aliases resolved.
 
     Args:
         name: registered name or alias, with or without a tag.
@@ -305,11 +331,6 @@ def split_tag(name: str) -> tuple[str, str]:
     Raises:
         UnknownModelError: if there is no such name.
     """
-    return _find(name)[:2]
-
-
-def _find(name: str) -> tuple[str, str, _Entry]:
-    """(name, tag, entry) of a model name with optional tag, aliases resolved."""
     base, _, tag = name.partition(".")
     base = _aliases.get(base, base)
     if base not in _entries:
@@ -317,86 +338,6 @@ def _find(name: str) -> tuple[str, str, _Entry]:
         hint = f"did you mean {', '.join(near)}?" if near else "see visionattn.list_models()"
         raise UnknownModelError(f"unknown model {name}; {hint}")
     return base, tag, _entries[base]
-
-
-def create_model(name: str, pretrained: bool | None = None, checkpoint_path: str = "", **kwargs) -> nn.Module:
-    """Create a model.
-
-    Weights of the family that do not fit as they are, for other classes, channels, image or window sizes, are adapted;
-    what was re-initialised, dropped or resized is logged in one line.
-
-    Args:
-        name: registered name with optional tag of its weights, `dinat_small` or `dinat_small.in1k`; or what names model
-            and weights: `path/to/file.safetensors` of `visionattn convert` or train.py, `hf-hub:user/repository` or
-            `local-dir:folder`.
-        pretrained: load the weights, the published ones of the tag or of the first one for a registered name. None:
-            no for a registered name, yes for files and repositories.
-        checkpoint_path: file to load in any published layout of the family; after `pretrained`.
-        **kwargs: arguments of the model's class (`num_classes`, `in_chans`, `drop_path_rate`, ...) and of timm's
-            builder (`features_only`, `out_indices`, ...). None stands for the default. `img_size` is the size that
-            position tables are made for, where a model has some, and the one that its data are prepared at.
-
-    Returns:
-        The model, or a list-of-maps feature extractor with `features_only=True`; the detector or segmenter, if the file
-        is train.py's checkpoint of one, whose arguments are then those of its head.
-
-    Raises:
-        UnknownModelError: if there is no such name or tag.
-        UnknownArgumentError: if the model does not take one of the arguments.
-        VisionattnError: if weights cannot be fetched or read, or do not fit.
-    """
-    kwargs = {k: v for k, v in kwargs.items() if v is not None}
-    is_file = name.endswith(FILE_SUFFIXES) and not name.startswith(REPOSITORIES)
-    if is_file and (description := read_description(name)).get("task"):
-        from .dense.trained import create_trained  # whose libraries are heavy
-
-        return create_trained(name, description, pretrained is not False, **kwargs)
-    if is_file or ":" in name:
-        name, cfg, model_kwargs = (
-            _by_header(name, description) if is_file else _described(name, kwargs.get("cache_dir"))
-        )
-        overlay = cfg | kwargs.get("pretrained_cfg_overlay", {})
-        kwargs = model_kwargs | kwargs | {"pretrained_cfg_overlay": overlay}
-        pretrained = pretrained is not False
-    base, tag, entry = _find(name)
-    if entry.variant is None:
-        model = entry.build(pretrained=bool(pretrained), **kwargs)
-        if checkpoint_path:
-            load_pretrained(model, checkpoint_path)
-        return model
-    if tag:
-        kwargs["pretrained_cfg"] = _tagged(base, tag, entry.cfgs)
-    return entry.build(pretrained=bool(pretrained), checkpoint_path=checkpoint_path, **kwargs)
-
-
-def _described(place: str, cache_dir: str | None) -> tuple[str, dict, dict]:
-    """(model name, entries of the pretrained configuration, arguments of the model) of a repository."""
-    kind, _, rest = place.partition(":")
-    try:
-        if kind in ("hf-hub", "hf_hub"):
-            cfg, name, kwargs = load_model_config_from_hf(rest, cache_dir=cache_dir)
-        elif kind == "local-dir":
-            cfg, name, kwargs = load_model_config_from_path(rest)
-        else:
-            raise UnknownModelError(f"unknown model {place}: expected a name, a file, hf-hub:... or local-dir:...")
-    except VisionattnError:
-        raise
-    except Exception as e:  # what the network, the hub and the parser of its file raise is theirs
-        raise VisionattnError(f"cannot read the configuration of {place}: {one_line(e)}") from e
-    known = {f.name for f in fields(PretrainedCfg)}
-    return name, {k: v for k, v in cfg.items() if k in known}, kwargs
-
-
-def _by_header(path: str, description: dict) -> tuple[str, dict, dict]:
-    try:
-        name, classes = description["model"], description.get("classes")
-        kwargs = description.get("model_kwargs", {})
-        cfg = description.get("preprocessing", {}) | {"file": path, "label_names": classes}
-        if "num_classes" in kwargs:
-            cfg["num_classes"] = kwargs["num_classes"]
-        return name, cfg, kwargs
-    except (KeyError, TypeError) as e:
-        raise VisionattnError(f"{path} does not say which model it is of: give it as checkpoint_path of a name") from e
 
 
 def list_models(filter: str | Iterable[str] = "", pretrained: bool = False) -> list[str]:
@@ -433,11 +374,11 @@ def model_info(name: str) -> ModelInfo:
     Raises:
         UnknownModelError: if there is no such name or tag.
     """
-    base, tag, entry = _find(name)
+    base, tag, entry = find(name)
     params = _count_parameters(base)
     if entry.variant is None:
         return ModelInfo(base, "", params, None, (3, 224, 224), None, {}, "", (), "", {})
-    cfg = _tagged(base, tag, entry.cfgs) if tag else next(iter(entry.cfgs.values()))
+    cfg = tagged(base, tag, entry.cfgs) if tag else next(iter(entry.cfgs.values()))
     weights = entry.variant.weights
     chosen = weights[cfg.tag] if cfg.tag else Weights()
     family = entry.family

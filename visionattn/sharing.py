@@ -9,10 +9,12 @@ import torch
 from timm.data import ImageNetInfo
 from timm.models import push_to_hf_hub, save_for_hf
 
+from .create import create_model
 from .data.preprocessing import model_preprocessing
+from .description import describe_file, made_for
 from .errors import VisionattnError
-from .files import DESCRIPTION, one_line, read_checkpoint, read_description, write_checkpoint
-from .registry import create_model, model_info, split_tag
+from .files import DESCRIPTION, one_line, read_checkpoint, write_checkpoint
+from .registry import find, model_info
 from .weights import find_widths, fit_state_dict
 
 
@@ -45,8 +47,8 @@ def convert_file(
     with torch.device("meta"):
         widths = find_widths(content, create_model(name, **model_kwargs or {}))
     model = create_model(name, **(model_kwargs := widths | (model_kwargs or {})))
-    tensors, report = fit_state_dict(content, model)
-    tag, info = split_tag(name)[1], model_info(name)
+    tensors, report = fit_state_dict(content, model, made_for(name, model_kwargs))
+    tag, info = find(name)[1], model_info(name)
     published = info.weights.get(tag) or next(iter(info.weights.values()), None)
     urls = published.urls if published else ()
     with open(path, "rb") as file:
@@ -82,13 +84,16 @@ def push(path: str, place: str, private: bool = False, message: str = "Add model
     Raises:
         VisionattnError: if the checkpoint does not say which model it is of, or the hub refuses it.
     """
-    description = read_description(path)
-    if task := description.get("task"):
-        raise VisionattnError(f"cannot push {path}: it is of {task}, and timm's format holds classifiers only")
+    described = describe_file(path)
+    description = described.entries
+    if described.task != "classification":
+        raise VisionattnError(
+            f"cannot push {path}: it is of {described.task}, and timm's format holds classifiers only"
+        )
     model = create_model(path)
     options = {
         "model_config": {"label_names": description.get("classes")},
-        "model_args": description["model_kwargs"],
+        "model_args": described.kwargs,
         "safe_serialization": True,
     }
     kind, _, folder = place.partition(":")
@@ -100,9 +105,7 @@ def push(path: str, place: str, private: bool = False, message: str = "Add model
             return place
         repository = place.removeprefix("hf-hub:")
         card = {"license": description.get("license", "other"), "library_name": "timm"}
-        card["description"] = (
-            f"`{description['model']}` of visionattn: `visionattn.create_model('hf-hub:{repository}')`."
-        )
+        card["description"] = f"`{described.name}` of visionattn: `visionattn.create_model('hf-hub:{repository}')`."
         push_to_hf_hub(model, repository, message, private=private, model_card=card, **options)
         return f"hf-hub:{repository}"
     except VisionattnError:

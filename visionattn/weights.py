@@ -142,8 +142,9 @@ def convert_state_dict(state_dict: Mapping, model: nn.Module) -> dict[str, Tenso
         VisionattnError: if no layout of the family fits; the message says which keys are missing and left over.
     """
     own, made_for = model.state_dict(), {}
-    if (grid := getattr(model, "grid_size", None)) is not None:
-        made_for["img_size"] = [length * model.patch_size for length in grid]
+    inner = getattr(model, "inner", model)
+    if (grid := getattr(inner, "grid_size", None)) is not None:
+        made_for["img_size"] = [length * inner.patch_size for length in grid]
     tensors = _convert(state_dict, model, made_for).tensors
     for prefix in _heads(model):
         if not any(k.startswith(prefix) for k in own):
@@ -173,15 +174,40 @@ def fit_state_dict(
     Raises:
         VisionattnError: if it does not fit otherwise.
     """
-    own, conversion = model.state_dict(), _convert(state_dict, model, made_for)
+    return _fit(_convert(state_dict, model, made_for), model)
+
+
+def check_held(state_dict: Mapping, model: nn.Module, made_for: Mapping[str, Any] | None = None) -> None:
+    """Refuse a state dict that is not of this very model, which may be on the meta device and stay there.
+
+    Args:
+        state_dict: tensors by name, possibly wrapped.
+        model: what the state dict is said to be of. It may have what models for dense prediction lack.
+        made_for: its arguments.
+
+    Raises:
+        VisionattnError: says what differs.
+    """
+    tensors = unwrap(state_dict, getattr(model, "averaged_weights", True))
+    conversion = _convert({k: v.to("meta") for k, v in tensors.items()}, model, made_for)
+    own, found = _shapes(model.state_dict()), _shapes(conversion.found)
+    if other := [f"{k} {found[k]} instead of {own[k]}" for k in found if k in own and found[k] != own[k]]:
+        raise VisionattnError(f"the tensors are of another model: {_some(other)}")
+    _fit(conversion, model)
+
+
+def _fit(conversion: _Conversion, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
+    own = model.state_dict()
     tensors, found, heads = dict(conversion.tensors), conversion.found, _heads(model)
     for prefix in heads:
         theirs, ours = ({k: v for k, v in d.items() if k.startswith(prefix)} for d in (tensors, own))
         if _shapes(theirs) != _shapes(ours):
             tensors = {k: v for k, v in tensors.items() if k not in theirs} | ours
+    optional = tuple(getattr(model, "optional", ()))
+    tensors = {k: v for k, v in tensors.items() if k in own or not k.startswith(optional)}
     if not any(k.startswith(heads) for k in found):
-        tensors = {k: v for k, v in tensors.items() if k in own or not re.match(r"(feature_norms\.|norm)\d", k)}
-        tensors = {k: v for k, v in own.items() if k.startswith("norm.")} | tensors
+        tensors = {k: v for k, v in tensors.items() if k in own or not re.match(r"norm\d", k)}
+        tensors = {k: v for k, v in own.items() if k.startswith(optional)} | tensors
     tensors = {k: v for k, v in own.items() if k.startswith("feature_norms.")} | tensors
     weight = f"{getattr(model, 'first_conv', '')}.weight"
     if weight in tensors and weight in own and tensors[weight].ndim == 4:

@@ -17,6 +17,7 @@ from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxPool, LastLevelP6P7
 from torchvision.ops.poolers import initLevelMapper
 
+from ..arguments import check_values
 from ..errors import VisionattnError, check_arguments
 from .features import STRIDES, FeatureMaps, OverBackbone, by_size, create_feature_maps
 
@@ -208,6 +209,9 @@ def create_detector(
     accepted = {*inspect.signature(spec.model).parameters, "size_divisible", "fixed_size"}
     accepted -= {"backbone", "num_classes", "kwargs", "box_predictor", "mask_head", "mask_predictor"}
     check_arguments(head, kwargs, accepted)
+    own = {"num_classes": num_classes, "fpn_channels": fpn_channels, "anchor_sizes": anchor_sizes}
+    for given, takes in ((kwargs, spec.model), (own, create_detector)):
+        check_values(given, takes, lambda argument: f"{head} takes {argument}")
     sizes = tuple(anchor_sizes or spec.anchor_sizes)
     if len(sizes) != len(spec.anchor_sizes):
         raise VisionattnError(f"expected anchor_sizes of {len(spec.anchor_sizes)} levels, got {len(sizes)}")

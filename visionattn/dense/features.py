@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -10,9 +10,9 @@ from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
 from ..backbone import Backbone, Hierarchical, Isotropic
+from ..create import check_described, create_model, describe_place, is_place, make_described
+from ..description import load_described
 from ..errors import UnknownArgumentError, VisionattnError
-from ..registry import create_model
-from ..weights import load_pretrained
 
 STRIDES = (4, 8, 16, 32)
 
@@ -122,14 +122,22 @@ def create_feature_maps(
     kwargs = dict(kwargs or {})
     if headed := sorted({"num_classes", "features_only", "out_indices"} & kwargs.keys()):
         raise UnknownArgumentError(f"{name} as a backbone takes no {', '.join(headed)}")
-    checkpoint = kwargs.pop("checkpoint_path", None)
-    backbone = create_model(name, pretrained, num_classes=0, **kwargs)
+    checkpoint, load = kwargs.pop("checkpoint_path", None), None
+    if is_place(name):
+        described = describe_place(name, kwargs.get("cache_dir"), pretrained is not False)
+        check_described(described)
+        backbone = make_described(described, None, num_classes=0, **kwargs)
+        load = described.load if pretrained is not False else None
+    else:
+        backbone = create_model(name, pretrained, num_classes=0, **kwargs)
     if not isinstance(backbone, Backbone):
         raise VisionattnError(f"expected a backbone of visionattn's families, got {name}, a {type(backbone).__name__}")
     if isinstance(backbone, Hierarchical):
         backbone.add_feature_norms([i for i, info in enumerate(backbone.feature_info) if info["reduction"] in strides])
+    if load is not None:
+        load(backbone)  # after the norms of features, which it may have
     if checkpoint:
-        load_pretrained(backbone, checkpoint)  # after the norms of features, which it may have
+        load_described(backbone, checkpoint)
     return FeatureMaps(backbone, strides)
 
 
@@ -156,6 +164,13 @@ class OverBackbone:
     def in_chans(self) -> int:
         """Channels of the images."""
         return self.inner.in_chans
+
+    def adapt_state_dict(self, state_dict: dict[str, Tensor], made_for: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Makes the backbone's part of a state dict fit; see `Backbone.adapt_state_dict`."""
+        prefix = f"{self.backbone_name}."
+        inside = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
+        adapted = {prefix + k: v for k, v in self.inner.adapt_state_dict(inside, made_for).items()}
+        return {k: v for k, v in state_dict.items() if not k.startswith(prefix)} | adapted
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters without weight decay, besides those with one dimension."""

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import Conv2dNormActivation
 
+from ..arguments import check_values
 from ..errors import VisionattnError, check_arguments
 from ..files import one_line
 from .features import STRIDES, FeatureMaps, OverBackbone, create_feature_maps
@@ -123,6 +124,9 @@ def create_segmenter(
     parameters = inspect.signature(spec.decoder).parameters
     accepted = parameters.keys() - {"encoder_channels", "encoder_depth", "n_blocks"}
     check_arguments(head, kwargs, accepted)
+    own = {"num_classes": num_classes, "auxiliary": auxiliary}
+    for given, takes in ((kwargs, spec.decoder), (own, create_segmenter)):
+        check_values(given, takes, lambda argument: f"{head} takes {argument}")
     encoder = create_feature_maps(backbone, pretrained_backbone, backbone_kwargs, STRIDES)
     options = {name: parameters[name].default for name in accepted} | spec.options | kwargs
     try:

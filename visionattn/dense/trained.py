@@ -1,35 +1,84 @@
 """Detectors and segmenters that train.py saved."""
 
+from os import PathLike
 from typing import Any
 
 from torch import nn
 
-from ..weights import load_checkpoint
+from ..create import check_described
+from ..description import Described, made_for, read_described
+from ..errors import VisionattnError
+from ..weights import load_pretrained
 from .detection import create_detector
+from .features import OverBackbone
 from .segmentation import create_segmenter
 
 CREATE = {"detection": create_detector, "segmentation": create_segmenter}
 
 
-def create_trained(path: str, description: dict[str, Any], pretrained: bool = True, **kwargs) -> nn.Module:
+def create_trained(described: Described, pretrained: bool = True, checkpoint_path: str = "", **kwargs) -> nn.Module:
     """The model of a checkpoint of train.py.
 
     Args:
-        path: of the checkpoint.
-        description: what its header says of it.
-        pretrained: load its weights.
-        **kwargs: options of the head, in place of those that it was trained with.
+        described: what its header says of it.
+        pretrained: load its weights; under another head, those of the backbone.
+        checkpoint_path: file to load after those, of a whole model of this kind or of its backbone.
+        **kwargs: arguments of `create_detector` or `create_segmenter`, in place of those that it was trained with. The
+            classifier of other `num_classes` is new, and so is another `head`.
     """
-    model = CREATE[description["task"]](
-        description["model"],
-        description["head"],
-        len(description["classes"]),
-        pretrained_backbone=False,
-        backbone_kwargs=description["model_kwargs"],
-        **description["head_kwargs"] | kwargs,
-    )
+    check_described(described)
+    entries, model = described.entries, make_trained(described, **kwargs)
     if pretrained:
-        load_checkpoint(model, path)
-    own = {key: description["data"][key] for key in ("mean", "std")} | {"label_names": description["classes"]}
+        described.load(model if kwargs.get("head") in (None, entries["head"]) else model.inner)
+    if checkpoint_path:
+        load_over(model, checkpoint_path)
+    own = {key: entries["data"][key] for key in ("mean", "std") if entries["data"].get(key)}
+    if kwargs.get("num_classes") in (None, len(entries["classes"])):
+        own["label_names"] = entries["classes"]
     model.inner.pretrained_cfg = model.inner.pretrained_cfg | own
     return model
+
+
+def make_trained(
+    described: Described,
+    head: str | None = None,
+    num_classes: int | None = None,
+    backbone_kwargs: dict[str, Any] | None = None,
+    **kwargs,
+) -> nn.Module:
+    """The detector or segmenter that a checkpoint describes, without its weights.
+
+    Args:
+        described: what the header says of it.
+        head: in place of its own.
+        num_classes: in place of its own.
+        backbone_kwargs: in place of its own, those that are given.
+        **kwargs: further arguments of `create_detector` or `create_segmenter`; its own hold under its own head.
+    """
+    entries = described.entries
+    options = entries["head_kwargs"] if head in (None, entries["head"]) else {}
+    return CREATE[described.task](
+        described.name,
+        head or entries["head"],
+        len(entries["classes"]) if num_classes is None else num_classes,
+        backbone_kwargs=described.kwargs | (backbone_kwargs or {}),
+        **options | kwargs,
+    )
+
+
+def load_over(model: OverBackbone, path: str | PathLike) -> None:
+    """Load weights to start from: of the whole model if they are of one like it, or else of its backbone.
+
+    Args:
+        model: detector or segmenter to load into.
+        path: of the file.
+
+    Raises:
+        VisionattnError: if the file cannot be read or fits neither; the model is then unchanged.
+    """
+    entries, content = read_described(path)
+    known = made_for(entries["model"], entries.get("model_kwargs", {})) if "model" in entries else {}
+    try:
+        load_pretrained(model, content, known, path)
+    except VisionattnError:
+        load_pretrained(model.inner, content, known, path)

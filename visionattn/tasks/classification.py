@@ -12,6 +12,7 @@ from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTarget
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..create import create_model
 from ..data.class_maps import match_classes
 from ..data.config import AugmentConfig
 from ..data.datasets import ImageSet, dataset_name, load_datasets, load_validation
@@ -25,7 +26,6 @@ from ..data.transforms import (
     train_transform,
 )
 from ..errors import VisionattnError
-from ..registry import create_model
 from .config import LossConfig, TaskConfig
 from .task import Metrics, Task, Validation
 from .views import Predictor, Views

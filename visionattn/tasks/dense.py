@@ -14,8 +14,7 @@ from ..data.datasets import ImageSet
 from ..data.drawing import to_image
 from ..data.joint import MapTransform, ObjectTransform
 from ..data.preprocessing import model_preprocessing
-from ..files import read_description
-from ..weights import load_pretrained
+from ..dense.trained import load_over
 from .config import TaskConfig
 from .task import Task, Validation, autocast
 
@@ -32,20 +31,17 @@ class DenseTask(Task):
     prepare: ClassVar[type[ObjectTransform | MapTransform]]
 
     def create_model(self, num_classes: int | None) -> nn.Module:
-        config, kwargs = self.config, dict(self.config.model_kwargs)
-        is_whole = config.checkpoint and read_description(config.checkpoint).get("task") == config.task
-        if config.checkpoint and not is_whole:
-            kwargs["checkpoint_path"] = config.checkpoint
+        config = self.config
         model = type(self).create(
             config.model,
             config.head,
             num_classes,
             pretrained_backbone=config.pretrained,
-            backbone_kwargs=kwargs,
+            backbone_kwargs=config.model_kwargs,
             **config.head_kwargs,
         )
-        if is_whole:
-            load_pretrained(model, config.checkpoint)
+        if config.checkpoint:
+            load_over(model, config.checkpoint)
         return model
 
     def describe(self, num_classes: int) -> dict[str, Any]:

@@ -8,10 +8,10 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..create import create_model
 from ..data.config import DataConfig, user_input
+from ..description import read_description
 from ..errors import UnknownModelError, VisionattnError
-from ..files import read_description
-from ..registry import create_model
 from ..weights import load_checkpoint
 from .config import DistillConfig
 

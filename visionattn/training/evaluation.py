@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader
 from ..backbone import Backbone
 from ..data.config import user_input
 from ..data.loader import eval_loader, read_batches
+from ..description import read_description
 from ..errors import VisionattnError
-from ..files import read_description
 from ..registry import list_models
 from ..tasks import make_task
 from ..tasks.config import refuse_foreign

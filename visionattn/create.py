@@ -1,0 +1,131 @@
+"""Creating models: by names, by files and by repositories."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from .arguments import with_meaning
+from .description import Described, check_made, describe_file, describe_repository, load_described
+from .errors import UnknownModelError
+from .registry import Entry, find, tagged
+
+REPOSITORIES = ("hf-hub", "hf_hub", "local-dir")
+FILE_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt")
+
+
+def create_model(name: str, pretrained: bool | None = None, checkpoint_path: str = "", **kwargs) -> nn.Module:
+    """Create a model.
+
+    Weights of the family that do not fit as they are, for other classes, channels, image or window sizes, are adapted;
+    what was re-initialised, dropped or resized is logged in one line.
+
+    Args:
+        name: registered name with optional tag of its weights, `dinat_small` or `dinat_small.in1k`; or what names model
+            and weights: `path/to/file.safetensors` of `visionattn convert` or train.py, `hf-hub:user/repository` or
+            `local-dir:folder`. What these say is checked before anything is made by it.
+        pretrained: load the weights, the published ones of the tag or of the first one for a registered name. None:
+            no for a registered name, yes for files and repositories.
+        checkpoint_path: file to load in any published layout of the family; after `pretrained`. Of a detector or
+            segmenter, ours or others', the backbone is taken.
+        **kwargs: arguments of the model's class (`num_classes`, `in_chans`, `drop_path_rate`, ...) and of timm's
+            builder (`features_only`, `out_indices`, ...). None is passed on where the class has a use for it, such as
+            `layer_scale=None`; elsewhere it stands for the default. `img_size` is the size that position tables are
+            made for, where a model has some, and the one that its data are prepared at.
+
+    Returns:
+        The model, or a list-of-maps feature extractor with `features_only=True`. If the file is train.py's checkpoint
+        of a detector or segmenter: that, with `**kwargs` those of `create_detector` or `create_segmenter` (another
+        `num_classes` or `head` is then new); or with `features_only=True` the features of its backbone.
+
+    Raises:
+        UnknownModelError: if there is no such name or tag.
+        UnknownArgumentError: if the model does not take one of the arguments, or not of that type.
+        VisionattnError: if weights cannot be fetched or read, or do not fit, or a file does not name its model.
+    """
+    load = partial(load_described, path=checkpoint_path) if checkpoint_path else None
+    if not is_place(name):
+        base, tag, entry = find(name)
+        if tag:
+            kwargs["pretrained_cfg"] = tagged(base, tag, entry.cfgs)
+        return _make(entry, bool(pretrained), load, kwargs)
+    described = describe_place(name, kwargs.get("cache_dir"), pretrained is not False)
+    if described.task != "classification" and not kwargs.get("features_only"):
+        from .dense.trained import create_trained  # whose libraries are heavy
+
+        return create_trained(described, pretrained is not False, checkpoint_path, **kwargs)
+    check_described(described)
+
+    def start(model: nn.Module) -> None:
+        if pretrained is not False:
+            described.load(model)
+        if load is not None:
+            load(model)
+
+    return make_described(described, start if pretrained is not False or load else None, **kwargs)
+
+
+def is_place(name: str) -> bool:
+    """Whether a name is that of a file or a repository, which say themselves which model they are of.
+
+    Args:
+        name: what `create_model` takes.
+    """
+    return ":" in name or name.endswith(FILE_SUFFIXES)
+
+
+def describe_place(name: str, cache_dir: str | None = None, weights: bool = True) -> Described:
+    """What a file or a repository says of its model.
+
+    Args:
+        name: of the file or repository.
+        cache_dir: folder for downloads; None for the usual ones.
+        weights: read the weights of a repository too.
+
+    Raises:
+        UnknownModelError: if it is neither.
+        VisionattnError: if it cannot be read, or what it says cannot be.
+    """
+    kind = name.partition(":")[0]
+    if kind in REPOSITORIES:
+        return describe_repository(name, cache_dir, weights)
+    if name.endswith(FILE_SUFFIXES):
+        return describe_file(name)
+    raise UnknownModelError(f"unknown model {name}: expected a name, a file, hf-hub:... or local-dir:...")
+
+
+def check_described(described: Described) -> None:
+    """Refuse a place that holds other tensors than those of the model that it describes; see `check_made`."""
+    if described.task == "classification":
+        check_made(described, lambda: make_described(described, None))
+    else:
+        from .dense.trained import make_trained
+
+        check_made(described, lambda: make_trained(described))
+
+
+def make_described(described: Described, start: Callable[[nn.Module], None] | None, **kwargs) -> nn.Module:
+    """The classifier or backbone that a place describes, without its weights.
+
+    Args:
+        described: what the place says.
+        start: loads weights.
+        **kwargs: in place of the arguments that the place says.
+    """
+    base, tag, entry = find(described.name)
+    if tag:
+        kwargs["pretrained_cfg"] = tagged(base, tag, entry.cfgs)
+    overlay = described.cfg | (kwargs.get("pretrained_cfg_overlay") or {})
+    return _make(entry, False, start, described.kwargs | kwargs | {"pretrained_cfg_overlay": overlay})
+
+
+def _make(
+    entry: Entry, pretrained: bool, start: Callable[[nn.Module], None] | None, kwargs: dict[str, Any]
+) -> nn.Module:
+    if entry.variant is not None:
+        return entry.build(pretrained=pretrained, start=start, **kwargs)
+    model = entry.build(pretrained=pretrained, **with_meaning(kwargs, entry.takes))
+    if start is not None:
+        start(model)
+    return model
