@@ -44,26 +44,40 @@ def create_model(name: str, pretrained: bool | None = None, checkpoint_path: str
         UnknownArgumentError: if the model does not take one of the arguments, or not of that type.
         VisionattnError: if weights cannot be fetched or read, or do not fit, or a file does not name its model.
     """
-    load = partial(load_described, path=checkpoint_path) if checkpoint_path else None
     if not is_place(name):
         base, tag, entry = find(name)
         if tag:
             kwargs["pretrained_cfg"] = tagged(base, tag, entry.cfgs)
+        load = partial(load_described, path=checkpoint_path) if checkpoint_path else None
         return _make(entry, bool(pretrained), load, kwargs)
     described = describe_place(name, kwargs.get("cache_dir"), pretrained is not False)
     if described.task != "classification" and not kwargs.get("features_only"):
         from .dense.trained import create_trained  # whose libraries are heavy
 
         return create_trained(described, pretrained is not False, checkpoint_path, **kwargs)
+    return create_described(described, pretrained, checkpoint_path, **kwargs)
+
+
+def create_described(
+    described: Described, pretrained: bool | None = None, checkpoint_path: str = "", **kwargs
+) -> nn.Module:
+    """The classifier or feature extractor that a place describes, or that has the backbone it describes.
+
+    Args:
+        described: what the place says.
+        pretrained: load its weights, unless it is False.
+        checkpoint_path: file to load after those.
+        **kwargs: in place of the arguments that the place says.
+    """
     check_described(described)
 
     def start(model: nn.Module) -> None:
         if pretrained is not False:
             described.load(model)
-        if load is not None:
-            load(model)
+        if checkpoint_path:
+            load_described(model, checkpoint_path)
 
-    return make_described(described, start if pretrained is not False or load else None, **kwargs)
+    return make_described(described, start if pretrained is not False or checkpoint_path else None, **kwargs)
 
 
 def is_place(name: str) -> bool:
@@ -93,6 +107,15 @@ def describe_place(name: str, cache_dir: str | None = None, weights: bool = True
     if name.endswith(FILE_SUFFIXES):
         return describe_file(name)
     raise UnknownModelError(f"unknown model {name}: expected a name, a file, hf-hub:... or local-dir:...")
+
+
+def plain_name(name: str) -> str:
+    """The registered name of a model that a file or a repository is of; other names as they are.
+
+    Args:
+        name: what `create_model` takes.
+    """
+    return describe_place(name, weights=False).name if is_place(name) else name
 
 
 def check_described(described: Described) -> None:

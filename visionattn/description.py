@@ -149,7 +149,7 @@ def read_described(path: str | PathLike) -> tuple[dict[str, Any], dict[str, Any]
     content, metadata = read_checkpoint(path)
     place = f"checkpoint {path}"
     entries = _parse(metadata.get(DESCRIPTION, "{}"), place)
-    check_header(entries, place, _longest(content))
+    check_header(entries, place, longest_side(content))
     return entries, content
 
 
@@ -218,8 +218,8 @@ def describe_repository(name: str, cache_dir: str | None = None, weights: bool =
     if weights:
         path = find_file(rest) if kind == "local-dir" else fetch([], [HUB + rest], name, cache_dir=cache_dir)
         state_dict = read_checkpoint(path)[0]
-    longest = MOST_ROWS if state_dict is None else _longest(state_dict)
-    _check_model(architecture, kwargs, place, "model_args", longest)
+    longest = MOST_ROWS if state_dict is None else longest_side(state_dict)
+    check_model(architecture, kwargs, place, "model_args", longest)
     _check_sizes(cfg.get("num_classes", 0), f"{place}: entry num_classes", longest)
     return Described(place, architecture, dict(kwargs), cfg, {}, path, state_dict)
 
@@ -262,7 +262,7 @@ def check_header(entries: Mapping[str, Any], place: str, longest: int = LARGEST)
     _check_preparation(entries.get("preprocessing", {}), place, "preprocessing.")
     classes, kwargs = entries.get("classes"), entries.get("model_kwargs", {})
     if "model" in entries:
-        _check_model(entries["model"], kwargs, place, "model_kwargs", longest)
+        check_model(entries["model"], kwargs, place, "model_kwargs", longest)
     for count in {kwargs.get("num_classes"), entries.get("num_classes")} - {None} if classes is not None else ():
         if count != len(classes):
             raise VisionattnError(f"{place}: entry classes names {len(classes)}, and num_classes says {count}")
@@ -336,8 +336,19 @@ def _check_preparation(entries: Mapping[str, Any], place: str, prefix: str) -> N
         raise VisionattnError(f"{place}: entries {prefix}mean and {prefix}std differ in length")
 
 
-def _check_model(name: str, kwargs: Mapping[str, Any], place: str, group: str, longest: int) -> None:
-    """Refuse a name that is not registered, and arguments that its model does not take."""
+def check_model(name: str, kwargs: Mapping[str, Any], place: str, group: str, longest: int) -> None:
+    """Refuse a name that is not registered, and arguments that its model does not take.
+
+    Args:
+        name: of the model.
+        kwargs: its arguments.
+        place: what errors call who says so.
+        group: what that calls the arguments.
+        longest: the longest side of a tensor that is held.
+
+    Raises:
+        VisionattnError: says which it is.
+    """
     with told_of(place):
         takes = find(name)[2].takes
     types = hints(takes)
@@ -364,8 +375,12 @@ def _check_sizes(value: Any, what: str, longest: int) -> None:
         raise VisionattnError(f"{what} is {_shown(value)}, {told}")
 
 
-def _longest(content: Mapping[str, Any]) -> int:
-    """The longest side of a tensor of a file."""
+def longest_side(content: Mapping[str, Any]) -> int:
+    """The longest side of a tensor of a file, or of an image.
+
+    Args:
+        content: of the file.
+    """
     return max([LARGEST, *(side for tensor in _tensors(content) for side in tensor.shape)])
 
 

@@ -12,7 +12,7 @@ from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTarget
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..create import create_model
+from ..create import create_described, create_model, describe_place, is_place
 from ..data.class_maps import match_classes
 from ..data.config import AugmentConfig
 from ..data.datasets import ImageSet, dataset_name, load_datasets, load_validation
@@ -49,12 +49,15 @@ class Classification(Task):
     def create_model(self, num_classes: int | None) -> nn.Module:
         config = self.config
         kwargs = config.model_kwargs | ({} if num_classes is None else {"num_classes": num_classes})
+        if is_place(config.model):  # which brings its weights, be it a classifier or have its backbone
+            return create_described(describe_place(config.model), None, config.checkpoint, **kwargs)
         return create_model(config.model, config.pretrained, config.checkpoint, **kwargs)
 
     def describe(self, num_classes: int) -> dict[str, Any]:
+        model, kwargs = self.made
         return {
-            "model": self.config.model,
-            "model_kwargs": self.config.model_kwargs | {"num_classes": num_classes},
+            "model": model,
+            "model_kwargs": kwargs | {"num_classes": num_classes},
             "preprocessing": preprocessing(self.config.data),
         }
 

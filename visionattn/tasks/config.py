@@ -31,7 +31,8 @@ class TaskConfig:
     task: Literal["classification", "detection", "segmentation"] = "classification"
     """What the model learns."""
     model: str = "test_dinat"
-    """Model; `visionattn list` names them. In detection and segmentation, the backbone."""
+    """Model; `visionattn list` names them. In detection and segmentation, the backbone. Or a checkpoint of ours,
+    hf-hub:user/repository or local-dir:folder, which bring arguments and weights."""
     model_kwargs: dict[str, Any] = field(default_factory=dict)
     """More arguments of create_model, such as model_kwargs.drop_path_rate 0.1."""
     head: str = ""

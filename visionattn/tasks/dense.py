@@ -36,7 +36,7 @@ class DenseTask(Task):
             config.model,
             config.head,
             num_classes,
-            pretrained_backbone=config.pretrained,
+            pretrained_backbone=config.pretrained or None,  # files and repositories bring theirs
             backbone_kwargs=config.model_kwargs,
             **config.head_kwargs,
         )
@@ -46,7 +46,9 @@ class DenseTask(Task):
 
     def describe(self, num_classes: int) -> dict[str, Any]:
         config = self.config
-        options = {name: getattr(config, name) for name in ("task", "model", "model_kwargs", "head", "head_kwargs")}
+        model, kwargs = self.made
+        options = {"task": config.task, "model": model, "model_kwargs": kwargs}
+        options |= {"head": config.head, "head_kwargs": config.head_kwargs}
         return options | {"annotations": asdict(config.annotations), "joint": asdict(config.joint)}
 
     def resolve(self, model: nn.Module) -> TaskConfig:

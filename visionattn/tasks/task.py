@@ -4,14 +4,18 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from ..create import describe_place, is_place
 from ..data.datasets import ImageSet
 from ..data.loader import Collate
+from ..description import EXECUTION
+from ..registry import find
 from .config import TaskConfig
 
 DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -76,6 +80,17 @@ class Task(ABC):
 
     def __init__(self, config: TaskConfig) -> None:
         self.config = config
+
+    @cached_property
+    def made(self) -> tuple[str, dict[str, Any]]:
+        """Registered name and arguments of the model, or backbone: a file or repository that the options name says
+        which it is, and how a model is run is not part of it."""
+        name, kwargs = self.config.model, self.config.model_kwargs
+        if is_place(name):
+            described = describe_place(name, weights=False)
+            name, kwargs = described.name, described.kwargs | kwargs
+        base, tag, _ = find(name)
+        return f"{base}.{tag}" if tag else base, {k: v for k, v in kwargs.items() if k not in EXECUTION}
 
     @abstractmethod
     def load(self) -> tuple[ImageSet, ImageSet]:

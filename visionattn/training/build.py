@@ -1,5 +1,8 @@
 """What a run is made of, from its options: loaders and model."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import torch
 from accelerate import Accelerator
 from timm.layers import convert_sync_batchnorm
@@ -9,7 +12,9 @@ from torch.utils.data import DataLoader
 from ..data.config import user_input
 from ..data.datasets import ImageSet
 from ..data.loader import Stream, TrainSampler, derive_seed, eval_loader, train_loader
+from ..description import Described, check_made, check_model, longest_side, read_described
 from ..errors import VisionattnError
+from ..tasks import make_task
 from ..tasks.task import Task
 from .config import TrainConfig
 from .evaluation import image_mode
@@ -32,6 +37,31 @@ def make_model(task: Task, num_classes: int, accelerator: Accelerator) -> tuple[
             model.set_grad_checkpointing()
     model.to(accelerator.device, memory_format=memory_format(config))
     return model, frozen
+
+
+def check_resumable(task: Task, num_classes: int, folder: Path) -> None:
+    """Refuse options of a run whose model is not the one that its last checkpoint holds, before it is made.
+
+    Args:
+        task: Of the options.
+        num_classes: Of the data.
+        folder: Of the run.
+
+    Raises:
+        VisionattnError: Says what differs.
+    """
+    path = folder / "checkpoints" / "last.safetensors"
+    if not path.is_file():
+        raise VisionattnError(f"cannot resume {folder}: it has no checkpoints/last.safetensors")
+    content = read_described(path)[1]
+    name, kwargs = task.made
+    plain = replace(task.config, model=name, model_kwargs=kwargs, pretrained=False, checkpoint="")
+    entries = {"task": plain.task, "model_kwargs": kwargs}
+    place = f"cannot resume {folder} with these options"
+    check_model(name, kwargs, place, "model_kwargs", longest_side(content))
+    check_made(
+        Described(place, name, kwargs, {}, entries, path, content), lambda: make_task(plain).create_model(num_classes)
+    )
 
 
 def memory_format(config: TrainConfig) -> torch.memory_format:

@@ -175,6 +175,8 @@ class TrainConfig(TaskConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if Path(self.name).is_absolute() or ".." in Path(self.name).parts:
+            raise VisionattnError(f"option name: expected that of a folder in {self.output}, got {self.name!r}")
         if self.task == "classification" and (self.augment.mixup or self.augment.cutmix) and self.data.batch_size % 2:
             raise VisionattnError(f"mixup and cutmix pair images: data.batch_size {self.data.batch_size} is odd")
         window = re.fullmatch(r"(\d+)-(\d+)", self.profile)

@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from ..backbone import Backbone
+from ..create import describe_place, is_place
 from ..data.config import user_input
 from ..data.loader import eval_loader, read_batches
 from ..description import read_description
@@ -136,11 +137,16 @@ def validate(config: ValidateConfig, output: ResultFile | None = None) -> dict[s
     if output is None and config.output:
         output = ResultFile(config.output)
     classes = read_description(config.checkpoint).get("classes") if config.checkpoint else None
+    named = not config.checkpoint and is_place(config.model)
+    if named and (of := describe_place(config.model, weights=False).task) != "classification":
+        raise VisionattnError(f"{config.model} is of {of}: give it as --checkpoint")
     task = make_task(replace(config, checkpoint=""))
     images = task.load_validation(classes)
     model = task.create_model(None if config.task == "classification" else len(images.classes))
     if config.checkpoint:
         load_checkpoint(model, config.checkpoint)
+    elif named:
+        classes = model.pretrained_cfg.get("label_names")
     parameters = sum(p.numel() for p in model.parameters())
     data, mode = task.resolve(model).data, image_mode(model)
     accelerator = make_accelerator("no")  # the predictor sees to the precision, which differs from model to model
@@ -161,9 +167,9 @@ def validate(config: ValidateConfig, output: ResultFile | None = None) -> dict[s
     figures = results | validation.metrics.details()
     per_class = dict(zip(images.classes, validation.metrics.per_class(), strict=False))  # the data has no further ones
     record = {
-        "model": config.model,
+        "model": task.made[0],
         **({"head": config.head} if config.head else {}),
-        "weights": config.checkpoint or ("published weights" if config.pretrained else "random weights"),
+        "weights": config.checkpoint or _weights(config),
         "parameters": parameters,
         "data": images.name,
         "images": len(images),
@@ -181,6 +187,12 @@ def validate(config: ValidateConfig, output: ResultFile | None = None) -> dict[s
     if output:
         output.add(record)
     return results
+
+
+def _weights(config: ValidateConfig) -> str:
+    if is_place(config.model):
+        return config.model
+    return "published weights" if config.pretrained else "random weights"
 
 
 def _as_run(model: nn.Module, config: ValidateConfig, device: torch.device) -> nn.Module:

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from ..create import plain_name
 from ..data.config import user_input
 from .checkpoint import link, write_file
 from .config import TrainConfig, to_yaml
@@ -13,7 +14,7 @@ from .config import TrainConfig, to_yaml
 def make_folder(config: TrainConfig, fill: Callable[[Path], None]) -> Path:
     """Make a run folder, which has options and whatever `fill` puts into it from the moment that it is there."""
     images = config.data.root if config.data.name == "folder" else config.data.name
-    parts = [config.model, config.head, Path(images).resolve().name]
+    parts = [plain_name(config.model), config.head, Path(images).resolve().name]
     wanted = Path(config.output, config.name or "-".join(filter(None, parts)))
     with user_input(f"cannot write to {config.output}", OSError):
         hidden = wanted.with_name(f".{wanted.name}.{os.getpid()}")  # until it is complete

@@ -22,7 +22,7 @@ from ..dense.features import OverBackbone
 from ..errors import VisionattnError
 from ..tasks import make_task
 from ..weights import load_checkpoint
-from .build import make_loaders, make_model, memory_format
+from .build import check_resumable, make_loaders, make_model, memory_format
 from .checkpoint import link, read_training_state, save_checkpoint, without_nan, write_file
 from .config import TrainConfig, plain, to_yaml
 from .distill import Distillation, make_teacher
@@ -64,6 +64,8 @@ class Trainer:
         self.task = make_task(config)
         images = self.task.load()
         self.classes = images[0].classes
+        if resume is not None:
+            check_resumable(self.task, len(self.classes), resume)
         model, self.frozen = make_model(self.task, len(self.classes), accelerator)
         self.config = config = self.task.resolve(model)
         self.sampler, self.train_batches, self.val_batches = make_loaders(
