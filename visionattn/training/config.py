@@ -1,14 +1,12 @@
 """The options of train.py and validate.py: typed dataclasses, filled from YAML files and the command line."""
 
-import json
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from jsonargparse.typing import (
     ClosedUnitInterval,
     NonNegativeFloat,
@@ -21,7 +19,9 @@ from jsonargparse.typing import (
 from ..data.config import AugmentConfig
 from ..errors import VisionattnError
 from ..tasks.config import LossConfig, TaskConfig, TtaConfig, refuse_foreign
-from .command_line import arrange, make_parser, parse, values_of
+from .command_line import make_parser, parse, values_of
+from .yaml_text import plain as plain
+from .yaml_text import to_yaml as to_yaml
 
 
 @dataclass
@@ -229,7 +229,7 @@ def parse_train(argv: list[str]) -> tuple[TrainConfig, Path | None]:
         if not (resume / "config.yaml").is_file():
             raise VisionattnError(f"cannot resume {resume}: not a run folder of train.py (it has no config.yaml)")
         argv = ["--config", str(resume / "config.yaml"), *argv]
-    config = parse(parser, TrainConfig, arrange(parser, argv))
+    config = parse(parser, TrainConfig, argv)
     refuse_foreign(config)
     return config, resume
 
@@ -238,22 +238,10 @@ def parse_validate(argv: list[str], describe: Callable[[str], dict[str, Any]]) -
     """Read validate.py's command line; `describe(checkpoint)` gives the options a checkpoint brings as defaults."""
     parser = make_parser(ValidateConfig, "validate.py", "Validate a checkpoint, or a model's published weights.")
     parser.set_defaults({"data.crop_pct": None, "data.val_fraction": 1.0})  # where nothing was trained on the rest
-    argv = arrange(parser, argv)
     config = parse(parser, ValidateConfig, argv)
-    if config.checkpoint:
-        parser.set_defaults(describe(config.checkpoint))
-        config = parse(parser, ValidateConfig, argv)
+    if config.checkpoint and (brought := describe(config.checkpoint)):
+        config = parse(parser, ValidateConfig, argv, (config.checkpoint, brought))
     return config
-
-
-def to_yaml(config: Any) -> str:
-    """Every option with its value, as a file that --config reads."""
-    return yaml.safe_dump(plain(config), sort_keys=False)
-
-
-def plain(config: Any) -> dict[str, Any]:
-    """A dataclass as nested dicts of JSON's types."""
-    return json.loads(json.dumps(asdict(config)))
 
 
 def run(main: Callable[[list[str]], None]) -> int:

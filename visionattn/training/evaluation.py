@@ -83,10 +83,8 @@ def image_mode(model: nn.Module) -> str:
 def options_of(checkpoint: str) -> dict[str, Any]:
     """The options of validate.py that a checkpoint brings."""
     description = read_description(checkpoint)
-    known = ("task", "model", "model_kwargs", "head", "head_kwargs", "precision")
-    options = {key: description[key] for key in known if key in description}
-    groups = ("data", "annotations", "joint")
-    return options | {f"{group}.{k}": v for group in groups for k, v in description.get(group, {}).items()}
+    known = ("task", "model", "model_kwargs", "head", "head_kwargs", "precision", "data", "annotations", "joint")
+    return {key: description[key] for key in known if key in description}
 
 
 def validate_all(config: ValidateConfig, argv: list[str]) -> None:
