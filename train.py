@@ -3,10 +3,12 @@
 
 import sys
 
-from visionattn.training.config import parse_train, run
+from visionattn.errors import run
 
 
 def main(argv: list[str]) -> None:
+    from visionattn.training.config import parse_train  # here, so that a library that is lacking is told in one line
+
     config, resume = parse_train(argv)
     from visionattn.training.trainer import train  # after parsing, so that --help and typos are answered at once
 

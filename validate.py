@@ -3,10 +3,12 @@
 
 import sys
 
-from visionattn.training.config import parse_validate, run
+from visionattn.errors import run
 
 
 def main(argv: list[str]) -> None:
+    from visionattn.training.config import parse_validate  # here, so that a library that is lacking is told in one line
+
     config = parse_validate(argv, lambda checkpoint: {})  # answers --help and typos at once
     from visionattn.training.evaluation import validate_all
 

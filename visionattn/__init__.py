@@ -6,6 +6,7 @@ from typing import Any
 from . import data as data
 from . import models as models
 from .create import create_model
+from .errors import optional as _optional
 from .registry import list_models, model_info, register_model
 
 __version__ = "0.1.0"
@@ -18,4 +19,5 @@ def __getattr__(name: str) -> Any:
     """`create_detector` and `create_segmenter`, whose libraries are imported when one is asked for."""
     if name not in _HEAVY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HEAVY[name], __name__), name)
+    with _optional():
+        return getattr(import_module(_HEAVY[name], __name__), name)

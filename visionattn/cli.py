@@ -3,9 +3,9 @@
 import argparse
 import json
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
-from .errors import VisionattnError
+from .errors import VisionattnError, run
 from .registry import list_models, model_info
 
 
@@ -88,19 +88,26 @@ def _predict(args: argparse.Namespace) -> None:
     predict(args.checkpoint, args.images, args.output, args.threshold, args.overwrite)
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser that tells what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise VisionattnError(f"{message} (see {self.prog} --help)")
+
+
 def _key_value(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals:
         raise argparse.ArgumentTypeError(f"expected KEY=VALUE, got {text}")
     try:
         return key, json.loads(value)
-    except ValueError:
+    except (ValueError, RecursionError):
         return key, value
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit status, 2 for a request that cannot be met."""
-    parser = argparse.ArgumentParser("visionattn", description="Vision backbones built on attention.")
+    parser = _Parser("visionattn", description="Vision backbones built on attention.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     command = commands.add_parser("list", help="print the names of the models")
     command.add_argument("filter", nargs="?", default="", help="shell pattern, 'dinat_*'")
@@ -133,13 +140,12 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument("--threshold", type=float, default=0.5, help="least score of objects (default: %(default)s)")
     command.add_argument("--overwrite", action="store_true", help="write over pictures that are there")
     command.set_defaults(run=_predict)
-    args = parser.parse_args(argv)
-    try:
+
+    def call(arguments: list[str]) -> None:
+        args = parser.parse_args(arguments if argv is None else argv)
         args.run(args)
-    except VisionattnError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    return 0
+
+    return run(call)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from torch import nn
 
 from .arguments import with_meaning
 from .description import Described, check_made, describe_file, describe_repository, load_described
-from .errors import UnknownModelError
+from .errors import UnknownModelError, optional
 from .registry import Entry, find, tagged
 
 REPOSITORIES = ("hf-hub", "hf_hub", "local-dir")
@@ -52,7 +52,8 @@ def create_model(name: str, pretrained: bool | None = None, checkpoint_path: str
         return _make(entry, bool(pretrained), load, kwargs)
     described = describe_place(name, kwargs.get("cache_dir"), pretrained is not False)
     if described.task != "classification" and not kwargs.get("features_only"):
-        from .dense.trained import create_trained  # whose libraries are heavy
+        with optional():
+            from .dense.trained import create_trained  # whose libraries are heavy
 
         return create_trained(described, pretrained is not False, checkpoint_path, **kwargs)
     return create_described(described, pretrained, checkpoint_path, **kwargs)
@@ -123,7 +124,8 @@ def check_described(described: Described) -> None:
     if described.task == "classification":
         check_made(described, lambda: make_described(described, None))
     else:
-        from .dense.trained import make_trained
+        with optional():
+            from .dense.trained import make_trained
 
         check_made(described, lambda: make_trained(described))
 

@@ -51,6 +51,7 @@ HEADER = {
     "annotations": Mapping,
     "joint": Mapping,
     "precision": Literal["no", "bf16", "fp16"],
+    "multi_label": bool,
     "epoch": int,
     "metrics": Mapping | None,
     "source": str,

@@ -1,6 +1,10 @@
 """What visionattn raises when it was asked for something it cannot do. The message is one line."""
 
-from collections.abc import Iterable
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
 
 LONGEST = 300
 """Characters that are shown of a name, a path or an address that somebody gave."""
@@ -29,11 +33,30 @@ def shortened(text: object, longest: int = LONGEST) -> str:
     return text if len(text) <= longest else f"{text[: longest // 2]}...{text[3 - longest // 2 :]}"
 
 
+INSTALL = {
+    **dict.fromkeys(
+        ("accelerate", "jsonargparse", "docstring_parser", "typeshed_client", "matplotlib", "rich", "sklearn"),
+        "'visionattn[train]'",
+    ),
+    "tensorboard": "'visionattn[train]'",
+    **dict.fromkeys(
+        ("albumentations", "cv2", "faster_coco_eval", "segmentation_models_pytorch", "torchmetrics"),
+        "'visionattn[dense]'",
+    ),
+    "datasets": "datasets",
+}
+"""What pip is to be asked for, by the names under which the libraries are imported that a base install lacks."""
+
+
 class VisionattnError(ValueError):
     """A request that cannot be met; says what was given and what is accepted, in one line."""
 
     def __init__(self, told: object = "") -> None:
         super().__init__(printable(told))
+
+
+class NotInstalledError(VisionattnError, ImportError):
+    """A request needs a library that is not installed."""
 
 
 class UnknownModelError(VisionattnError, RuntimeError):
@@ -53,3 +76,53 @@ def check_arguments(name: str, given: Iterable[str], accepted: Iterable[str]) ->
     if unknown := sorted(set(given) - set(accepted)):
         told = f"{name} got unknown arguments {', '.join(unknown)}; it takes {', '.join(sorted(accepted))}"
         raise UnknownArgumentError(told)
+
+
+@contextmanager
+def optional() -> Iterator[None]:
+    """Around what imports libraries that a base install lacks: says in one line what to install.
+
+    Raises:
+        NotInstalledError: if one of them is not installed.
+    """
+    try:
+        yield
+    except VisionattnError:
+        raise
+    except ImportError as error:
+        told = (error.name or str(error)).replace("-", "_")
+        if (lacking := next((name for name in INSTALL if re.search(rf"\b{name}\b", told)), None)) is None:
+            raise
+        raise NotInstalledError(f"this needs {lacking}: python -m pip install {INSTALL[lacking]}") from error
+
+
+def require(*names: str) -> None:
+    """Look for libraries that will be imported later, when there would be something to lose.
+
+    Args:
+        names: under which they are imported.
+
+    Raises:
+        NotInstalledError: if one of them is not installed.
+    """
+    with optional():
+        for name in names:
+            if find_spec(name) is None:
+                raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+def run(main: Callable[[list[str]], int | None]) -> int:
+    """Call a script's main with its arguments; the exit code, with one line on stderr for what the user can mend.
+
+    Args:
+        main: the script; what it returns is the exit code, None is 0.
+    """
+    try:
+        with optional():
+            return main(sys.argv[1:]) or 0
+    except VisionattnError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130

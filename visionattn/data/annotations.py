@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from ..errors import VisionattnError
+from ..errors import VisionattnError, optional
 from .config import DataConfig, user_input
 from .datasets import SYNONYMS, ImageSet
 from .loader import collate_tensors
@@ -100,10 +100,8 @@ def root_of(config: DataConfig) -> Path:
 
 def open_hub(config: DataConfig, split: str) -> Any:
     """A split of the Hugging Face dataset that data.name names, hfds/<name or folder>."""
-    try:
+    with optional():
         from datasets import load_dataset
-    except ImportError:
-        raise VisionattnError(f"data.name {config.name} needs the package datasets: pip install datasets") from None
     name = config.name.partition("/")[2]
     with user_input(f"cannot open dataset {name} ({split})", Exception):  # readers raise whatever they like
         return load_dataset(name, split=split, cache_dir=config.root)

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 from timm.data import create_dataset
 
-from ..errors import VisionattnError
+from ..errors import VisionattnError, optional, require
 from .config import DataConfig, user_input
 
 SYNONYMS = [("train", "training"), ("validation", "val", "valid", "eval", "evaluation")]
@@ -151,7 +151,8 @@ def _split(images: ImageSet, fraction: float) -> tuple[ImageSet, ImageSet]:
 
 
 def _digits() -> ImageSet:
-    from sklearn.datasets import load_digits
+    with optional():
+        from sklearn.datasets import load_digits
 
     digits = load_digits()
     pixels = (digits.images * (255 / 16)).round().astype(np.uint8)  # 8 x 8 counts from 0 to 16
@@ -201,6 +202,8 @@ def _open_by_timm(config: DataConfig, name: str, split: str) -> ImageSet:
     if kind not in ("torch", "hfds"):
         accepted = "digits, folder, torch/<torchvision dataset> or hfds/<Hugging Face dataset>"
         raise VisionattnError(f"unknown dataset {name}: data.name is {accepted}")
+    if kind == "hfds":
+        require("datasets")
     if kind == "torch" and config.root is None:
         raise VisionattnError(f"data.name {name} needs data.root, the folder of its files")
     readable = _unpacked(config.root, name)

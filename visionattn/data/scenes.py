@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+from ..errors import optional
 from .annotations import Objects, tight_boxes
 from .config import user_input
 from .datasets import ImageSet, stratified_split
@@ -178,7 +179,8 @@ def _paint(rng: np.random.Generator, window: np.ndarray, alpha: np.ndarray, shad
 
 def _digits(validation: bool) -> tuple[np.ndarray, np.ndarray]:
     """Digits of one side of the split that `--data.name digits` makes, with margins, and what they are."""
-    from sklearn.datasets import load_digits
+    with optional():
+        from sklearn.datasets import load_digits
 
     digits = load_digits()
     stay, held_out = stratified_split(digits.target, 0.2)

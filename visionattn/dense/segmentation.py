@@ -10,19 +10,17 @@ from torch import Tensor, nn
 from torchvision.ops import Conv2dNormActivation
 
 from ..arguments import check_values
-from ..errors import VisionattnError, check_arguments
+from ..errors import VisionattnError, check_arguments, optional
 from ..files import one_line
 from .features import STRIDES, FeatureMaps, OverBackbone, create_feature_maps
 
-try:
+with optional():
     from segmentation_models_pytorch.base import SegmentationHead
     from segmentation_models_pytorch.base.initialization import initialize_decoder, initialize_head
     from segmentation_models_pytorch.decoders.fpn.decoder import FPNDecoder
     from segmentation_models_pytorch.decoders.segformer.decoder import SegformerDecoder
     from segmentation_models_pytorch.decoders.unet.decoder import UnetDecoder
     from segmentation_models_pytorch.decoders.upernet.decoder import UPerNetDecoder
-except ModuleNotFoundError as e:
-    raise VisionattnError(f"segmenters need {e.name}: python -m pip install 'visionattn[dense]'") from e
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from importlib import import_module
 
-from ..errors import VisionattnError
+from ..errors import optional
 from .config import TaskConfig
 from .task import Task
 
@@ -11,12 +11,8 @@ def make_task(config: TaskConfig) -> Task:
     """The task that the options name, whose libraries are imported with it.
 
     Raises:
-        VisionattnError: If one of them is not installed.
+        NotInstalledError: If one of them is not installed.
     """
-    try:
+    with optional():
         module = import_module(f".{config.task}", __name__)
-    except ModuleNotFoundError as error:
-        raise VisionattnError(
-            f"{config.task} needs {error.name}: python -m pip install 'visionattn[train,dense]'"
-        ) from error
     return getattr(module, config.task.capitalize())(config)

@@ -18,6 +18,7 @@ from ..data.drawing import draw_objects
 from ..data.joint import ObjectTransform
 from ..data.loader import Collate
 from ..dense.detection import create_detector
+from ..errors import require
 from .config import TaskConfig
 from .dense import DenseTask
 from .task import Metrics
@@ -47,6 +48,7 @@ class Detection(DenseTask):
 
     def __init__(self, config: TaskConfig) -> None:
         super().__init__(config)
+        require("torchmetrics", "faster_coco_eval")  # which the metrics import after the first epoch
         self.masks = config.head == "mask_rcnn"
         kinds = ("mask", "box") if self.masks else ("box",)
         self.metric = f"{kinds[0]}_AP"

@@ -1,7 +1,6 @@
 """The options of train.py and validate.py: typed dataclasses, filled from YAML files and the command line."""
 
 import re
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from jsonargparse.typing import (
 
 from ..data.config import AugmentConfig
 from ..errors import VisionattnError
+from ..errors import run as run
 from ..tasks.config import LossConfig, TaskConfig, TtaConfig, refuse_foreign
 from .command_line import make_parser, parse, values_of
 from .yaml_text import plain as plain
@@ -242,16 +242,3 @@ def parse_validate(argv: list[str], describe: Callable[[str], dict[str, Any]]) -
     if config.checkpoint and (brought := describe(config.checkpoint)):
         config = parse(parser, ValidateConfig, argv, (config.checkpoint, brought))
     return config
-
-
-def run(main: Callable[[list[str]], None]) -> int:
-    """Call a script's main; the exit code, with one line on stderr for what the user can mend."""
-    try:
-        main(sys.argv[1:])
-    except VisionattnError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 0

@@ -19,7 +19,7 @@ from ..create import describe_place, is_place
 from ..data.config import user_input
 from ..data.loader import eval_loader, read_batches
 from ..description import read_description
-from ..errors import VisionattnError
+from ..errors import VisionattnError, printable
 from ..registry import list_models
 from ..tasks import make_task
 from ..tasks.config import refuse_foreign
@@ -111,7 +111,7 @@ def validate_all(config: ValidateConfig, argv: list[str]) -> None:
         except Exception as error:  # whatever a model, a file or the device raises is the failure of that model
             failed += 1
             if main:
-                print(f"error: {choice.partition('=')[2]}: {_one_line(error)}", file=sys.stderr, flush=True)
+                print(f"error: {printable(choice.partition('=')[2])}: {_one_line(error)}", file=sys.stderr, flush=True)
     if failed:
         raise VisionattnError(f"{failed} of {len(choices)} models failed")
 
@@ -243,7 +243,7 @@ def _matches(option: str, part: str, pretrained: bool) -> list[str]:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    return printable(" ".join(str(error).split()) or type(error).__name__)
 
 
 def _print(record: dict[str, Any], held_out: str, figures: list[tuple[str, str]]) -> None:
@@ -258,4 +258,4 @@ def _print(record: dict[str, Any], held_out: str, figures: list[tuple[str, str]]
         ("memory", f"{record['peak_memory_mib']:.0f} MiB"),
     ]
     width = max(len(label) for label, _ in lines)
-    print("\n".join(f"{label:{max(width, 10)}} {text}" for label, text in lines))
+    print("\n".join(f"{label:{max(width, 10)}} {printable(text)}" for label, text in lines))

@@ -4,19 +4,32 @@ import csv
 import io
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType
+from matplotlib.figure import Figure
 from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from ..data.config import user_input
+from ..errors import VisionattnError, require
 from ..tasks.task import Task
 from .checkpoint import write_file
 from .config import TrainConfig, plain
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Refuse trackers that accelerate would leave out, since they are not installed."""
+    require(*{"tensorboard"}.intersection(names))
+    lacking = {kind.value for kind in LoggerType} - {kind.value for kind in get_available_trackers()} - {"all"}
+    for name in lacking.intersection(names):
+        raise VisionattnError(f"tracker {name} is not installed: python -m pip install {name}")
 
 
 class RunLog:
@@ -140,8 +153,6 @@ class RunLog:
         write_file(self.csv, text.getvalue())
 
     def _draw(self) -> None:
-        from matplotlib.figure import Figure
-
         figure = Figure(figsize=(9, 3.5), layout="constrained")
         losses, scores = figure.subplots(1, 2)
         epochs = [int(row["epoch"]) + 1 for row in self.rows]

@@ -30,7 +30,7 @@ from .evaluation import evaluate, make_accelerator
 from .folder import keep_best, make_folder, remove_temporaries
 from .gallery import Gallery
 from .guard import Diverged, Guard
-from .logging import RunLog
+from .logging import RunLog, check_trackers
 from .optim import Schedule, make_optimizer
 from .profiler import Profiler
 from .report import dry_run
@@ -50,6 +50,7 @@ class Trainer:
     """
 
     def __init__(self, config: TrainConfig, resume: Path | None = None) -> None:
+        check_trackers(config.trackers)
         self.accelerator = accelerator = make_accelerator(
             config.precision,
             gradient_accumulation_steps=config.optim.accumulation,
