@@ -137,7 +137,12 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument(
         "--output", default="predictions", help="folder for a PNG of each image (default: %(default)s)"
     )
-    command.add_argument("--threshold", type=float, default=0.5, help="least score of objects (default: %(default)s)")
+    command.add_argument(
+        "--threshold",
+        type=float,
+        default=0.5,
+        help="least score of objects, and of classes where an image has several (default: %(default)s)",
+    )
     command.add_argument("--overwrite", action="store_true", help="write over pictures that are there")
     command.set_defaults(run=_predict)
 

@@ -13,7 +13,7 @@ from .create import create_model
 from .data.config import user_input
 from .data.datasets import to_mode
 from .description import read_description
-from .errors import VisionattnError
+from .errors import VisionattnError, printable
 from .tasks import make_task
 from .training.checkpoint import write_file
 from .training.config import parse_validate
@@ -29,7 +29,8 @@ def predict(
         checkpoint: Of train.py.
         files: Of the images.
         output: Folder for a PNG of each image, named after it.
-        threshold: Least score of the objects that are drawn and counted.
+        threshold: Least score of the objects that are drawn and counted, and of the classes of a model that gives an
+            image any number of them.
         overwrite: Write over pictures that are there.
 
     Raises:
@@ -40,7 +41,7 @@ def predict(
         raise VisionattnError(f"{checkpoint} was not saved by train.py: it does not say which model and classes it has")
     config = parse_validate(["--checkpoint", checkpoint], options_of)
     pictures = [] if config.task == "classification" else _pictures(files, Path(output), overwrite)
-    classes = description["classes"]
+    classes, several = description["classes"], bool(description.get("multi_label"))
     task, model = make_task(config), create_model(checkpoint).eval()
     task.resolve(model)
     prepare, collate, device = task.transform(False).image, task.collate(False), make_accelerator("no").device
@@ -51,14 +52,16 @@ def predict(
         with torch.no_grad():
             output_of = task.predict(model, send_to_device(collate([prepare(image)], [0])[0], device))[0]
         if not pictures:
-            print(f"{file}: {_ranked(output_of, classes)}", flush=True)
+            told = _above(output_of, classes, threshold) if several else _ranked(output_of, classes)
+            print(printable(f"{file}: {told}"), flush=True)
             continue
         found = task.restore(output_of, (image.height, image.width))
         with user_input(f"cannot write {pictures[number]}", OSError):
             pictures[number].parent.mkdir(parents=True, exist_ok=True)
         picture = task.draw_on(image, found, classes, threshold)
         write_file(pictures[number], partial(picture.save, format="png"))
-        print(f"{file}: {task.summarise(found, classes, threshold)}; see {pictures[number]}", flush=True)
+        told = task.summarise(found, classes, threshold)
+        print(printable(f"{file}: {told}; see {pictures[number]}"), flush=True)
 
 
 def _pictures(files: Sequence[str], folder: Path, overwrite: bool) -> list[Path]:
@@ -70,6 +73,13 @@ def _pictures(files: Sequence[str], folder: Path, overwrite: bool) -> list[Path]
     if not overwrite and (there := next((path for path in pictures if path.exists()), None)):
         raise VisionattnError(f"{there} exists: give --output another folder, or --overwrite")
     return pictures
+
+
+def _above(logits: torch.Tensor, classes: list[str], threshold: float) -> str:
+    """The classes whose probability is at least a threshold, the likeliest first."""
+    shares = logits.float().sigmoid()
+    found = [i for i in shares.argsort(descending=True).tolist() if shares[i] >= threshold]
+    return ", ".join(f"{classes[i]} {100 * shares[i]:.1f} %" for i in found) or f"no class at {100 * threshold:g} %"
 
 
 def _ranked(logits: torch.Tensor, classes: list[str]) -> str:

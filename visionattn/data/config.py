@@ -21,6 +21,11 @@ class DataConfig:
     root: str | None = None
     """Folder of the images: train/ and val/ that hold a folder per class, or a folder per class at once. In detection
     and segmentation, laid out as COCO, Pascal VOC, ADE20K or Cityscapes."""
+    labels: str = ""
+    """CSV file of the labels of images that have several, for loss.multi_label (classification): in data.root, or one
+    in the folder of each split. Its first column has the names of the files, and its others are either one with names
+    of classes, separated by ; or |, or one of 0 and 1 for each class. A column split says train or validation; without
+    it data.val_fraction is held out. Of a Hugging Face dataset, its column of lists of classes; empty: the first."""
     train_split: str = "train"
     """Name of the split to train on."""
     val_split: str = "validation"

@@ -31,12 +31,14 @@ class ImageSet:
         indices: Those entries of the source that belong to the set.
         classes: Names of the classes, by label.
         name: What errors call the source.
+        several: Whether labels are vectors of 0 and 1, for any number of classes at once.
     """
 
     source: Any
     indices: Sequence[int]
     classes: list[str]
     name: str
+    several: bool = False
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -106,7 +108,7 @@ def load_datasets(config: DataConfig) -> tuple[ImageSet, ImageSet]:
     else:
         train = _open_by_timm(config, kind, config.train_split)
         val = _open_by_timm(config, kind, config.val_split)
-        _check_classes(val, train)
+        check_classes(val, train)
     return _not_empty(train, config), _not_empty(val, config)
 
 
@@ -226,7 +228,8 @@ def _labels(source: Any) -> list[int]:
     return np.unique(getattr(source, "targets", [])).tolist()
 
 
-def _check_classes(images: ImageSet, train: ImageSet) -> None:
+def check_classes(images: ImageSet, train: ImageSet) -> None:
+    """Refuse images to validate on that have other classes than those to train on, or number them in another way."""
     if unknown := sorted(set(images.classes) - set(train.classes)):
         raise VisionattnError(f"{images.name} has classes that {train.name} lacks: {_few(unknown)}")
     if missing := sorted(set(train.classes) - set(images.classes)):

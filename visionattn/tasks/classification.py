@@ -16,6 +16,7 @@ from ..create import create_described, create_model, describe_place, is_place
 from ..data.class_maps import match_classes
 from ..data.config import AugmentConfig
 from ..data.datasets import ImageSet, dataset_name, load_datasets, load_validation
+from ..data.labels import labels_of, load_labelled, load_labelled_validation
 from ..data.loader import Collate, Stream, collate_tensors, seeded
 from ..data.transforms import (
     OnImage,
@@ -41,10 +42,20 @@ class Classification(Task):
         self.shown = ("mAP", "loss") if self.multi_label else ("top1", "top5", "loss")
 
     def load(self) -> tuple[ImageSet, ImageSet]:
-        return load_datasets(self.config.data)
+        data = replace(self.config.data, labels=labels_of(self.config.data, self.multi_label))
+        if data.labels and not self.multi_label:
+            raise VisionattnError(f"images have several labels each ({data.labels}): add --loss.multi_label")
+        if self.multi_label and not data.labels:
+            raise VisionattnError(
+                f"loss.multi_label needs images with several labels, which {dataset_name(data)} does not have: give "
+                "data.labels, or a Hugging Face dataset with lists of classes"
+            )
+        self.config = replace(self.config, data=data)
+        return load_labelled(data) if data.labels else load_datasets(data)
 
     def load_validation(self, classes: list[str] | None) -> ImageSet:
-        return load_validation(self.config.data)
+        data = replace(self.config.data, labels=labels_of(self.config.data))
+        return load_labelled_validation(data) if data.labels else load_validation(data)
 
     def create_model(self, num_classes: int | None) -> nn.Module:
         config = self.config
@@ -59,6 +70,7 @@ class Classification(Task):
             "model": model,
             "model_kwargs": kwargs | {"num_classes": num_classes},
             "preprocessing": preprocessing(self.config.data),
+            **({"multi_label": True} if self.multi_label else {}),
         }
 
     def resolve(self, model: nn.Module) -> TaskConfig:
@@ -80,15 +92,17 @@ class Classification(Task):
         return model(images).float()
 
     def metrics(self, images: ImageSet, rank: int, processes: int) -> Metrics:
-        if self.multi_label:
-            return MultiLabelMetrics(len(images), len(images.classes), rank, processes)
+        if images.several:
+            return MultiLabelMetrics()
         return ClassificationMetrics(len(images.classes))
 
     def prepare_validation(self, model: nn.Module, images: ImageSet, classes: list[str] | None) -> Validation:
         config = self.config
         outputs = match_classes(images, classes, model.num_classes, config.model)
+        if images.several:  # each of whose classes is judged for itself
+            outputs = outputs[: len(images.classes)]
         layout = torch.channels_last if config.channels_last else torch.contiguous_format
-        predictor = Predictor(model, outputs, config.precision, config.tta.flip, layout)
+        predictor = Predictor(model, outputs, config.precision, config.tta.flip, layout, images.several)
         facts = {
             "classes": len(outputs),
             "input_size": "x".join(map(str, input_size(config.data))),
@@ -98,15 +112,16 @@ class Classification(Task):
 
         def lines(figures: dict[str, float], per_class: dict[str, dict]) -> list[tuple[str, str]]:
             some = f"{len(outputs)} of the model's {model.num_classes}, and no others ranked"
+            told = {"mAP": "mAP"} if images.several else {"top1": "top-1", "top5": "top-5"}
             return [
                 *([("classes", some)] if len(outputs) < model.num_classes else []),
-                ("top-1", f"{figures['top1']:.4f} %"),
-                ("top-5", f"{figures['top5']:.4f} %"),
+                *((label, f"{figures[name]:.4f} %") for name, label in told.items()),
                 ("loss", f"{figures['loss']:.6f}"),
-                ("ECE", f"{figures['ece']:.4f} %"),
+                *([] if images.several else [("ECE", f"{figures['ece']:.4f} %")]),
             ]
 
-        views, metrics = Views(config.data, config.tta), ClassificationMetrics(len(outputs))
+        views = Views(config.data, config.tta)
+        metrics = MultiLabelMetrics() if images.several else ClassificationMetrics(len(outputs))
         device = next(model.parameters()).device
         return Validation(predictor.to(device), OnImage(views), metrics, facts, lines)
 
@@ -145,8 +160,9 @@ class ClassificationLoss(nn.Module):
                 prob=augment.mix_prob,
                 switch_prob=augment.mix_switch_prob,
                 mode=augment.mix_mode,
-                label_smoothing=loss.smoothing,
+                label_smoothing=0.0 if loss.multi_label else loss.smoothing,  # which the criterion does to vectors
                 num_classes=num_classes,
+                multi_label=loss.multi_label,
             )
         if loss.bce or loss.multi_label:
             self.criterion: nn.Module = BinaryCrossEntropy(
@@ -195,9 +211,12 @@ def _class_weights(loss: LossConfig, images: ImageSet) -> Tensor | None:
     """The weight of each class; balanced ones are 1 on average over the images."""
     classes = len(images.classes)
     if loss.class_weights == "balanced":
-        samples = getattr(images.source, "samples", images.source)
-        labels = torch.stack([torch.as_tensor(samples[i][1]) for i in images.indices])
-        counts = labels.sum(0) if loss.multi_label else labels.bincount(minlength=classes)
+        if images.several:
+            labels = torch.tensor([label for i in images.indices for label in images.source.labels[i]])
+        else:
+            samples = getattr(images.source, "samples", images.source)
+            labels = torch.tensor([int(samples[i][1]) for i in images.indices])
+        counts = labels.bincount(minlength=classes)
         return counts.sum() / (classes * counts.clamp(min=1))
     if loss.class_weights and len(loss.class_weights) != classes:
         raise VisionattnError(f"loss.class_weights has {len(loss.class_weights)} values for {classes} classes")
@@ -205,35 +224,53 @@ def _class_weights(loss: LossConfig, images: ImageSet) -> Tensor | None:
 
 
 class MultiLabelMetrics(Metrics):
-    """Mean average precision over the classes, and loss.
+    """Average precision of each class, their mean, and loss, of images with any number of labels."""
 
-    Args:
-        images: Number of images.
-        num_classes: Number of classes.
-        rank: Number of this process.
-        processes: Number of processes, each of which has every `processes`-th image in order.
-    """
-
-    def __init__(self, images: int, num_classes: int, rank: int, processes: int) -> None:
-        self.sums = torch.zeros(2, images, num_classes)  # scores and targets: of other processes' images, 0
-        self.mine, self.seen = self.sums[:, rank::processes], 0
+    def __init__(self) -> None:
+        self.parts: list[Tensor] = []  # (scores and targets, images, classes) of each batch
+        self.average = torch.zeros(0)
+        self.positives = torch.zeros(0)
 
     def update(self, logits: Tensor, targets: Tensor) -> None:
-        self.mine[:, self.seen : self.seen + len(logits)] = torch.stack([logits, targets.float()]).cpu()
-        self.seen += len(logits)
+        self.parts.append(torch.stack([logits[:, : targets.shape[1]].float(), targets.float()]).cpu())
 
     def share(self, gather: Callable[[list], list]) -> None:
-        self.sums.copy_(torch.stack(gather([self.sums])).sum(0))
+        mine = torch.cat(self.parts, 1) if self.parts else None
+        shares = [share for share in gather([mine]) if share is not None]
+        whole = shares[0].new_empty(2, sum(share.shape[1] for share in shares), shares[0].shape[2])
+        for rank, share in enumerate(shares):  # each process has every so many-th image
+            whole[:, rank :: len(shares)] = share
+        self.parts = [whole]
 
     def compute(self) -> dict[str, float]:
         """Mean over the classes with positives of their average precision in percent, and loss."""
-        scores, targets = self.sums
-        ranked = targets.gather(0, scores.argsort(dim=0, descending=True, stable=True))
-        precision = ranked.cumsum(0) / torch.arange(1, len(ranked) + 1)[:, None]
-        positives = ranked.sum(0)
-        average = (precision * ranked).sum(0)[positives > 0] / positives[positives > 0]
+        scores, targets = torch.cat(self.parts, 1)
+        self.positives = targets.sum(0)
+        self.average = torch.stack([average_precision(*columns) for columns in zip(scores.T, targets.T, strict=True)])
         loss = F.binary_cross_entropy_with_logits(scores, targets)
-        return {"mAP": 100 * average.mean().item(), "loss": loss.item()}
+        return {"mAP": 100 * self.average.nanmean().item(), "loss": loss.item()}
+
+    def per_class(self) -> list[dict[str, float | None]]:
+        """Number of images and average precision in percent of each class; None for one without images."""
+        pairs = zip(self.positives.tolist(), self.average.tolist(), strict=True)
+        return [{"images": int(n), "AP": 100 * average if n else None} for n, average in pairs]
+
+
+def average_precision(scores: Tensor, targets: Tensor) -> Tensor:
+    """Mean precision at the images that have the label, by falling score; equal scores count as one.
+
+    Args:
+        scores: Of the images for a class.
+        targets: 1 for the images that have the label, else 0.
+
+    Returns:
+        The figure, nan if no image has the label.
+    """
+    scores, order = scores.sort(descending=True)
+    last = torch.cat([scores[1:] != scores[:-1], torch.tensor([True])])  # of those with an equal score
+    seen = last.nonzero()[:, 0] + 1
+    hits = targets[order].cumsum(0)[last]
+    return (hits.diff(prepend=hits.new_zeros(1)) * hits / seen).sum() / hits[-1]
 
 
 class ClassificationMetrics(Metrics):

@@ -11,9 +11,17 @@ from ..errors import VisionattnError
 
 FOREIGN = {
     "classification": ("head", "head_kwargs", "annotations", "joint", "loss.dice", "loss.auxiliary"),
-    "detection": ("loss", "tta", "joint.max_class_share", "distill", "fuse", "data.download"),
+    "detection": ("data.labels", "loss", "tta", "joint.max_class_share", "distill", "fuse", "data.download"),
     "segmentation": (
-        *("loss.smoothing", "loss.bce", "loss.bce_threshold", "loss.bce_sum", "loss.multi_label", "tta.crops"),
+        *(
+            "data.labels",
+            "loss.smoothing",
+            "loss.bce",
+            "loss.bce_threshold",
+            "loss.bce_sum",
+            "loss.multi_label",
+            "tta.crops",
+        ),
         *("joint.detr_crop", "distill", "fuse", "data.download"),
     ),
 }
@@ -97,7 +105,8 @@ class LossConfig:
     class_weights: Literal["balanced"] | tuple[PositiveFloat, ...] | None = None
     """Weight of each class in the loss; balanced: one over its share of the training images (classification)."""
     multi_label: bool = False
-    """Targets are vectors of 0 and 1, for data that has several labels for each image; implies bce."""
+    """Any number of labels for each image, from data.labels or lists of classes of a Hugging Face dataset; implies bce,
+    and validation tells and ranks by mean average precision (mAP)."""
     dice: NonNegativeFloat = 0.0
     """Weight of a Dice loss beside the cross-entropy of the pixels (segmentation)."""
     auxiliary: NonNegativeFloat = 0.4

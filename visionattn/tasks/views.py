@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from timm.data.transforms import CenterCropOrPad
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torchvision.transforms import CenterCrop, Compose, FiveCrop
 
 from ..data.config import DataConfig
@@ -51,7 +52,7 @@ class Views:
 
 
 class Predictor(nn.Module):
-    """Logits of a model for the classes of a data set; of several views, the logarithm of their mean probabilities.
+    """Logits of a model for the classes of a data set; of several views, those of their mean probabilities.
 
     Args:
         model: The model.
@@ -59,6 +60,7 @@ class Predictor(nn.Module):
         precision: "bf16" or "fp16" for mixed precision.
         flip: Add the mirror image of each view.
         memory_format: Layout of the images.
+        several: Images have any number of labels, so that each class has a probability of its own.
 
     Shape:
         (B, V, C, H, W) to (B, len(outputs)).
@@ -71,9 +73,11 @@ class Predictor(nn.Module):
         precision: str = "no",
         flip: bool = False,
         memory_format: torch.memory_format = torch.contiguous_format,
+        several: bool = False,
     ) -> None:
         super().__init__()
         self.model, self.precision, self.flip, self.memory_format = model, precision, flip, memory_format
+        self.several = several
         self.register_buffer("outputs", torch.tensor(outputs), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -86,4 +90,7 @@ class Predictor(nn.Module):
         logits = [part.float()[:, self.outputs] for part in logits]
         if len(logits) == 1:
             return logits[0]
+        if self.several:
+            yes, no = (F.logsigmoid(sign * torch.stack(logits)).logsumexp(0) for sign in (1, -1))
+            return yes - no
         return torch.stack(logits).log_softmax(-1).logsumexp(0) - math.log(len(logits))

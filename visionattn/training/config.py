@@ -182,9 +182,9 @@ class TrainConfig(TaskConfig):
         window = re.fullmatch(r"(\d+)-(\d+)", self.profile)
         if self.profile and (window is None or int(window[1]) >= int(window[2])):
             raise VisionattnError(f"option profile: expected a window of updates such as 10-20, got {self.profile!r}")
-        if self.loss.multi_label and (self.augment.mixup or self.augment.cutmix or self.distill.model):
+        if self.loss.multi_label and self.distill.model:
             raise VisionattnError(
-                "loss.multi_label goes without mixup, cutmix and distillation: set them to 0 or empty"
+                "loss.multi_label goes without distillation, whose teachers choose one class: leave out distill.model"
             )
 
 
