@@ -37,7 +37,7 @@ def predict(
         VisionattnError: If a file cannot be read, or would be written over.
     """
     description = read_description(checkpoint)
-    if not {"model", "classes", "data"} <= description.keys():
+    if any(description.get(entry) is None for entry in ("model", "classes", "data")):
         raise VisionattnError(f"{checkpoint} was not saved by train.py: it does not say which model and classes it has")
     config = parse_validate(["--checkpoint", checkpoint], options_of)
     pictures = [] if config.task == "classification" else _pictures(files, Path(output), overwrite)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..create import describe_place, is_place
 from ..data.datasets import ImageSet
 from ..data.loader import Collate
-from ..description import EXECUTION
+from ..entries import EXECUTION
 from ..registry import find
 from .config import TaskConfig
 

@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader
 from ..data.config import user_input
 from ..data.datasets import ImageSet
 from ..data.loader import Stream, TrainSampler, derive_seed, eval_loader, train_loader
-from ..description import Described, check_made, check_model, longest_side, read_described
+from ..description import Described, check_made, read_described
+from ..entries import check_model, longest_side
 from ..errors import VisionattnError
 from ..tasks import make_task
 from ..tasks.task import Task

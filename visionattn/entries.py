@@ -1,0 +1,288 @@
+"""The entries that a header or a config.json may have, and what may stand in them."""
+
+import json
+import reprlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+from timm.models import PretrainedCfg
+from torch import Tensor
+
+from .arguments import check_values, describe, fits, hints
+from .errors import VisionattnError
+from .files import one_line
+from .registry import BUILDER_ARGUMENTS, find
+
+EXECUTION = {"device", "dtype", "pretrained", "checkpoint_path", "start", *BUILDER_ARGUMENTS}
+"""Arguments that say how a model is made and run, and no file's business."""
+SOURCES = ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source")
+"""Entries of timm's configuration that say where weights are, and no repository's business."""
+LARGEST = 2**14
+"""Pixels of an image's side, and anything else that is counted, where the tensors of a file allow no more."""
+MOST, MOST_ROWS, MOST_TENSORS = 2**33, 2**20, 50_000
+"""Elements of the parameters of a model, of a side of one of these, and such parameters, where no tensors tell."""
+DEEPEST = 32
+"""Lists and mappings within each other."""
+HEADER = {
+    "task": Literal["classification", "detection", "segmentation"],
+    "model": str,
+    "model_kwargs": Mapping,
+    "head": str,
+    "head_kwargs": Mapping,
+    "classes": Sequence[str] | None,
+    "num_classes": int,
+    "preprocessing": Mapping,
+    "data": Mapping,
+    "annotations": Mapping,
+    "joint": Mapping,
+    "precision": Literal["no", "bf16", "fp16"],
+    "multi_label": bool,
+    "epoch": int,
+    "metrics": Mapping | None,
+    "source": str,
+    "license": str,
+    "sha256": str,
+    "adapted": Mapping,
+}
+"""Entries of a header."""
+CONFIG = {
+    "architecture": str,
+    "model_args": Mapping,
+    "pretrained_cfg": Mapping,
+    "num_classes": int,
+    "label_names": Sequence[str] | Mapping | None,
+    "label_descriptions": Mapping | None,
+}
+"""Entries of a config.json that are read; others are of no effect."""
+PREPARATION = hints(PretrainedCfg) | {
+    "label_names": CONFIG["label_names"],
+    "label_descriptions": CONFIG["label_descriptions"],
+    **dict.fromkeys(("first_conv", "classifier", "notes", "paper_ids"), str | Sequence[str] | None),
+    "mean": Sequence[float],
+    "std": Sequence[float],
+    "crop_mode": Literal["center", "squash", "border"],
+    "interpolation": Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming", "random"],
+}
+"""Entries of timm's configuration, of which a header's preprocessing has some."""
+
+
+def parse(text: str, place: str) -> dict[str, Any]:
+    """A description, which is JSON.
+
+    Args:
+        text: of the description.
+        place: what errors call it, as `place` is below.
+
+    Raises:
+        VisionattnError: if it is no mapping, or nested more deeply than any description.
+    """
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise VisionattnError(f"{place} describes its model in a way that cannot be read ({one_line(e)})") from e
+    if not isinstance(content, dict):
+        raise VisionattnError(f"{place} describes its model as a {type(content).__name__}, expected a mapping")
+    level = [content]
+    for _ in range(DEEPEST):
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, (dict, list))
+        ]
+    if level:
+        raise VisionattnError(f"{place} describes its model with more than {DEEPEST} lists in each other")
+    return content
+
+
+def check_header(entries: Mapping[str, Any], place: str, longest: int = LARGEST) -> None:
+    """Refuse a header with entries that are unknown, ill-typed, or not a file's to say.
+
+    Args:
+        entries: of the header.
+        place: what errors call the file.
+        longest: the longest side of a tensor in the file.
+
+    Raises:
+        VisionattnError: says which entry it is, and what is expected.
+    """
+    if unknown := entries.keys() - HEADER.keys():
+        raise VisionattnError(f"{place} has an entry {min(unknown)}, which this version of visionattn does not know")
+    check_types(entries, HEADER, place)
+    check_preparation(entries.get("preprocessing", {}), place, "preprocessing.")
+    classes, kwargs = entries.get("classes"), entries.get("model_kwargs", {})
+    if "model" in entries:
+        check_model(entries["model"], kwargs, place, "model_kwargs", longest)
+    for count in {kwargs.get("num_classes"), entries.get("num_classes")} - {None} if classes is not None else ():
+        if count != len(classes):
+            raise VisionattnError(f"{place}: entry classes names {len(classes)}, and num_classes says {count}")
+    if entries.get("task", "classification") != "classification":
+        _check_dense(entries, place, longest)
+    _check_options(entries, place)
+
+
+def _check_dense(entries: Mapping[str, Any], place: str, longest: int) -> None:
+    """Refuse what cannot be of a detector or segmenter."""
+    for entry in ("model", "head", "head_kwargs", "classes", "data"):
+        if entries.get(entry) is None:
+            raise VisionattnError(f"{place} is of {entries['task']}, but has no entry {entry}")
+    for key, value in entries["head_kwargs"].items():
+        if key in ("num_classes", "pretrained_backbone", "backbone_kwargs", "backbone", "head"):
+            raise VisionattnError(f"{place}: entry head_kwargs.{key} is not a file's to say")
+        check_sizes(value, f"{place}: entry head_kwargs.{key}", longest)
+        if not _is_plain(value):
+            raise VisionattnError(f"{place}: entry head_kwargs.{key}: expected numbers or texts, got {_shown(value)}")
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is a number, a text, nothing, or a list of such."""
+    return all(map(_is_plain, value)) if isinstance(value, list) else not isinstance(value, dict)
+
+
+def _check_options(entries: Mapping[str, Any], place: str) -> None:
+    """Refuse what cannot be options of train.py, where these are installed."""
+    try:
+        from .data.config import DataConfig
+        from .data.dense_config import AnnotationConfig, JointConfig
+    except ModuleNotFoundError:  # what cannot be read is not used either
+        return
+    for group, options in (("data", DataConfig), ("annotations", AnnotationConfig), ("joint", JointConfig)):
+        types = hints(options)
+        for key, value in entries.get(group, {}).items():
+            if key not in types:
+                told = f"{place}: entry {group}.{key} is no option of this version of visionattn"
+                raise VisionattnError(told)
+            if not fits(value, types[key]):
+                expected = describe(types[key])
+                raise VisionattnError(f"{place}: entry {group}.{key}: expected {expected}, got {_shown(value)}")
+            if "size" in key and "batch" not in key or key == "crop":
+                check_sizes(value, f"{place}: entry {group}.{key}", LARGEST)
+
+
+def check_types(entries: Mapping[str, Any], types: Mapping[str, Any], place: str, prefix: str = "") -> None:
+    """Refuse entries of another type.
+
+    Args:
+        entries: by name.
+        types: by name; of those that have none nothing is expected.
+        place: what errors call who says so.
+        prefix: of the names, in errors.
+    """
+    for key, value in entries.items():
+        if key in types and not fits(value, types[key]):
+            told = f"{place}: entry {prefix}{key}: expected {describe(types[key])}, got {_shown(value)}"
+            raise VisionattnError(told)
+
+
+def check_preparation(entries: Mapping[str, Any], place: str, prefix: str) -> None:
+    """Refuse entries of timm's configuration that are ill-typed, out of range, or say where weights are.
+
+    Args:
+        entries: by name.
+        place: what errors call who says so.
+        prefix: of the names, in errors; without one, entries that are not timm's are passed over.
+    """
+    stated = {key: value for key, value in entries.items() if value is not None}
+    for key, value in stated.items():
+        if prefix and key not in PREPARATION:
+            raise VisionattnError(f"{place} has an entry {prefix}{key}, which this version of visionattn does not know")
+        if key in SOURCES or (key == "custom_load" and value):
+            raise VisionattnError(f"{place}: entry {prefix}{key} is not a file's to say")
+    check_types(stated, PREPARATION, place, prefix)
+    for key, value in stated.items():
+        if key.endswith(("_size", "num_classes")):
+            check_sizes(value, f"{place}: entry {prefix}{key}", LARGEST if key.endswith("_size") else MOST_ROWS)
+        if (key.endswith("_pct") and value <= 0) or (key == "std" and min(value, default=0) <= 0):
+            raise VisionattnError(f"{place}: entry {prefix}{key}: expected what is above 0, got {_shown(value)}")
+        if key == "input_size" and min(value) < 1:
+            raise VisionattnError(f"{place}: entry {prefix}{key}: expected sizes from 1 up, got {_shown(value)}")
+    if len({len(stated[key]) for key in ("mean", "std") if key in stated}) > 1:
+        raise VisionattnError(f"{place}: entries {prefix}mean and {prefix}std differ in length")
+
+
+def check_model(name: str, kwargs: Mapping[str, Any], place: str, group: str, longest: int) -> None:
+    """Refuse a name that is not registered, and arguments that its model does not take.
+
+    Args:
+        name: of the model.
+        kwargs: its arguments.
+        place: what errors call who says so.
+        group: what that calls the arguments.
+        longest: the longest side of a tensor that is held.
+
+    Raises:
+        VisionattnError: says which it is.
+    """
+    with told_of(place):
+        takes = find(name)[2].takes
+    types = hints(takes)
+    for key, value in kwargs.items():
+        if key in EXECUTION:
+            raise VisionattnError(f"{place}: entry {group}.{key} is not a file's to say")
+        if key not in types and takes is not find(name)[2].build and key != "img_size":
+            raise VisionattnError(
+                f"{place}: {name} takes no {group}.{key}; it takes {', '.join(sorted(types.keys() - EXECUTION))}"
+            )
+        check_sizes(value, f"{place}: entry {group}.{key}", longest)
+        if key not in types and isinstance(value, dict):
+            raise VisionattnError(f"{place}: entry {group}.{key}: expected numbers or texts, got {_shown(value)}")
+    check_values(kwargs, takes, lambda key: f"{place}: {name} takes {group}.{key}")
+
+
+def check_sizes(value: Any, what: str, longest: int) -> None:
+    """Refuse whole numbers that are negative or larger than anything in the file, anywhere in a value.
+
+    Args:
+        value: a number, or lists of such; anything else is passed over.
+        what: the beginning of the error.
+        longest: the most that it may be.
+    """
+    if isinstance(value, (list, tuple)):
+        for each in value:
+            check_sizes(each, what, longest)
+    elif isinstance(value, int) and not 0 <= value <= longest:
+        told = "below 0" if value < 0 else f"more than its tensors allow, {longest} at most"
+        raise VisionattnError(f"{what} is {_shown(value)}, {told}")
+
+
+def longest_side(content: Mapping[str, Any]) -> int:
+    """The longest side of a tensor of a file, or of an image.
+
+    Args:
+        content: of the file.
+    """
+    return max([LARGEST, *(side for tensor in tensors_of(content) for side in tensor.shape)])
+
+
+def _shown(value: Any) -> str:
+    return reprlib.repr(value)
+
+
+def tensors_of(content: Mapping[str, Any], depth: int = 0) -> Iterator[Tensor]:
+    """The tensors in what a file holds, which may be nested.
+
+    Args:
+        content: of the file.
+        depth: of this part of it.
+    """
+    for value in content.values():
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, Mapping) and depth < DEEPEST:
+            yield from tensors_of(value, depth + 1)
+
+
+@contextmanager
+def told_of(place: str) -> Iterator[None]:
+    """Names the place in errors, and makes one line of whatever its description raises as a model is made by it.
+
+    Args:
+        place: what errors call it.
+    """
+    try:
+        yield
+    except VisionattnError as e:
+        raise type(e)(f"{place}: {e}") from e
+    except Exception as e:  # what layers raise that are asked for what cannot be
+        raise VisionattnError(f"{place} cannot be met ({one_line(e)})") from e
