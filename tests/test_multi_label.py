@@ -57,7 +57,8 @@ def named(config: DataConfig, images: ImageSet) -> list[tuple[str, list[str]]]:
     """Files and the names of their classes."""
     loaded = [(images.place(i), images.source[images.indices[i]][1]) for i in range(len(images))]
     root = Path(config.root)
-    return [(str(Path(p).relative_to(root)), [images.classes[c] for c in vector.nonzero()[:, 0]]) for p, vector in loaded]
+    present = [[images.classes[c] for c in vector.nonzero()[:, 0]] for _, vector in loaded]
+    return [(str(Path(path).relative_to(root)), names) for (path, _), names in zip(loaded, present, strict=True)]
 
 
 BLANK = [Image.new("RGB", (8, 8), (40 * i, 0, 0)) for i in range(4)]

@@ -3,9 +3,11 @@
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
+from jsonargparse import ArgumentParser
 from jsonargparse.typing import (
     ClosedUnitInterval,
     NonNegativeFloat,
@@ -215,8 +217,8 @@ class ValidateConfig(TaskConfig):
     tta: TtaConfig = field(default_factory=TtaConfig)
 
 
-def parse_train(argv: list[str]) -> tuple[TrainConfig, Path | None]:
-    """Read train.py's command line into the options and the run folder to resume, if any."""
+@cache
+def _train_parser() -> ArgumentParser:
     parser = make_parser(
         TrainConfig,
         "train.py",
@@ -224,6 +226,19 @@ def parse_train(argv: list[str]) -> tuple[TrainConfig, Path | None]:
         "and the exit code 143 or 130; it is 2 where options, data or disk are at fault.",
     )
     parser.add_argument("--resume", type=str, help="Continue the run in this folder, with the options it began with.")
+    return parser
+
+
+@cache
+def _validate_parser() -> ArgumentParser:
+    parser = make_parser(ValidateConfig, "validate.py", "Validate a checkpoint, or a model's published weights.")
+    parser.set_defaults({"data.crop_pct": None, "data.val_fraction": 1.0})  # where nothing was trained on the rest
+    return parser
+
+
+def parse_train(argv: list[str]) -> tuple[TrainConfig, Path | None]:
+    """Read train.py's command line into the options and the run folder to resume, if any."""
+    parser = _train_parser()
     resume = next((Path(folder) for folder in reversed(values_of("--resume", argv))), None)
     if resume:
         if not (resume / "config.yaml").is_file():
@@ -236,8 +251,7 @@ def parse_train(argv: list[str]) -> tuple[TrainConfig, Path | None]:
 
 def parse_validate(argv: list[str], describe: Callable[[str], dict[str, Any]]) -> ValidateConfig:
     """Read validate.py's command line; `describe(checkpoint)` gives the options a checkpoint brings as defaults."""
-    parser = make_parser(ValidateConfig, "validate.py", "Validate a checkpoint, or a model's published weights.")
-    parser.set_defaults({"data.crop_pct": None, "data.val_fraction": 1.0})  # where nothing was trained on the rest
+    parser = _validate_parser()
     config = parse(parser, ValidateConfig, argv)
     if config.checkpoint and (brought := describe(config.checkpoint)):
         config = parse(parser, ValidateConfig, argv, (config.checkpoint, brought))
