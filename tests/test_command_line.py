@@ -22,7 +22,8 @@ ZEN = {"class_path": "zen_of_visionattn.Zen", "init_args": {"a": 1}}
 def zen(tmp_path: Path, monkeypatch) -> Path:
     """A file that is there once the module was imported."""
     (tmp_path / "zen_of_visionattn.py").write_text(
-        "import pathlib\npathlib.Path(__file__).with_name('imported').touch()\nclass Zen:\n    def __init__(self, a=0): 1\n"
+        "import pathlib\npathlib.Path(__file__).with_name('imported').touch()\n"
+        "class Zen:\n    def __init__(self, a=0): 1\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
@@ -295,7 +296,7 @@ def test_errors_of_scripts_are_one_line(monkeypatch, capsys):
         ["x\ny"],
         ["predict", "--threshold", "a\nb"],
         ["list", "--a\rb"],
-        ["convert", "a\nb"],
+        ["push", "a\nb", "c"],
     ):
         assert visionattn_main(argv) == 2
         out, err = capsys.readouterr()

@@ -44,7 +44,7 @@ def call(name):
 def entries():
     """What is called by name, and how; each only makes its own imports."""
     segmenter, classifier, hub = (str(folder / name) for name in ("segmenter.safetensors", "w.safetensors", "hub"))
-    dry = ["--dry_run", "--output", str(folder), "--data.num_workers", "0", "--data.val_fraction", "0.95", "--epochs", "1"]
+    dry = ["--dry_run", "--output", str(folder), "--data.num_workers", "0", "--data.val_fraction", "0.95"]
     yield "help", script(train, "--help")
     yield "validate help", script(validate, "--help")
     yield "train", script(train, *dry)
@@ -57,7 +57,7 @@ def entries():
     yield "predict class", lambda: main(["predict", str(folder / "x.png"), "--checkpoint", classifier])
     yield "list", lambda: main(["list", "test_*"])
     yield "info", lambda: main(["info", "test_dinat"])
-    yield "convert", lambda: main(["convert", classifier, str(folder / "c.safetensors"), "--model", "test_dinat", "--replace"])
+    yield "convert", lambda: main(["convert", classifier, str(folder / "c.safetensors"), "--model", "test_dinat"])
     yield "push", lambda: main(["push", classifier, "local-dir:" + str(folder / f"pushed{os.getpid()}")])
     yield "file", lambda: main(["convert", segmenter, str(folder / "d.safetensors"), "--model", "test_dinat"])
     yield "detector", call("create_detector")

@@ -16,8 +16,7 @@ from visionattn.data.config import AugmentConfig, DataConfig
 from visionattn.data.datasets import ImageSet, load_datasets
 from visionattn.data.transforms import eval_transform
 from visionattn.errors import VisionattnError
-from visionattn.tasks import classification
-from visionattn.tasks.classification import ClassificationLoss, MultiLabelMetrics
+from visionattn.tasks.classification import ClassificationLoss
 from visionattn.tasks.config import LossConfig
 from visionattn.training.config import OptimConfig, ScheduleConfig, TrainConfig, parse_train
 from visionattn.training.freeze import freeze
@@ -184,38 +183,6 @@ def test_class_weights_scale_the_loss_of_their_class():
         assert plain == pytest.approx(weighted, rel=1e-5)
     with pytest.raises(VisionattnError, match="2 values for 3 classes"):
         loss_of(LossConfig(class_weights=(1.0, 2.0)), logits, targets, images)
-
-
-def test_mean_average_precision_is_that_of_every_share_of_the_images():
-    scores = torch.tensor([[0.9, 0.1], [0.8, 0.9], [0.7, 0.4], [0.1, 0.3], [0.6, 0.2]])
-    targets = torch.tensor([[1, 0], [0, 1], [1, 0], [0, 1], [0, 0]])
-    expected = 100 * ((1 + 2 / 3) / 2 + (1 + 2 / 3) / 2) / 2  # precisions at the positives of either class
-    whole = MultiLabelMetrics(5, 2, 0, 1)
-    for part in (slice(0, 2), slice(2, 5)):
-        whole.update(scores[part], targets[part])
-    assert whole.compute()["mAP"] == pytest.approx(expected)
-    shares = [MultiLabelMetrics(5, 2, rank, 2) for rank in range(2)]
-    for rank, share in enumerate(shares):
-        share.update(scores[rank::2], targets[rank::2])
-    shares[0].share(lambda mine: [*mine, shares[1].sums])
-    assert shares[0].compute() == whole.compute()
-
-
-def test_several_labels_for_each_image_are_learnt(tmp_path: Path, monkeypatch):
-    load = classification.load_datasets
-
-    def with_vectors(config):
-        def vectors(images):
-            source = [(image, torch.eye(10)[label] + torch.eye(10)[(label + 1) % 10]) for image, label in images.source]
-            return ImageSet(source, images.indices, images.classes, images.name)
-
-        return tuple(map(vectors, load(config)))
-
-    monkeypatch.setattr(classification, "load_datasets", with_vectors)
-    options = ["--loss.multi_label", "--augment.mixup", "0", "--loss.class_weights", "balanced", "--optim.lr", "5e-3"]
-    run = trainer(tmp_path, *options, "--epochs", "4", "--schedule.warmup_epochs", "0")
-    run.fit()
-    assert run.task.metric == "mAP" and run.best > 40  # 20 by chance
 
 
 @pytest.fixture(scope="module")
