@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .errors import VisionattnError
 from .layers.fuse import fuse_modules
+from .layers.norm import allow_single_values
 from .layers.position import PositionEmbedding, resample_rows, resize_table
 
 
@@ -299,6 +300,7 @@ class Hierarchical(Backbone):
             {"num_chs": stage.dim, "reduction": reductions[i], "module": f"stages.{i}"}
             for i, stage in enumerate(stages)
         ]
+        allow_single_values(self)
 
     def _check_pool(self, global_pool: str) -> None:
         if self.norm_after_pool and global_pool == "catavgmax":
@@ -502,6 +504,7 @@ class Isotropic(Backbone):
         ]
         if self.cls_token is not None:
             trunc_normal_(self.cls_token, std=0.02)
+        allow_single_values(self)
 
     def _checked_pool(self, global_pool: str) -> str:
         accepted = (

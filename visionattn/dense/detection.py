@@ -19,6 +19,7 @@ from torchvision.ops.poolers import initLevelMapper
 
 from ..arguments import check_values
 from ..errors import VisionattnError, check_arguments
+from ..layers.norm import allow_single_values
 from .features import STRIDES, FeatureMaps, OverBackbone, by_size, create_feature_maps
 
 
@@ -239,6 +240,7 @@ def create_detector(
             _set_scales(module)
         if name in ("head", "rpn.head", "roi_heads.box_predictor", "roi_heads.mask_predictor"):
             module.register_forward_hook(_in_float)
+    allow_single_values(model)
     if not {"min_size", "max_size", "fixed_size"} & kwargs.keys():
         transform = model.transform
         model.transform = PadOnly(0, 0, transform.image_mean, transform.image_std, transform.size_divisible)

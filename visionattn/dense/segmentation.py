@@ -12,6 +12,7 @@ from torchvision.ops import Conv2dNormActivation
 from ..arguments import check_values
 from ..errors import VisionattnError, check_arguments, optional
 from ..files import one_line
+from ..layers.norm import allow_single_values
 from .features import STRIDES, FeatureMaps, OverBackbone, create_feature_maps
 
 with optional():
@@ -133,4 +134,6 @@ def create_segmenter(
         raise VisionattnError(f"{head} with {kwargs}: {one_line(e)}") from e
     if head == "upernet":
         decoder.feature_norms = nn.ModuleList(nn.Identity() for _ in STRIDES)  # the backbone has those of its paper
-    return Segmenter(encoder, decoder, spec.channels(options), spec.stride, num_classes, auxiliary)
+    model = Segmenter(encoder, decoder, spec.channels(options), spec.stride, num_classes, auxiliary)
+    allow_single_values(model)  # as the maps that UPerNet pools
+    return model
