@@ -81,6 +81,40 @@ def test_frozen_parts_keep_weights_and_statistics(tmp_path: Path, model: str, pa
         assert torch.equal(value, before[name]) != name.startswith(learns) or not value.is_floating_point(), name
 
 
+@pytest.mark.parametrize("name", visionattn.list_models("test_*"))
+def test_a_frozen_backbone_runs_as_in_validation_but_drops_before_the_head(name: str):
+    rates = {"drop_rate": 0.5, "drop_path_rate": 0.5}
+    rates |= {"soft_mask_epochs": 1.0} if name == "test_illama" else {}
+    model = visionattn.create_model(name, num_classes=10, **rates)
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = model.eval().forward_features(x)
+        for module in freeze(model.train(), ("backbone",)):
+            module.eval()
+        features = model.forward_features(x)
+        torch.testing.assert_close(features, expected)
+        dropped = not torch.equal(model.forward_head(features), model.forward_head(features))
+        assert dropped == (name != "test_illama")  # which drops after the position embedding alone
+
+
+def test_frozen_blocks_follow_no_schedule_and_learn_no_map():
+    x = torch.randn(2, 3, 32, 32)
+    model = visionattn.create_model("test_illama", soft_mask_epochs=1.0)
+    with torch.no_grad():
+        expected = model.eval().forward_intermediates(x, [0, 1], intermediates_only=True)
+        for module in freeze(model.train(), ("blocks.0",)):
+            module.eval()
+        found = model.forward_intermediates(x, [0, 1], intermediates_only=True)
+    assert torch.equal(found[0], expected[0]) and not torch.allclose(found[1], expected[1], atol=1e-5)
+    model = visionattn.create_model("test_sparsifiner", phase="recon")
+    model.learn_from(visionattn.create_model("test_sparsifiner", attn_keep_rate=1))
+    for module in freeze(model.train(), ("blocks.0",)):
+        module.eval()
+    model.training_loss(torch.zeros(()), x, model(x)).backward()
+    learned = {name.split(".")[1] for name, p in model.named_parameters() if p.grad is not None}
+    assert learned == {"1", "2", "3"}
+
+
 def test_freezing_what_is_not_there_is_refused():
     model = visionattn.create_model("test_van")
     with pytest.raises(VisionattnError, match="no stages.7; its parts are stem, stages"):

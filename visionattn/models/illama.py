@@ -160,9 +160,11 @@ class ILLaMA(Isotropic):
                     nn.init.zeros_(module.bias)
 
     def block_arguments(self, x: Tensor, grid: tuple[int, int]) -> tuple:
-        tables = self.tables(x)
-        scheduled = self.training and self.soft_mask_epochs
-        return tables[0], self.scheduled_rate if scheduled else self.soft_mask_rate, tables[1]
+        return self.tables(x)
+
+    def _run(self, block: int, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
+        scheduled = self.blocks[block].training and self.soft_mask_epochs  # not where the block is frozen
+        return super()._run(block, x, rotary, self.scheduled_rate if scheduled else self.soft_mask_rate, mask)
 
     @torch.jit.ignore
     def advance(self, epoch: float) -> None:

@@ -263,7 +263,8 @@ class Sparsifiner(Isotropic):
         for hook in hooks:
             hook.remove()
         if self.phase == "recon":
-            errors = [_map_error(block.mixer, projected) for block, projected in zip(self.blocks, qkv, strict=True)]
+            pairs = zip(self.blocks, qkv, strict=True)
+            errors = [_map_error(block.mixer, projected) for block, projected in pairs if block.training]  # not frozen
             return 0.01 * torch.stack(errors).mean()
         targets = F.log_softmax(self.teacher.head(taught[:, 0]).float(), 1)
         divergence = F.kl_div(F.log_softmax(logits.float(), 1), targets, reduction="batchmean", log_target=True)

@@ -134,7 +134,7 @@ class TrainConfig(TaskConfig):
 
     freeze: tuple[str, ...] = ()
     """Parts of the model that do not learn, such as [stem, stages.0, blocks.0-5]; backbone: all but the head. They run
-    as in validation: batch norms keep their statistics and nothing is dropped."""
+    as in validation: batch norms keep their statistics and nothing is dropped, before the head alone by drop_rate."""
     epochs: PositiveInt = 40
     """Passes over the training images."""
     seed: NonNegativeInt = 0
@@ -142,7 +142,8 @@ class TrainConfig(TaskConfig):
     precision: Literal["no", "bf16", "fp16"] = "no"
     """Mixed precision."""
     compile: bool = False
-    """Compile the model with torch.compile."""
+    """Compile the model with torch.compile. Images of many sizes may be compiled for each: torch does that 8 times, then
+    goes on uncompiled (torch._dynamo.config.recompile_limit)."""
     channels_last: bool = False
     """Keep images and weights in the channels_last layout."""
     sync_bn: bool = False
@@ -206,7 +207,8 @@ class ValidateConfig(TaskConfig):
     precision: Literal["no", "bf16", "fp16"] = "no"
     """Mixed precision; a checkpoint of train.py brings its own."""
     compile: bool = False
-    """Compile the model with torch.compile."""
+    """Compile the model with torch.compile. Images of many sizes may be compiled for each: torch does that 8 times, then
+    goes on uncompiled (torch._dynamo.config.recompile_limit)."""
     channels_last: bool = False
     """Keep images and weights in the channels_last layout."""
     fuse: bool = False

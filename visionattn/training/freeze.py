@@ -12,7 +12,8 @@ def freeze(model: nn.Module, parts: tuple[str, ...]) -> list[nn.Module]:
 
     Args:
         model: Model to freeze in part.
-        parts: Names of modules or parameters, "blocks.0-5" for a range; "backbone" for all but the head.
+        parts: Names of modules or parameters, "blocks.0-5" for a range; "backbone" for all but the head and the dropout
+            before it.
 
     Returns:
         The frozen modules, which must stay in eval mode for their batch norms to keep their statistics.
@@ -37,11 +38,12 @@ def freeze(model: nn.Module, parts: tuple[str, ...]) -> list[nn.Module]:
 
 
 def _backbone(model: nn.Module) -> list[str]:
-    """Names of what is under a head for detection or segmentation, or of all at the top but a classifier."""
+    """Names of what is under a head for detection or segmentation, or of all at the top but a classifier and the
+    dropout before it."""
     if hasattr(model, "backbone_name"):
         return [model.backbone_name]
     heads = getattr(model, "classifier", ())
-    heads = (heads,) if isinstance(heads, str) else heads
+    heads = ("head_drop", *((heads,) if isinstance(heads, str) else heads))
     names = [name for name, _ in model.named_children()] + [name for name, _ in model.named_parameters(recurse=False)]
     return [name for name in names if name not in heads]
 
