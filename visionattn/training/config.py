@@ -142,8 +142,8 @@ class TrainConfig(TaskConfig):
     precision: Literal["no", "bf16", "fp16"] = "no"
     """Mixed precision."""
     compile: bool = False
-    """Compile the model with torch.compile. Images of many sizes may be compiled for each: torch does that 8 times, then
-    goes on uncompiled (torch._dynamo.config.recompile_limit)."""
+    """Compile the model with torch.compile. Images of many sizes may be compiled for each: after 8 times torch goes on
+    uncompiled (torch._dynamo.config.recompile_limit)."""
     channels_last: bool = False
     """Keep images and weights in the channels_last layout."""
     sync_bn: bool = False
@@ -207,8 +207,8 @@ class ValidateConfig(TaskConfig):
     precision: Literal["no", "bf16", "fp16"] = "no"
     """Mixed precision; a checkpoint of train.py brings its own."""
     compile: bool = False
-    """Compile the model with torch.compile. Images of many sizes may be compiled for each: torch does that 8 times, then
-    goes on uncompiled (torch._dynamo.config.recompile_limit)."""
+    """Compile the model with torch.compile. Images of many sizes may be compiled for each: after 8 times torch goes on
+    uncompiled (torch._dynamo.config.recompile_limit)."""
     channels_last: bool = False
     """Keep images and weights in the channels_last layout."""
     fuse: bool = False
