@@ -196,11 +196,10 @@ def test_voc_with_other_classes(tmp_path: Path):
     assert train.classes == ["emu", "cat"] and train.load(0)[1].labels.tolist() == [1, 2]
 
 
-@pytest.mark.parametrize("box_format", ["xywh", "xyxy"])
-def test_hugging_face_datasets_with_boxes(tmp_path_factory: pytest.TempPathFactory, box_format: str):
-    folder = tmp_path_factory.mktemp("boxes")  # a name with "test" in it would be taken for a split
+def write_hub(folder: Path, boxes: list[list[float]], labels: list[int]) -> DataConfig:
+    """A Hugging Face dataset of an image without objects and one with these."""
     datasets = pytest.importorskip("datasets")
-    row = {"image": Image.new("RGB", (60, 40)), "objects": {"bbox": [[5.0, 6.0, 20.0, 30.0]], "category": [1]}}
+    row = {"image": Image.new("RGB", (60, 40)), "objects": {"bbox": boxes, "category": labels}}
     empty = {"image": Image.new("RGB", (60, 40)), "objects": {"bbox": [], "category": []}}
     objects = {"bbox": datasets.List(datasets.List(datasets.Value("float32"))), "category": None}
     objects["category"] = datasets.List(datasets.ClassLabel(names=["cat", "dog"]))
@@ -208,12 +207,46 @@ def test_hugging_face_datasets_with_boxes(tmp_path_factory: pytest.TempPathFacto
     dataset = datasets.Dataset.from_list([empty, row], features=features)
     for split in ("train", "validation"):
         dataset.to_parquet(folder / f"{split}.parquet")
-    config = DataConfig(name=f"hfds/{folder}", root=str(folder / "cache"))
+    return DataConfig(name=f"hfds/{folder}", root=str(folder / "cache"))
+
+
+WRITTEN = {
+    "xywh": [5.0, 6.0, 20.0, 30.0],
+    "xyxy": [5.0, 6.0, 25.0, 36.0],
+    "cxcywh": [15.0, 21.0, 20.0, 30.0],
+    "relative_xywh": [0.125, 0.25, 0.5, 0.625],
+    "relative_xyxy": [0.125, 0.25, 0.625, 0.875],
+    "relative_cxcywh": [0.375, 0.5625, 0.5, 0.625],
+}
+
+
+@pytest.mark.parametrize("box_format", WRITTEN)
+def test_hugging_face_datasets_with_boxes(tmp_path_factory: pytest.TempPathFactory, box_format: str):
+    folder = tmp_path_factory.mktemp("boxes")  # a name with "test" in it would be taken for a split
+    config = write_hub(folder, [WRITTEN[box_format]], [1])
     train, val = load(config, annotations=AnnotationConfig(box_format=box_format))
     assert train.classes == ["cat", "dog"] and (len(train), len(val)) == (1, 2)
-    expected = [5, 6, 25, 36] if box_format == "xywh" else [5, 6, 20, 30]
+    expected = [7.5, 10, 37.5, 35] if box_format.startswith("relative") else [5, 6, 25, 36]
     assert train.load(0)[1].boxes.tolist() == [expected] and train.load(0)[1].labels.tolist() == [2]
     assert val.load(0)[1].boxes.shape == (0, 4)
+
+
+@pytest.mark.parametrize(
+    "boxes, labels, told",
+    [
+        ([[5, 6, 55, 36], [20, 10, 59, 40]], [1, 0], "2 of 2 boxes leave their images .*box_format xyxy"),
+        ([[0.3, 0.3, 0.9, 0.8]], [1], "look relative.*box_format relative_xyxy"),
+        ([[5, 6, 5]], [1], "object 0 of an image has the bbox .*: expected four finite numbers"),
+        ([[5, 6, float("nan"), 5]], [1], "object 0 of an image has the bbox"),
+        ([[5, 6, -5, 5]], [1], "object 0 of an image has the bbox"),
+        ([[5, 6, 5, 5]], [None], "object 0 of an image has the label None of 2"),
+    ],
+)
+def test_wrong_boxes_of_hugging_face_datasets_are_told(
+    tmp_path_factory: pytest.TempPathFactory, boxes: list, labels: list, told: str
+):
+    with pytest.raises(VisionattnError, match=told):
+        load(write_hub(tmp_path_factory.mktemp("boxes"), boxes, labels))
 
 
 LARGE = JointConfig(min_size=(96, 128), max_size=160, scale=(0.3, 2.0), crop=(96, 112), hflip=0.5, photometric=0.5)

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ..errors import VisionattnError, optional
 from .config import DataConfig, user_input
-from .datasets import SYNONYMS, ImageSet
+from .datasets import ImageSet
 from .loader import collate_tensors
+from .paths import SYNONYMS, regular
 
 IGNORED = 255
 """Value of the pixels of a semantic map that do not count."""
@@ -52,7 +53,7 @@ def tight_boxes(masks: np.ndarray) -> np.ndarray:
 
 def open_upright(path: Path) -> Image.Image:
     """The image of a file, turned as its EXIF data say."""
-    image = Image.open(path)
+    image = Image.open(regular(path))
     ImageOps.exif_transpose(image, in_place=True)
     return image
 
@@ -66,9 +67,9 @@ def check_size(image: Image.Image, size: tuple[int, int], where: object) -> None
 
 
 def read_names(path: str | Path) -> list[str]:
-    """Names of classes, a line each."""
-    with user_input(f"cannot read class names from {path}", OSError, UnicodeDecodeError):
-        return [line.strip() for line in Path(path).read_text().splitlines()]
+    """Names of classes or of images, a line each; UTF-8, with or without the mark that Windows sets before it."""
+    with user_input(f"cannot read {path}", OSError, UnicodeDecodeError):
+        return [line.strip() for line in Path(path).read_text("utf-8-sig").splitlines()]
 
 
 def split_names(config: DataConfig, split: str) -> list[str]:

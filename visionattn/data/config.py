@@ -20,7 +20,7 @@ class DataConfig:
     scenes (composed of these digits), folder or hfds/...; empty: folder or scenes."""
     root: str | None = None
     """Folder of the images: train/ and val/ that hold a folder per class, or a folder per class at once. In detection
-    and segmentation, laid out as COCO, Pascal VOC, ADE20K or Cityscapes."""
+    and segmentation, laid out as COCO, YOLO, Pascal VOC, ADE20K or Cityscapes."""
     labels: str = ""
     """CSV file of the labels of images that have several, for loss.multi_label (classification): in data.root, or one
     in the folder of each split. Its first column has the names of the files, and its others are either one with names
@@ -32,7 +32,7 @@ class DataConfig:
     """Name of the split to validate on; folders may also call it val, valid, eval or evaluation."""
     val_fraction: ClosedUnitInterval = 0.2
     """Share of every class held out, always the same images, where the data brings no validation split
-    (classification)."""
+    (classification); in detection, share of the images where a single file or folder annotates all of them."""
     download: bool = False
     """Let torchvision download a dataset that data.root lacks."""
     img_size: PositiveInt | tuple[PositiveInt, PositiveInt] | None = None

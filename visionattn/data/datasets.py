@@ -1,7 +1,6 @@
 """Where images come from: the digits of scikit-learn, image folders, and what timm's dataset factory opens."""
 
 import gzip
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,13 +12,14 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 from timm.data import create_dataset
+from timm.utils.misc import natural_key
+from torchvision.datasets import DatasetFolder
 
 from ..errors import VisionattnError, optional, require
 from .config import DataConfig, user_input
+from .paths import EXTENSIONS, SYNONYMS, child, class_files, find_files, is_data, regular
 
-SYNONYMS = [("train", "training"), ("validation", "val", "valid", "eval", "evaluation")]
 IDX_FOLDERS = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "kmnist": "KMNIST"}
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,28 @@ class ImageSet:
         index = self.indices[index]
         known = hasattr(self.source, "filename")
         return (known and self.source.filename(index, absolute=True)) or f"image {index} of {self.name}"
+
+
+class FolderImages:
+    """Files and their labels.
+
+    Args:
+        samples: Path and label of each.
+    """
+
+    def __init__(self, samples: list[tuple[str, int]]) -> None:
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        path, label = self.samples[index]
+        return open(regular(path), "rb"), label
+
+    def filename(self, index: int, **kwargs: Any) -> str:
+        """The path of an image."""
+        return self.samples[index][0]
 
 
 def to_mode(image: Image.Image, mode: str) -> Image.Image:
@@ -172,31 +194,38 @@ def _split_folders(config: DataConfig) -> tuple[Path, Path | None]:
 
     def find(split: str) -> Path | None:
         names = [split, *(name for group in SYNONYMS if split in group for name in group)]
-        return next((root / name for name in names if (root / name).is_dir()), None)
+        # In other letters only one that is not a class itself.
+        return child(
+            root, names, lambda path: path.is_dir() and (path.name in names or not find_files(path, deep=False))
+        )
 
     train, val = find(config.train_split), find(config.val_split)
     return train or val or root, val
 
 
 def _open_folder(folder: Path, classes: list[str] | None = None) -> ImageSet:
+    """Images of the folders in a folder, each a class, to which deeper folders belong."""
     expected = f"expected {folder}/<class>/<image>, with images as {', '.join(EXTENSIONS)}"
-    class_folders = [entry for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith(".")]
-    if not class_folders:
+    with user_input(f"cannot read {folder}", OSError):
+        files, strays = class_files(folder), find_files(folder, deep=False)
+    if not files:
         raise VisionattnError(f"{folder} holds no class folders: {expected}")
-    with user_input(f"cannot read {folder}", RuntimeError, OSError):
-        reader = create_dataset("", root=str(folder), search_split=False, input_key=";".join(EXTENSIONS)).reader
-    parts = [Path(path).relative_to(folder).parts for path, _ in reader.samples]
-    if strays := [part[0] for part in parts if len(part) == 1]:
-        raise VisionattnError(f"{folder / strays[0]} lies outside the class folders: {expected}")
-    if empty := sorted({entry.name for entry in class_folders} - {part[0] for part in parts}):
+    if strays:
+        raise VisionattnError(f"{strays[0]} lies outside the class folders: {expected}")
+    if empty := sorted(name for name, images in files.items() if not images):
         raise VisionattnError(f"class folder {folder / empty[0]} holds no images: {expected}")
-    found = list(reader.class_to_idx)
-    if classes is not None and found != classes:
-        if unknown := sorted(set(found) - set(classes)):
-            raise VisionattnError(f"{folder} holds classes that the model was not trained on: {_few(unknown)}")
-        label = {reader.class_to_idx[name]: classes.index(name) for name in found}
-        reader.samples = [(path, label[old]) for path, old in reader.samples]
-    return ImageSet(reader, range(len(reader)), found, str(folder))
+    found = sorted(files, key=_natural)
+    if classes is not None and (unknown := sorted(set(found) - set(classes))):
+        raise VisionattnError(f"{folder} holds classes that the model was not trained on: {_few(unknown)}")
+    label = {name: number for number, name in enumerate(classes or found)}
+    samples = [(str(path), label[name]) for name, images in files.items() for path in images]
+    samples.sort(key=lambda sample: _natural(sample[0]))
+    return ImageSet(FolderImages(samples), range(len(samples)), found, str(folder))
+
+
+def _natural(name: str) -> tuple[list, str]:
+    """The order of timm's folders, in which names differ that it takes for equal, such as 1 and 01."""
+    return natural_key(name), name
 
 
 def _open_by_timm(config: DataConfig, name: str, split: str) -> ImageSet:
@@ -212,6 +241,8 @@ def _open_by_timm(config: DataConfig, name: str, split: str) -> ImageSet:
     with user_input(f"cannot open dataset {name}", Exception), readable as root:  # readers raise whatever they like
         dataset = create_dataset(name, root=root, split=split, download=config.download)
     source = getattr(dataset, "reader", dataset)
+    if isinstance(source, DatasetFolder):
+        _leave_out_leftovers(source)
     classes = list(getattr(source, "class_to_idx", None) or getattr(source, "classes", ()))
     if not classes:
         raise VisionattnError(f"dataset {name} does not say which classes it has")
@@ -219,6 +250,16 @@ def _open_by_timm(config: DataConfig, name: str, split: str) -> ImageSet:
     if stray := [label for label in _labels(source) if label not in range(len(classes))]:
         raise VisionattnError(f"{images.name} has the label {stray[0]}, but {len(classes)} classes")
     return images
+
+
+def _leave_out_leftovers(folder: DatasetFolder) -> None:
+    """Take out of what torchvision read as classes and images what systems leave in folders."""
+    folder.classes = [name for name in folder.classes if is_data(name)]
+    label = {folder.class_to_idx[name]: number for number, name in enumerate(folder.classes)}
+    folder.class_to_idx = {name: number for number, name in enumerate(folder.classes)}
+    kept = [(path, old) for path, old in folder.samples if all(map(is_data, Path(path).relative_to(folder.root).parts))]
+    folder.samples = folder.imgs = [(path, label[old]) for path, old in kept]
+    folder.targets = [label for _, label in folder.samples]
 
 
 def _labels(source: Any) -> list[int]:

@@ -7,6 +7,8 @@ from jsonargparse.typing import ClosedUnitInterval, PositiveFloat, PositiveInt
 
 from ..errors import VisionattnError
 
+BoxFormat = Literal["xywh", "xyxy", "cxcywh", "relative_xywh", "relative_xyxy", "relative_cxcywh"]
+
 
 @dataclass
 class AnnotationConfig:
@@ -15,8 +17,10 @@ class AnnotationConfig:
     classes: str = ""
     """Text file that names a class in each line, where neither the data nor its layout does. For segmentation the first
     line names value 0 of the masks; values of empty lines are ignored."""
-    box_format: Literal["xywh", "xyxy"] = "xywh"
-    """Boxes of a Hugging Face dataset: corner and size, or two corners, in pixels."""
+    box_format: BoxFormat | None = None
+    """Boxes: corner and size, two corners, or centre and size, in pixels, or relative to the image, from 0 to 1; null:
+    as such annotations have them (COCO and Hugging Face datasets xywh, YOLO relative_cxcywh, VOC corners counted from
+    1), but an error names the format that fits where many boxes would leave their images."""
     scene_size: PositiveInt = 96
     """Height and width of the scenes, in pixels."""
     scene_objects: PositiveInt = 4

@@ -15,7 +15,8 @@ from torch import Tensor
 from ..errors import VisionattnError
 from .annotations import open_hub, root_of, split_names
 from .config import DataConfig, user_input
-from .datasets import EXTENSIONS, ImageSet, check_classes, dataset_name, stratified_split
+from .datasets import ImageSet, check_classes, dataset_name, stratified_split
+from .paths import EXTENSIONS, is_plain, locate, regular, shown
 
 LAYOUT = (
     "a CSV file whose first column has the names of the image files, and whose others are either one with the names of "
@@ -55,7 +56,7 @@ class Files:
         self.paths = paths
 
     def __getitem__(self, index: int) -> Any:
-        return open(self.paths[index], "rb")
+        return open(regular(self.paths[index]), "rb")
 
 
 class HubImages:
@@ -181,10 +182,13 @@ def _read_table(path: Path, root: Path, folder: Path) -> _Table:
     is_list = len(columns) == 1 and not {row[columns[0]] for _, row in rows} <= {"0", "1"}
     read = _listed if is_list else _flagged
     found: dict[str, tuple[list[str], str | None]] = {}
+    meant: dict[str, str] = {}  # by which name each was found
     for number, row in rows:
         where = f"{path}, row {number}"
         file = _locate(row[0], root, folder, where)
         names = read(row, header, columns, where)
+        if os.path.basename(meant.setdefault(file, row[0])) == os.path.basename(row[0]) and meant[file] != row[0]:
+            raise VisionattnError(f"{where}: both {meant[file]} and {row[0]} seem to be {file}")
         if file in found and not is_list:
             raise VisionattnError(f"{where}: {row[0]} has a row already")
         before, _ = found.get(file, ([], None))
@@ -215,16 +219,11 @@ def _flagged(row: list[str], header: list[str], columns: list[int], where: str) 
 
 def _locate(name: str, root: Path, folder: Path, where: str) -> str:
     """Path of the file of this name, with or without its extension, in a folder of the data."""
-    spelt = os.path.normpath(name.replace("\\", "/"))
-    if os.path.isabs(spelt) or spelt.startswith(".."):
-        path = Path(os.path.abspath(folder / spelt))
-        if not path.is_relative_to(os.path.abspath(root)):
-            raise VisionattnError(f"{where}: {name} is outside of {root}")
-    else:
-        path = folder / spelt
-    candidates = (f"{path}{extension}" for extension in ("", *EXTENSIONS))
-    if name and (found := next((file for file in candidates if os.path.isfile(file)), None)):
-        return found
+    candidates = (locate(f"{name}{extension}", [folder], root) for extension in ("", *EXTENSIONS) if name)
+    if found := next((path for path in candidates if path is not None), None):
+        return str(found)
+    if not is_plain(name):
+        raise VisionattnError(f"{where}: {shown(name)} is outside of {root}, which has none of its name")
     raise VisionattnError(f"{where}: there is no image {name or 'without a name'} in {folder}")
 
 

@@ -5,6 +5,7 @@ out of its 19 classes, and values whose line in a file of class names is empty.
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,14 @@ from .annotations import (
     split_names,
 )
 from .config import DataConfig
-from .datasets import EXTENSIONS, ImageSet
+from .datasets import ImageSet
 from .dense_config import AnnotationConfig
-from .detection import VOC_CLASSES
+from .paths import child, find_files, regular
 from .scenes import open_scenes
+from .voc import VOC_CLASSES, image_beside, need_list, read_list
+
+STRETCHED = {"L;2": 85, "L;4": 17}
+"""Grey values of two and of four bits, as optimisers of PNG write them: Pillow stretches them to eight."""
 
 
 class Labelling:
@@ -48,16 +53,30 @@ class Labelling:
 
     def __call__(self, mask: Image.Image, where: object) -> np.ndarray:
         """The labels (H, W) of a mask's pixels."""
-        values = np.asarray(mask)
+        values = values_of(mask, where)
         if values.ndim != 2:
             raise VisionattnError(f"{where} has {values.shape[2]} channels: expected one number for each pixel")
-        values = values.astype(np.int32)
-        known = values.clip(0, IGNORED)
-        labels = self.table[known]
+        if values.dtype.kind == "f" and not np.array_equal(values, np.rint(values)):
+            raise VisionattnError(f"{where} has fractions for pixels: expected whole numbers, from 0 to {IGNORED}")
+        known = values.astype(np.uint8) if values.dtype == bool else values.clip(0, IGNORED)
+        labels = self.table[known.astype(np.uint8)]
         wrong = (labels < 0) | (known != values)
         if wrong.any():
             raise VisionattnError(f"{where} has the value {values[wrong][0]}, which is of no class")
         return labels.astype(np.uint8)
+
+
+def values_of(mask: Image.Image, where: object) -> np.ndarray:
+    """The numbers that a mask's file has for its pixels, one for each or several.
+
+    Raises:
+        VisionattnError: the file changed them as it was written.
+    """
+    if mask.format in ("JPEG", "MPO"):
+        raise VisionattnError(f"{where} is a JPEG, which changes the values of pixels: expected PNG")
+    raw = mask.tile[0].args if getattr(mask, "tile", None) else None
+    raw = raw[0] if isinstance(raw, tuple) and raw else raw
+    return np.asarray(mask) // STRETCHED[raw] if raw in STRETCHED else np.asarray(mask)
 
 
 class MaskedFiles:
@@ -77,7 +96,7 @@ class MaskedFiles:
     def __getitem__(self, index: int) -> tuple[Image.Image, np.ndarray]:
         path, mask_path = self.pairs[index]
         image = open_upright(path)
-        with Image.open(mask_path) as file:
+        with Image.open(regular(mask_path)) as file:
             labels = self.labelling(file, mask_path)
         check_size(image, labels.shape, mask_path)
         return image, labels
@@ -151,25 +170,21 @@ def _open_folder(config: DataConfig, root: Path, annotations: AnnotationConfig, 
         images, masks = _split_folder(root / "leftImg8bit", splits), _split_folder(root / "gtFine", splits)
         pairs = [
             (path, masks / path.parent.name / path.name.replace("leftImg8bit", "gtFine_labelIds"))
-            for path in _image_files(images, "*/*")
+            for path in find_files(images)
+            if path.parent.parent == images
         ]
     elif (root / "SegmentationClass").is_dir():
         names = names or ["background", *VOC_CLASSES]
-        lists = [root / "ImageSets" / "Segmentation" / f"{name}.txt" for name in splits]
-        listed = next((path for path in lists if path.is_file()), None)
-        if listed is None:
-            raise VisionattnError(f"{root} has no list of the split {split}: expected {lists[0]}")
-        stems = [name for name in read_names(listed) if name]
-        pairs = [(root / "JPEGImages" / f"{s}.jpg", root / "SegmentationClass" / f"{s}.png") for s in stems]
+        listed = need_list(root, "Segmentation", splits)
+        masks = read_list(root, listed, root / "SegmentationClass", [".png"])
+        pairs = [(image_beside(path, root / "SegmentationClass", root / "JPEGImages"), path) for path in masks]
     elif (root / "images").is_dir():
         names = names or _folder_names(root)
-        folder = next((root / name for name in ("annotations", "masks", "labels") if (root / name).is_dir()), None)
+        folder = child(root, ("annotations", "masks", "labels"))
         if folder is None:
             raise VisionattnError(f"{root} holds images/ but no annotations/, masks/ or labels/")
         images, masks = _split_folder(root / "images", splits), _split_folder(folder, splits)
-        pairs = [
-            (path, (masks / path.relative_to(images)).with_suffix(".png")) for path in _image_files(images, "**/*")
-        ]
+        pairs = [(path, (masks / path.relative_to(images)).with_suffix(".png")) for path in find_files(images)]
     else:
         raise VisionattnError(
             f"{root} has no layout that is known: expected images/{split} and annotations/{split} (ADE20K's), "
@@ -178,18 +193,34 @@ def _open_folder(config: DataConfig, root: Path, annotations: AnnotationConfig, 
     if missing := next((path for pair in pairs for path in pair if not path.is_file()), None):
         raise VisionattnError(f"{missing} is missing: every image of {split} needs its mask")
     labelling = Labelling(names)
+    _check_second_class(pairs, labelling, names)
     return ImageSet(MaskedFiles(pairs, labelling), range(len(pairs)), labelling.classes, f"{root} ({split})")
 
 
+def _check_second_class(pairs: Sequence[tuple[Path, Path]], labelling: Labelling, names: Sequence[str]) -> None:
+    """Raise an error if masks of two classes have 255 where they mean the second: these pixels would not count."""
+    if len(names) != 2 or len(labelling.classes) != 2:
+        return
+    seen = False
+    for _, path in pairs:
+        with suppress(Exception), Image.open(regular(path)) as file:  # loading tells what is wrong with it
+            values = values_of(file, path)
+            found = set(np.unique(values).tolist())
+            if values.ndim > 2 or found - {0, IGNORED}:
+                return
+            seen |= IGNORED in found
+    if seen:
+        raise VisionattnError(
+            f"the masks in {pairs[0][1].parent} have the values 0 and {IGNORED} alone, and {IGNORED} does not count: "
+            f"write 1 for {names[1]}"
+        )
+
+
 def _split_folder(folder: Path, splits: list[str]) -> Path:
-    found = next((folder / name for name in splits if (folder / name).is_dir()), None)
+    found = child(folder, splits)
     if found is None:
         raise VisionattnError(f"{folder} holds no {splits[0]}/")
     return found
-
-
-def _image_files(folder: Path, pattern: str) -> list[Path]:
-    return sorted(path for path in folder.glob(pattern) if path.suffix.lower() in EXTENSIONS)
 
 
 def _folder_names(root: Path) -> list[str]:
