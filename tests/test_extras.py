@@ -32,10 +32,10 @@ def script(module, *argv):
     sys.argv = ["script", *argv]
     return lambda: run(module.main)
 
-def call(name):
+def call(name, *arguments):
     def made():
         try:
-            getattr(visionattn, name)("test_dinat", {"create_detector": "fcos", "create_segmenter": "fpn"}[name], 3)
+            getattr(visionattn, name)(*arguments)
         except VisionattnError as error:
             print("error:", error, file=sys.stderr)
             return 2
@@ -59,9 +59,9 @@ def entries():
     yield "info", lambda: main(["info", "test_dinat"])
     yield "convert", lambda: main(["convert", classifier, str(folder / "c.safetensors"), "--model", "test_dinat"])
     yield "push", lambda: main(["push", classifier, "local-dir:" + str(folder / f"pushed{os.getpid()}")])
-    yield "file", lambda: main(["convert", segmenter, str(folder / "d.safetensors"), "--model", "test_dinat"])
-    yield "detector", call("create_detector")
-    yield "segmenter", call("create_segmenter")
+    yield "file", call("create_model", segmenter)
+    yield "detector", call("create_detector", "test_dinat", "fcos", 3)
+    yield "segmenter", call("create_segmenter", "test_dinat", "fpn", 3)
 
 def attempt(library, name, entry):
     """In a process of its own, in which the library is missing."""
