@@ -10,16 +10,28 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar
 
 import torch
-from timm.layers import create_classifier, to_2tuple, trunc_normal_
+from timm.layers import Format, create_classifier, nchw_to, to_2tuple, trunc_normal_
 from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import global_pool_nlc
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .errors import VisionattnError
+from .layers.dilation import spread, unstride
 from .layers.fuse import fuse_modules
 from .layers.norm import allow_single_values
 from .layers.position import PositionEmbedding, resample_rows, resize_table
+
+POOLS = ("", *(fast + kind for fast in ("", "fast") for kind in ("avg", "max", "avgmax", "catavgmax")), "fast")
+"""Kinds of global pooling of maps."""
+FORMATS = tuple(fmt.value for fmt in Format)
+"""Layouts of features."""
+
+
+def check_output_format(output_fmt: str) -> None:
+    """Refuse a layout of features that is none of `FORMATS`."""
+    if output_fmt not in FORMATS:
+        raise VisionattnError(f"expected output_fmt one of {', '.join(FORMATS)}, got {output_fmt!r}")
 
 
 class InputCheck(nn.Module):
@@ -56,6 +68,7 @@ class Backbone(nn.Module):
         feature_cfg: how timm's builder makes a feature extractor of the model.
         optional: beginnings of the names of what models for dense prediction do without, or have besides.
         averaged_weights: whether the published figures are those of averaged weights, where a checkpoint holds both.
+        dilates: whether `dilate` can keep the resolution of the last stages.
     """
 
     layouts: ClassVar[dict[str, list]] = {}
@@ -64,6 +77,7 @@ class Backbone(nn.Module):
     feature_cfg: ClassVar[dict]
     optional: ClassVar[tuple[str, ...]] = ("norm.", "feature_norms.", "hidden.", "cls_token")
     averaged_weights: ClassVar[bool] = True
+    dilates: ClassVar[bool] = False
 
     def __init__(
         self, num_features: int, num_classes: int, in_chans: int, drop_rate: float, min_input_size: int
@@ -85,14 +99,14 @@ class Backbone(nn.Module):
         return self.head
 
     @staticmethod
-    def pool_size(img_size: int) -> tuple[int, int] | None:
-        """Size of the map that is pooled, for an image size in pixels; None if it is a sequence."""
-        return None
-
-    @staticmethod
     def map_size(length: int, reduction: int) -> int:
         """Length of an axis of the feature map of that reduction, for `length` pixels of the image."""
         return -(-length // reduction)
+
+    def pool_size(self, img_size: tuple[int, int]) -> tuple[int, int]:
+        """(height, width) of what is pooled, the last map or the grid of the patches, for that of the image."""
+        reduction = self.feature_info[-1]["reduction"]
+        return self.map_size(img_size[0], reduction), self.map_size(img_size[1], reduction)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -253,7 +267,8 @@ class Hierarchical(Backbone):
         norm: before pooling, NCHW.
         num_classes: classes of the head, 0 for none.
         in_chans: channels of the image.
-        global_pool: "avg", "max", "avgmax", "catavgmax" or "" for none.
+        global_pool: "avg", "max", "avgmax", "catavgmax" (which doubles the features), or these with timm's prefix
+            "fast"; "" for none, where the head maps every position.
         drop_rate: dropout rate before the head.
         stem_stride: reduction of the stem.
         norm_after_pool: apply `norm`, which then takes (B, C) too, to the pooled features instead of the map.
@@ -296,6 +311,7 @@ class Hierarchical(Backbone):
         self.global_pool, self.head_drop, self.head = create_classifier(
             self.num_features, num_classes, global_pool, drop_rate=drop_rate, device=device, dtype=dtype
         )
+        self.head_hidden_size = self._pooled_size(global_pool)
         self.feature_info = [
             {"num_chs": stage.dim, "reduction": reductions[i], "module": f"stages.{i}"}
             for i, stage in enumerate(stages)
@@ -303,11 +319,40 @@ class Hierarchical(Backbone):
         allow_single_values(self)
 
     def _check_pool(self, global_pool: str) -> None:
-        if self.norm_after_pool and global_pool == "catavgmax":
+        if global_pool not in POOLS:
+            accepted = ", ".join(map(repr, POOLS))
+            raise VisionattnError(f"{self.check.name} expects global_pool one of {accepted}, got {global_pool!r}")
+        if self.norm_after_pool and self._pooled_size(global_pool) != self.num_features:
             raise VisionattnError(
                 f"{self.check.name} expects a global_pool that keeps its {self.num_features} features, "
                 f"as the norm comes after it, got {global_pool!r}"
             )
+
+    @torch.jit.ignore
+    def dilate(self, output_stride: int) -> None:
+        """Keep the resolution from the stage of `output_stride` on: later ones take steps of one position and spread
+        their kernels, which the same parameters serve.
+
+        With n times the resolution, every n-th position of a stage's output is what it was, but for what its blocks
+        draw from the whole map.
+
+        Args:
+            output_stride: of the last map, one of those of the stages.
+
+        Raises:
+            VisionattnError: if no stage has that stride.
+        """
+        strides = [info["reduction"] for info in self.feature_info]
+        if output_stride not in strides:
+            raise VisionattnError(f"{self.check.name} expects output_stride one of {strides}, got {output_stride}")
+        before = 1
+        for stage, info in zip(self.stages, self.feature_info, strict=True):
+            factor = max(1, info["reduction"] // output_stride)
+            if factor > before:
+                unstride(stage.downsample, before)
+                spread(stage.blocks, factor)
+                info["reduction"] = output_stride
+            before = factor
 
     def add_feature_norms(self, indices: Sequence[int]) -> None:
         """Normalise the outputs of these stages, and of no others, as the family's models for dense prediction do.
@@ -318,11 +363,6 @@ class Hierarchical(Backbone):
         if self.feature_norm is not None:
             norms = self.feature_norms or [self.feature_norm(stage.dim, **self._placement()) for stage in self.stages]
             self.feature_norms = nn.ModuleList(norm if i in indices else nn.Identity() for i, norm in enumerate(norms))
-
-    @staticmethod
-    def pool_size(img_size: int) -> tuple[int, int]:
-        """Size of the map that is pooled, for an image size in pixels."""
-        return (-(-img_size // 32),) * 2
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -350,13 +390,22 @@ class Hierarchical(Backbone):
             global_pool: new pooling, unchanged if None.
             reset_other: nothing else belongs to the head; accepted as in timm.
         """
-        self.num_classes = num_classes
         pool = self.global_pool.pool_type if global_pool is None else global_pool
         self._check_pool(pool)
-        self.global_pool, self.head_drop, self.head = create_classifier(
-            self.head_hidden_size, num_classes, pool, drop_rate=self.drop_rate, **self._placement()
-        )
+        self.num_classes = num_classes
+        self.global_pool, self.head_drop, _ = create_classifier(self.num_features, 0, pool, drop_rate=self.drop_rate)
+        self.head_hidden_size = self._pre_logits_size()
+        placement = self._placement()
+        self.head = nn.Linear(self.head_hidden_size, num_classes, **placement) if num_classes else nn.Identity()
         self.train(self.training)
+
+    def _pooled_size(self, global_pool: str) -> int:
+        """Features after a pooling."""
+        return self.num_features * (2 if global_pool.endswith("catavgmax") else 1)
+
+    def _pre_logits_size(self) -> int:
+        """Features that the head gets with the present pooling."""
+        return self._pooled_size(self.global_pool.pool_type)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Image to the map of the last stage, NCHW, normalised unless that comes after the pooling."""
@@ -369,7 +418,10 @@ class Hierarchical(Backbone):
         """Map of the last stage to logits, or to pooled features with `pre_logits`."""
         x = self.global_pool(x)
         x = self.head_drop(self.norm(x) if self.norm_after_pool else x)
-        return x if pre_logits else self.head(x)
+        return x if pre_logits else self._classify(x)
+
+    def _classify(self, x: Tensor) -> Tensor:
+        return self.head(x) if self.global_pool.pool_type else self.head(x.movedim(1, -1)).movedim(-1, 1)
 
     def forward_intermediates(
         self,
@@ -387,14 +439,13 @@ class Hierarchical(Backbone):
             indices: the last n stages if an int, these stages if a list, all if None.
             norm: apply the final norm to the last stage's output.
             stop_early: do not run stages after the last one asked for.
-            output_fmt: "NCHW", the one layout of maps.
+            output_fmt: layout of the maps, "NCHW", "NHWC" or, with the positions in one sequence, "NLC" or "NCL".
             intermediates_only: do not return the final features.
 
         Returns:
             The maps, or (final features, maps).
         """
-        if output_fmt != "NCHW":
-            raise VisionattnError(f"expected output_fmt 'NCHW', got {output_fmt!r}")
+        check_output_format(output_fmt)
         take, last = feature_take_indices(len(self.stages), indices)
         final = len(self.stages) - 1
         x = self.stem(self.check(x))
@@ -403,7 +454,8 @@ class Hierarchical(Backbone):
             x = stage(x)
             if i in take:
                 feature = self.norm(x) if norm and i == final else x
-                intermediates.append(feature if self.feature_norms is None else self.feature_norms[i](feature))
+                feature = feature if self.feature_norms is None else self.feature_norms[i](feature)
+                intermediates.append(nchw_to(feature, output_fmt))
         if intermediates_only:
             return intermediates
         return (self._map_norm(x) if i == final else x), intermediates
@@ -426,10 +478,11 @@ class Hierarchical(Backbone):
         self.stages = self.stages[: last + 1]
         if self.feature_norms is not None:
             self.feature_norms = self.feature_norms[: last + 1]
+        self.feature_info = self.feature_info[: last + 1]
         width = self.num_features
         if prune_norm or shorter:
             self.norm = nn.Identity()
-            self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
+            self.num_features = self.feature_info[last]["num_chs"]
         if prune_head or self.num_features != width or shorter:
             self.reset_classifier(0, "", reset_other=True)
         return take
@@ -640,14 +693,13 @@ class Isotropic(Backbone):
             return_prefix_tokens: return (patches, class token) pairs; the token part is empty where it has not joined.
             norm: apply the final norm to every output.
             stop_early: do not run blocks after the last one asked for.
-            output_fmt: "NCHW" maps or "NLC" tokens, of patches only.
+            output_fmt: layout of the patches, "NCHW" or "NHWC" for maps, "NLC" or "NCL" for tokens.
             intermediates_only: do not return the final features.
 
         Returns:
             The outputs, or (final features, outputs).
         """
-        if output_fmt not in ("NCHW", "NLC"):
-            raise VisionattnError(f"expected output_fmt 'NCHW' or 'NLC', got {output_fmt!r}")
+        check_output_format(output_fmt)
         take, last = feature_take_indices(len(self.blocks), indices)
         x, grid = self._embed(x)
         args = self.block_arguments(x, grid)
@@ -656,8 +708,8 @@ class Isotropic(Backbone):
             x = self._run(i, x, *args)
             if i in take:
                 patches, token = self._split(self.norm(x) if norm else x, i)
-                if output_fmt == "NCHW":
-                    patches = patches.transpose(1, 2).unflatten(2, grid)
+                if output_fmt != "NLC":
+                    patches = nchw_to(patches.transpose(1, 2).unflatten(2, grid), output_fmt)
                 intermediates.append((patches, token) if return_prefix_tokens else patches)
         return intermediates if intermediates_only else (self.norm(x), intermediates)
 
@@ -676,7 +728,9 @@ class Isotropic(Backbone):
         """
         take, last = feature_take_indices(len(self.blocks), indices)
         shorter = last < len(self.blocks) - 1
-        self.blocks = self.blocks[: last + 1]
+        self.blocks, self.feature_info = self.blocks[: last + 1], self.feature_info[: last + 1]
+        if self.class_token_at is not None and self.class_token_at > last:  # it would have joined later
+            self.class_token_at, self.cls_token, self.num_prefix_tokens = None, None, 0
         if prune_norm:
             self.norm = nn.Identity()
         if prune_head or shorter:

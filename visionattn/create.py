@@ -32,7 +32,8 @@ def create_model(name: str, pretrained: bool | None = None, checkpoint_path: str
         **kwargs: arguments of the model's class (`num_classes`, `in_chans`, `drop_path_rate`, ...) and of timm's
             builder (`features_only`, `out_indices`, ...). None is passed on where the class has a use for it, such as
             `layer_scale=None`; elsewhere it stands for the default. `img_size` is the size that position tables are
-            made for, where a model has some, and the one that its data are prepared at.
+            made for, where a model has some, and the one that its data are prepared at; `output_stride` the stride of
+            the last map, smaller than the published one where the family's blocks can be dilated.
 
     Returns:
         The model, or a list-of-maps feature extractor with `features_only=True`. If the file is train.py's checkpoint

@@ -12,9 +12,9 @@ from torch import Tensor
 from .arguments import check_values, describe, fits, hints
 from .errors import VisionattnError
 from .files import one_line
-from .registry import BUILDER_ARGUMENTS, find
+from .registry import BUILDER_ARGUMENTS, FEATURE_ARGUMENTS, MODEL_ARGUMENTS, find
 
-EXECUTION = {"device", "dtype", "pretrained", "checkpoint_path", "start", *BUILDER_ARGUMENTS}
+EXECUTION = {"device", "dtype", "pretrained", "checkpoint_path", "start", *BUILDER_ARGUMENTS, *FEATURE_ARGUMENTS}
 """Arguments that say how a model is made and run, and no file's business."""
 SOURCES = ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source")
 """Entries of timm's configuration that say where weights are, and no repository's business."""
@@ -220,7 +220,7 @@ def check_model(name: str, kwargs: Mapping[str, Any], place: str, group: str, lo
     for key, value in kwargs.items():
         if key in EXECUTION:
             raise VisionattnError(f"{place}: entry {group}.{key} is not a file's to say")
-        if key not in types and takes is not find(name)[2].build and key != "img_size":
+        if key not in types and takes is not find(name)[2].build and key not in MODEL_ARGUMENTS:
             raise VisionattnError(
                 f"{place}: {name} takes no {group}.{key}; it takes {', '.join(sorted(types.keys() - EXECUTION))}"
             )

@@ -2,11 +2,13 @@
 
 import difflib
 import fnmatch
+import inspect
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 import timm
 import torch
@@ -15,16 +17,24 @@ from timm.models import register_model as register_with_timm
 from torch import nn
 
 from .arguments import check_values, hints, with_meaning
+from .backbone import Backbone, Isotropic
 from .download import HUB, fetch
 from .errors import UnknownArgumentError, UnknownModelError, VisionattnError, check_arguments
+from .extractors import extractor_class
 from .files import find_file
 from .weights import load_pretrained
 
 BUILDER_ARGUMENTS = {
-    *("features_only", "out_indices", "feature_cls", "output_fmt", "cache_dir"),
+    *("features_only", "cache_dir"),
     *("pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict", "pretrained_model_args"),
 }
-"""What timm's builder takes besides the arguments of the model's class."""
+"""What the builder takes besides the arguments of the model's class."""
+FEATURE_ARGUMENTS = {"out_indices", "feature_cls", "output_fmt"}
+"""What it takes besides these with `features_only`."""
+MODEL_ARGUMENTS = {"img_size", "output_stride"}
+"""What every model takes besides the arguments of its class."""
+TIMM_PREFIX = "va_"
+"""What timm's registry has our names a second time with: these are ours there even if timm has models so called."""
 
 
 @dataclass(frozen=True)
@@ -146,6 +156,7 @@ class Entry:
 
 _entries: dict[str, Entry] = {}
 _aliases: dict[str, str] = {}
+_plain_in_timm: set[str] = set()
 
 
 def register_model(build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
@@ -166,7 +177,7 @@ def register_model(build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
 def register_family(
     family: Family, model: type[nn.Module], variants: dict[str, Variant], aliases: dict[str, str] | None = None
 ) -> None:
-    """Register the variants of a family, here and, where timm lacks the name, with timm.
+    """Register the variants of a family, here and with timm: prefixed, and plainly where timm lacks the name.
 
     Args:
         family: what the variants have in common.
@@ -180,11 +191,37 @@ def register_family(
         cfgs = {tag: _pretrained_cfg(name, tag, family, variant, cls) for tag in variant.weights or {"": None}}
         entry = _register(name, Entry(_builder(name, cls, variant, cfgs), cls, family, variant, cfgs))
         if not timm.is_model(name):
-            entry.build.__name__, entry.build.__module__ = name, module.__name__
-            tagged = {f"{name}.{tag}" if tag else name: cfg for tag, cfg in cfgs.items()}
-            module.default_cfgs = getattr(module, "default_cfgs", {}) | generate_default_cfgs(tagged)
-            register_with_timm(entry.build)
+            _offer(module, name, entry.build, cfgs)
+            _plain_in_timm.add(name)
+        _offer(module, TIMM_PREFIX + name, _called(TIMM_PREFIX + name, entry.build), cfgs)
     _aliases.update(aliases or {})
+
+
+def _offer(module: ModuleType, name: str, build: Callable[..., nn.Module], cfgs: dict[str, PretrainedCfg]) -> None:
+    """Register a model with timm."""
+    build.__name__, build.__module__ = name, module.__name__
+    tagged = {f"{name}.{tag}" if tag else name: cfg for tag, cfg in cfgs.items()}
+    module.default_cfgs = getattr(module, "default_cfgs", {}) | generate_default_cfgs(tagged)
+    register_with_timm(build)
+
+
+def _called(name: str, build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """`build` for a model that says it is called `name`, so that what timm saves of it is found again."""
+
+    def build_called(pretrained_cfg_overlay: dict | None = None, **kwargs) -> nn.Module:
+        overlay = {"architecture": name} | (pretrained_cfg_overlay or {})
+        return build(pretrained_cfg_overlay=overlay, **kwargs)
+
+    return build_called
+
+
+def timm_name(name: str) -> str:
+    """What timm, and what builds on it, knows a model of ours by: its name, prefixed if timm has another so called.
+
+    Args:
+        name: registered name, without a tag.
+    """
+    return name if name in _plain_in_timm else TIMM_PREFIX + name
 
 
 def _register(name: str, entry: Entry) -> Entry:
@@ -197,6 +234,9 @@ def _register(name: str, entry: Entry) -> Entry:
 def _pretrained_cfg(name: str, tag: str, family: Family, variant: Variant, cls: type[nn.Module]) -> PretrainedCfg:
     weights = variant.weights.get(tag, Weights(img_size=variant.img_size))
     size = weights.img_size
+    stride = 32  # of the map that is pooled, where it is not the grid of the patches
+    if issubclass(cls, Isotropic):
+        stride = variant.kwargs.get("patch_size", inspect.signature(cls).parameters["patch_size"].default)
     facts = {
         "url": weights.urls[0] if weights.urls else None,
         "hf_hub_id": weights.hf_hub_id,
@@ -204,7 +244,7 @@ def _pretrained_cfg(name: str, tag: str, family: Family, variant: Variant, cls: 
         "tag": tag or None,
         "input_size": (3, size, size),
         "min_input_size": None,
-        "pool_size": cls.pool_size(size),
+        "pool_size": (-(-size // stride),) * 2,
         "num_classes": weights.num_classes,
         "crop_pct": weights.crop_pct,
         "interpolation": "bicubic",
@@ -221,11 +261,12 @@ def _pretrained_cfg(name: str, tag: str, family: Family, variant: Variant, cls: 
 def _builder(
     name: str, cls: type[nn.Module], variant: Variant, cfgs: dict[str, PretrainedCfg]
 ) -> Callable[..., nn.Module]:
-    accepted = hints(cls).keys() | {"img_size"}
+    accepted = hints(cls).keys() | MODEL_ARGUMENTS
 
     def build(pretrained: bool = False, start: Callable[[nn.Module], None] | None = None, **kwargs) -> nn.Module:
         kwargs = with_meaning(kwargs, cls)
-        check_arguments(name, kwargs.keys() - BUILDER_ARGUMENTS, accepted)
+        features = kwargs.get("features_only")
+        check_arguments(name, kwargs.keys() - BUILDER_ARGUMENTS - (FEATURE_ARGUMENTS if features else set()), accepted)
         check_values(kwargs, cls, lambda argument: f"{name} takes {argument}")
         cfg = kwargs.pop("pretrained_cfg", None) or next(iter(cfgs))
         if isinstance(cfg, str):
@@ -234,34 +275,58 @@ def _builder(
             cfg = cfg.to_dict()
         overlay = dict(kwargs.pop("pretrained_cfg_overlay", None) or {})
         published = find_published(name, cfg, overlay, variant, kwargs.get("cache_dir")) if pretrained else None
-        if (pretrained or start) and kwargs.get("features_only"):
+        if (pretrained or start) and features:
             kwargs["num_classes"] = 0  # whatever the file's classes
         if size := kwargs.get("img_size"):
-            overlay = {"input_size": (cfg["input_size"][0], *_checked_size(size)), "pool_size": None} | overlay
+            overlay = {"input_size": (cfg["input_size"][0], *_checked_size(size))} | overlay
             if "img_size" not in hints(cls):
                 del kwargs["img_size"]
+        feature_cfg = {"feature_cls": "list"} | cls.feature_cfg
+        feature_cfg |= {key: kwargs.pop(key) for key in FEATURE_ARGUMENTS & kwargs.keys()}
+        feature_cfg["feature_cls"] = extractor_class(feature_cfg["feature_cls"])
+        output_stride = kwargs.pop("output_stride", None)
 
         def construct(**kwargs) -> nn.Module:
             model = cls(**kwargs)
             model.pretrained_cfg = cfg
             model.check.name = name
+            if output_stride is not None:
+                _dilate(model, output_stride)
             if published is not None:
                 load_pretrained(model, published)
             if start is not None:  # what else is loaded, after the published weights
                 start(model)
+            size = overlay.get("input_size") or cfg.get("input_size") or PretrainedCfg.input_size
+            pooled["pool_size"] = model.pool_size(size[1:])
             return model
 
-        return build_model_with_cfg(
+        pooled: dict = {}
+        model = build_model_with_cfg(
             construct,
             name,
             False,  # timm's own loading knows one source and none of the layouts
             pretrained_cfg=cfg,
             pretrained_cfg_overlay=overlay,
-            feature_cfg=dict(cls.feature_cfg),
+            feature_cfg=feature_cfg,
             **variant.kwargs | kwargs,
         )
+        model.pretrained_cfg["pool_size"] = overlay.get("pool_size") or pooled["pool_size"]
+        return model
 
     return build
+
+
+def _dilate(model: Backbone, output_stride: int) -> None:
+    strides = [info["reduction"] for info in model.feature_info]
+    if output_stride == strides[-1]:
+        return
+    if not model.dilates:
+        able = sorted({e.family.name for e in _entries.values() if getattr(e.takes, "dilates", False)})
+        raise VisionattnError(
+            f"{model.check.name} has maps of strides {strides} and no others: output_stride {output_stride} needs a "
+            f"pyramid of one of the families {', '.join(able)}"
+        )
+    model.dilate(output_stride)
 
 
 def _checked_size(size: int | tuple[int, int]) -> tuple[int, int]:
@@ -332,6 +397,8 @@ def find(name: str) -> tuple[str, str, Entry]:
         UnknownModelError: if there is no such name.
     """
     base, _, tag = name.partition(".")
+    plain = base.removeprefix(TIMM_PREFIX)
+    base = plain if plain in _entries or plain in _aliases else base
     base = _aliases.get(base, base)
     if base not in _entries:
         near = difflib.get_close_matches(base, [*_entries, *_aliases], n=4, cutoff=0.5)

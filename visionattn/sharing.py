@@ -14,7 +14,7 @@ from .data.preprocessing import model_preprocessing
 from .description import describe_file, made_for
 from .errors import VisionattnError
 from .files import DESCRIPTION, one_line, read_checkpoint, write_checkpoint
-from .registry import find, model_info
+from .registry import find, model_info, timm_name
 from .weights import find_widths, fit_state_dict
 
 
@@ -91,6 +91,8 @@ def push(path: str, place: str, private: bool = False, message: str = "Add model
             f"cannot push {path}: it is of {described.task}, and timm's format holds classifiers only"
         )
     model = create_model(path)
+    # Clients of timm look the name up there.
+    model.pretrained_cfg["architecture"] = timm_name(find(description["model"])[0])
     options = {
         "model_config": {"label_names": description.get("classes")},
         "model_args": described.kwargs,

@@ -146,6 +146,10 @@ class NeighborhoodAttention2d(nn.Module):
         if self.rpb is not None:
             trunc_normal_(self.rpb, std=0.02)
 
+    def spread(self, factor: int) -> None:
+        """Dilate for maps of `factor` times the resolution."""
+        self.dilation = tuple(factor * d for d in self.dilation)
+
     def window(self, height: int, width: int) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
         """(kernel size, dilation, stride) of each axis on a map of that size."""
         rows, cols = zip(self.kernel_size, self.dilation, self.stride, strict=True)

@@ -67,15 +67,30 @@ class GlobalLocalFilter(nn.Module):
         self.pre_norm = LayerNorm2d(dim, eps=1e-6, **dd)
         self.post_norm = LayerNorm2d(dim, eps=1e-6, **dd)
         self._filter_cache = ParameterCache()
+        self.phases = 1
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         trunc_normal_(self.complex_weight, std=0.02)
 
+    def spread(self, factor: int) -> None:
+        """Filter the phases of a map of `factor` times the resolution, each by itself."""
+        self.phases *= factor
+
     def forward(self, x: Tensor) -> Tensor:
         near, far = self.pre_norm(x).chunk(2, 1)
-        x = torch.stack([self.dw(near), _filtered(self, far)], 2)
+        far = _filtered(self, far) if self.phases == 1 else _filtered_phases(self, far)
+        x = torch.stack([self.dw(near), far], 2)
         return self.post_norm(x.flatten(1, 2))
+
+
+@torch.fx.wrap
+def _filtered_phases(layer: GlobalLocalFilter, x: Tensor) -> Tensor:
+    """`_filtered` of the n x n maps of every n-th row and column of a map, which zeros fill up to a multiple of n."""
+    (B, _, H, W), n = x.shape, layer.phases
+    x = F.pad(x, (0, -W % n, 0, -H % n)).unflatten(3, (-1, n)).unflatten(2, (-1, n))
+    x = _filtered(layer, x.permute(0, 3, 5, 1, 2, 4).flatten(0, 2))
+    return x.unflatten(0, (B, n, n)).permute(0, 3, 4, 1, 5, 2).flatten(4).flatten(2, 3)[:, :, :H, :W]
 
 
 @torch.fx.wrap

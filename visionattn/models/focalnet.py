@@ -12,6 +12,7 @@ from ..backbone import Hierarchical, Isotropic, Stage
 from ..layers import FocalModulation, TokenFocalModulation
 from ..layers.block import Block
 from ..layers.focal_modulation import fit_tensor
+from ..layers.patch import PatchConv2d
 from ..layers.pointwise import Mlp
 from ..registry import Family, Variant, Weights, register_family
 from ..weights import renumber
@@ -67,14 +68,16 @@ class PatchEmbedding(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        kernel_size, padding = ((7, 2) if stride == 4 else (3, 1)) if overlap else (stride, 0)
         self.pad_to = stride if pad else 1
-        self.proj = nn.Conv2d(in_chans, dim, kernel_size, stride, padding, **dd)
+        if overlap:
+            self.proj = nn.Conv2d(in_chans, dim, *((7, 4, 2) if stride == 4 else (3, 2, 1)), **dd)
+        else:
+            self.proj = PatchConv2d(in_chans, dim, stride, **dd)
         self.norm = LayerNorm2d(dim, eps=1e-5, **dd) if norm else nn.Identity()
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.pad_to > 1:
+        if self.pad_to > 1 and self.proj.stride[0] > 1:
             x = F.pad(x, (0, -x.shape[3] % self.pad_to, 0, -x.shape[2] % self.pad_to))
         return self.drop(self.norm(self.proj(x)))
 
@@ -144,6 +147,7 @@ class FocalNet(Hierarchical):
     """
 
     layouts = {"official": OFFICIAL_RULES, "timm": TIMM_RULES, "hf": HF_RULES + OFFICIAL_RULES}
+    dilates = True
     feature_norm = partial(LayerNorm2d, eps=1e-5)
     feature_cfg = {"out_indices": (0, 1, 2, 3), "feature_cls": "getter"}
 

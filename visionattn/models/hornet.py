@@ -18,6 +18,7 @@ from ..layers import RecursiveGatedConv
 from ..layers.block import Block
 from ..layers.layout import ChannelsLast
 from ..layers.norm import ChannelNorm
+from ..layers.patch import PatchConv2d
 from ..layers.pointwise import Mlp
 from ..layers.recursive_gated_conv import resize_filter
 from ..registry import Family, Variant, Weights, register_family
@@ -75,6 +76,7 @@ class HorNet(Hierarchical):
     layouts = {"official": RULES}
     feature_norm = partial(LayerNorm2d, eps=1e-6)
     averaged_weights = False
+    dilates = True
 
     def __init__(
         self,
@@ -122,7 +124,7 @@ class HorNet(Hierarchical):
                 )
                 for rate in rates[i]
             ]
-            norm, proj = LayerNorm2d(dim // 2, eps=1e-6, **dd), nn.Conv2d(dim // 2, dim, 2, stride=2, **dd)
+            norm, proj = LayerNorm2d(dim // 2, eps=1e-6, **dd), PatchConv2d(dim // 2, dim, 2, **dd)
             downsample = nn.Sequential(OrderedDict(norm=norm, proj=proj)) if i else None
             stages.append(Stage(blocks, dim, downsample, channels_last=True))
         proj, norm = nn.Conv2d(in_chans, base_dim, 4, stride=4, **dd), LayerNorm2d(base_dim, eps=1e-6, **dd)

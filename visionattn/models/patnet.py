@@ -219,8 +219,7 @@ class PATNet(Hierarchical):
         )
         self.hidden, self.hidden_act = nn.Identity(), nn.Identity()
         if not fork_feat:
-            self.hidden, self.hidden_act = Pointwise(dims[-1], feature_dim, bias=False, **dd), act()
-            self.head_hidden_size = feature_dim
+            self.hidden, self.hidden_act = Pointwise(self.head_hidden_size, feature_dim, bias=False, **dd), act()
             self.reset_classifier(num_classes)
         self.apply(_init_weights)
 
@@ -234,13 +233,20 @@ class PATNet(Hierarchical):
 
         Args:
             num_classes: classes of the new head, 0 for none.
-            global_pool: new pooling, unchanged if None.
+            global_pool: new pooling, unchanged if None. One with another number of features has a new hidden layer.
             reset_other: remove the head's hidden layer.
         """
+        pooled = self._pooled_size(self.global_pool.pool_type if global_pool is None else global_pool)
         if reset_other:
             self.hidden, self.hidden_act = nn.Identity(), nn.Identity()
-            self.head_hidden_size = self.num_features
+        elif isinstance(self.hidden, Pointwise) and self.hidden.in_features != pooled:
+            self.hidden = Pointwise(pooled, self.hidden.out_features, bias=False, **self._placement())
+            _init_weights(self.hidden)
         super().reset_classifier(num_classes, global_pool)
+
+    def _pre_logits_size(self) -> int:
+        used = self.global_pool.pool_type and isinstance(self.hidden, Pointwise)
+        return self.hidden.out_features if used else super()._pre_logits_size()
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Map of the last stage to logits, or to the pooled features' hidden layer with `pre_logits`."""
@@ -248,7 +254,7 @@ class PATNet(Hierarchical):
         if self.global_pool.pool_type:
             x = self.hidden_act(self.hidden(x))
         x = self.head_drop(x)
-        return x if pre_logits else self.head(x)
+        return x if pre_logits else self._classify(x)
 
 
 def _variant(

@@ -187,6 +187,9 @@ class Sparsifiner(Isotropic):
         super().reset_classifier(num_classes, global_pool, reset_other)
         if self.aux_head is not None:
             self.aux_head = self._new_head(num_classes)
+        for name, parameter in self.named_parameters():
+            if name.startswith(("head.", "aux_head.")):
+                parameter.requires_grad_(self.phase != "recon")
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module | tuple[nn.Module, ...]:

@@ -120,6 +120,7 @@ class VAN(Hierarchical):
     """
 
     layouts = {"official": OFFICIAL_RULES, "hf": HF_RULES + OFFICIAL_RULES}
+    dilates = True
 
     def __init__(
         self,
