@@ -334,7 +334,7 @@ class Hierarchical(Backbone):
         their kernels, which the same parameters serve.
 
         With n times the resolution, every n-th position of a stage's output is what it was, but for what its blocks
-        draw from the whole map.
+        draw from the whole map or from rows and columns that used to be dropped.
 
         Args:
             output_stride: of the last map, one of those of the stages.

@@ -46,8 +46,9 @@ class _OfOutputs(_Extractor):
     """Features are the outputs of modules: maps of stages, but sequences with a class token of the blocks of others."""
 
     def __init__(self, model: Backbone, out_indices: int | Sequence[int], output_fmt: str = "NCHW", **kwargs) -> None:
-        if isinstance(model, Isotropic) and (output_fmt != "NCHW" or isinstance(self, FeatureDictNet)):
-            raise VisionattnError(f"{model.check.name} makes maps by feature_cls 'getter' alone")
+        sequences = isinstance(model, Isotropic) and (output_fmt != "NCHW" or isinstance(self, FeatureDictNet))
+        if sequences or getattr(model, "feature_norms", None) is not None:
+            raise VisionattnError(f"{model.check.name} makes such features by feature_cls 'getter' alone")
         super().__init__(model, out_indices, output_fmt, **kwargs)
 
     def forward(self, x: Tensor) -> list[Tensor] | dict[str, Tensor]:

@@ -149,7 +149,7 @@ class FocalNet(Hierarchical):
     layouts = {"official": OFFICIAL_RULES, "timm": TIMM_RULES, "hf": HF_RULES + OFFICIAL_RULES}
     dilates = True
     feature_norm = partial(LayerNorm2d, eps=1e-5)
-    feature_cfg = {"out_indices": (0, 1, 2, 3), "feature_cls": "getter"}
+    feature_cfg = Hierarchical.feature_cfg | {"feature_cls": "getter"}  # which has the norms of features
 
     def __init__(
         self,

@@ -155,7 +155,7 @@ class PATNet(Hierarchical):
 
     layouts = {"official": RULES}
     feature_norm = nn.BatchNorm2d
-    feature_cfg = {"out_indices": (0, 1, 2, 3), "feature_cls": "getter"}
+    feature_cfg = Hierarchical.feature_cfg | {"feature_cls": "getter"}  # which has the norms of features
 
     def __init__(
         self,
