@@ -21,8 +21,8 @@ def filled(model: nn.Module) -> nn.Module:
 def rounded_like(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """`model` in float32 with weights and the outputs of its innermost modules rounded to `dtype`."""
 
-    def round_output(module: nn.Module, args: tuple, out: Tensor) -> Tensor:
-        return out.to(dtype).float()
+    def round_output(module: nn.Module, args: tuple, out: Tensor | tuple) -> Tensor | tuple:
+        return out.to(dtype).float() if isinstance(out, Tensor) else out  # tables stay as they are
 
     model = copy.deepcopy(model).to(dtype).float()
     for module in model.modules():
