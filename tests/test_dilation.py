@@ -112,3 +112,5 @@ def test_other_strides_are_refused():
     for name in DILATING:
         with pytest.raises(VisionattnError, match=rf"{name} expects output_stride one of \[4, 8, 16, 32\], got 2"):
             visionattn.create_model(name, output_stride=2)
+        with pytest.raises(VisionattnError, match=rf"{name} is dilated already, to strides \[4, 8, 16, 16\]"):
+            visionattn.create_model(name, output_stride=16).dilate(8)

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from numerics import assert_half_precision
 from timm.layers import BatchNormAct2d
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
@@ -74,7 +75,7 @@ def test_a_fused_model_is_a_model(name):
         torch.testing.assert_close(fused(x), expected)
         exported = torch.export.export(model, (x,)).module()
         torch.testing.assert_close(exported(x), expected)
-        torch.testing.assert_close(model.to(torch.bfloat16)(x.bfloat16()).float(), expected, rtol=0.1, atol=0.2)
+        assert_half_precision(model, x, torch.bfloat16)
 
 
 def test_training_mode_is_refused():

@@ -340,9 +340,11 @@ class Hierarchical(Backbone):
             output_stride: of the last map, one of those of the stages.
 
         Raises:
-            VisionattnError: if no stage has that stride.
+            VisionattnError: if no stage has that stride, or the model is dilated already.
         """
         strides = [info["reduction"] for info in self.feature_info]
+        if len(set(strides)) < len(strides):
+            raise VisionattnError(f"{self.check.name} is dilated already, to strides {strides}")
         if output_stride not in strides:
             raise VisionattnError(f"{self.check.name} expects output_stride one of {strides}, got {output_stride}")
         before = 1
