@@ -94,9 +94,9 @@ def plain_logits(name, x):
 def test_decoders_that_ask_for_a_stride(name, decoder, strides):
     for output_stride in strides:
         model = decoder(f"tu-{name}", encoder_weights=None, encoder_output_stride=output_stride, classes=3).eval()
-        x = torch.randn(1, 3, 64, 96)
-        assert model.encoder(x)[-1].shape[2:] == (64 // output_stride, 96 // output_stride)
-        assert model(x).shape == (1, 3, 64, 96)
+        x = torch.randn(1, 3, 128, 160)
+        assert model.encoder(x)[-1].shape[2:] == (128 // output_stride, 160 // output_stride)
+        assert model(x).shape == (1, 3, 128, 160)
 
 
 def test_other_strides_are_refused():
