@@ -1,5 +1,6 @@
 """What files, checkpoints and command lines may say: no class is imported, work is bounded, nothing reads two ways."""
 
+import io
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from visionattn.training import yaml_text
 from visionattn.training.checkpoint import save_checkpoint
 from visionattn.training.config import parse_train, parse_validate, run, to_yaml
 from visionattn.training.evaluation import options_of
+from visionattn.training.results import ResultFile
 from visionattn.training.yaml_text import Plain, read, resolved
 
 ZEN = {"class_path": "zen_of_visionattn.Zen", "init_args": {"a": 1}}
@@ -283,6 +285,15 @@ def test_a_base_of_many_files_is_read_once(tmp_path: Path):
     (tmp_path / "10.yaml").write_text("epochs: 3\n")
     config, _ = parse_train(["--config", str(tmp_path / "0.yaml")])
     assert (config.epochs, config.seed) == (3, 0)
+
+
+def test_names_that_are_no_text_are_told_and_written(tmp_path: Path, monkeypatch):
+    out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdout", out)
+    assert run(lambda argv: print("runs/caf\udce9", flush=True)) == 0
+    assert out.buffer.getvalue() == b"runs/caf\\udce9\n"
+    ResultFile(tmp_path / "r.csv").add({"model": "m", "weights": "caf\udce9.safetensors"})
+    assert (tmp_path / "r.csv").read_text() == "model,weights\nm,caf\\udce9.safetensors\n"
 
 
 def test_errors_of_scripts_are_one_line(monkeypatch, capsys):

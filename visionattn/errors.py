@@ -117,6 +117,9 @@ def run(main: Callable[[list[str]], int | None]) -> int:
     Args:
         main: the script; what it returns is the exit code, None is 0.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # names of files need not be text, nor terminals know every character
+            stream.reconfigure(errors="backslashreplace")
     try:
         with optional():
             return main(sys.argv[1:]) or 0

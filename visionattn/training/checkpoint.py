@@ -51,7 +51,7 @@ def write_file(path: Path, content: str | Callable[[BinaryIO], Any]) -> None:
     with user_input(f"cannot write {path}", OSError):
         try:
             if isinstance(content, str):
-                temporary.write_text(content)
+                temporary.write_text(content, errors="backslashreplace")  # names of files need not be text
             else:
                 with temporary.open("wb") as file:
                     content(file)
