@@ -16,8 +16,8 @@ from visionattn.cli import main
 from visionattn.data.config import AugmentConfig, DataConfig
 from visionattn.data.datasets import ImageSet
 from visionattn.data.labels import Labelled, labels_of, load_labelled, load_labelled_validation
+from visionattn.description import read_description
 from visionattn.errors import VisionattnError
-from visionattn.files import read_description
 from visionattn.tasks.classification import ClassificationLoss, MultiLabelMetrics
 from visionattn.tasks.config import LossConfig
 from visionattn.tasks.views import Predictor
