@@ -229,12 +229,13 @@ def test_predictions_are_drawn(tmp_path: Path, runs, head: str, capsys):
     for i, size in enumerate([(96, 96), (60, 90)]):
         Scenes(AnnotationConfig(), True, False)[i][0].resize(size).save(tmp_path / f"{i}.jpg")
     images, output = [str(tmp_path / "0.jpg"), str(tmp_path / "1.jpg")], str(tmp_path / "new" / "out")
-    options = ["predict", "--checkpoint", checkpoint(runs[head]), "--output", output, "--threshold", "0.01"]
-    assert command([*options, *images]) == 0
+    options = ["predict", "--checkpoint", checkpoint(runs[head]), "--output", output]
+    threshold = [] if head == "fpn" else ["--threshold", "0.01"]
+    assert command([*options, *threshold, *images]) == 0
     assert [Image.open(Path(output) / f"{i}.png").size for i in range(2)] == [(96, 96), (60, 90)]
     assert capsys.readouterr().out.count("\n") == 2
     before = (Path(output) / "0.png").read_bytes()
-    assert command([*options, "--threshold", "0.9", *images]) == 2
+    assert command([*options, *threshold, *images]) == 2
     assert "exists" in capsys.readouterr().err and (Path(output) / "0.png").read_bytes() == before
     assert command([*options, "--overwrite", *images]) == 0
     (tmp_path / "broken.jpg").write_bytes(b"no image")
@@ -245,6 +246,37 @@ def test_predictions_are_drawn(tmp_path: Path, runs, head: str, capsys):
     ):
         assert command([*options, "--overwrite", images[0], str(tmp_path / wrong)]) == 2
         assert told in capsys.readouterr().err
+
+
+class Certain(torch.nn.Module):
+    """Tells class 0 everywhere, of which other classes have a probability of exactly 0."""
+
+    def __init__(self, value: float = 1000.0) -> None:
+        super().__init__()
+        self.value = value
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.stack(
+            [torch.full_like(x[:, 0], self.value), *(-torch.full_like(x[:, :3], self.value)).unbind(1)], 1
+        )
+
+
+@pytest.mark.parametrize("value", [1000.0, float("inf")])
+@pytest.mark.parametrize("tta", [TtaConfig(), TtaConfig(flip=True), TtaConfig(flip=True, scales=(0.5, 1.0, 1.5))])
+def test_a_certain_model_stays_certain_when_its_maps_are_resized(tta: TtaConfig, value: float):
+    task, image = make_task(ValidateConfig("segmentation", tta=tta)), torch.randn(3, 40, 56)
+    with torch.no_grad():
+        (found,) = task.predict(Certain(value), [image])
+    assert not found.isnan().any()
+    for size in ((40, 56), (97, 33), (20, 28)):
+        assert not task.restore(found, size).any()
+
+
+def test_views_of_an_image_one_pixel_high_are_averaged():
+    task = make_task(ValidateConfig("segmentation", tta=TtaConfig(scales=(0.25, 1.0))))
+    with torch.no_grad():
+        (found,) = task.predict(Certain(), [torch.randn(3, 1, 50)])
+    assert found.shape == (4, 1, 50) and not found.argmax(0).any()
 
 
 def test_views_of_segmentation_are_averaged_as_by_hand():

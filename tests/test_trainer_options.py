@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file
+from timm.optim import list_optimizers
 from torch import nn
 
 import visionattn
@@ -18,6 +19,7 @@ from visionattn.data.transforms import eval_transform
 from visionattn.errors import VisionattnError
 from visionattn.tasks.classification import ClassificationLoss
 from visionattn.tasks.config import LossConfig
+from visionattn.training.checkpoint import read_training_state, save_checkpoint
 from visionattn.training.config import OptimConfig, ScheduleConfig, TrainConfig, parse_train
 from visionattn.training.freeze import freeze
 from visionattn.training.logging import RunLog
@@ -141,6 +143,52 @@ def test_optimizers_train(tmp_path: Path, name: str):
     before = run.bare_model.head.weight.clone()
     loss = next(run.run_updates())
     assert math.isfinite(loss) and not torch.equal(run.bare_model.head.weight, before)
+
+
+def tiny() -> nn.Module:
+    """A model with weights of every number of axes."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 4))
+
+
+def steps(model: nn.Module, optimizer: torch.optim.Optimizer, first: int) -> None:
+    for i in range(first, first + 3):
+        torch.manual_seed(i)
+        images, labels = torch.randn(8, 2, 4, 4), torch.randint(0, 4, (8,))
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+
+
+REFUSED = ("adahessian", "kron", "bnb", "fused")
+
+
+@pytest.mark.parametrize("name", list_optimizers())
+def test_every_optimizer_goes_on_with_the_same_bits_or_is_refused(tmp_path: Path, name: str):
+    options, model = OptimConfig(name=name, lr=1e-2), tiny()
+    if name.startswith(REFUSED) and not (torch.cuda.is_available() and name.startswith(("bnb", "fused"))):
+        with pytest.raises(VisionattnError, match=f"optimizer {name}") as error:
+            make_optimizer(options, model)
+        assert "\n" not in str(error.value)
+        return
+    optimizer = make_optimizer(options, model)
+    before = model[4].weight.clone()
+    steps(model, optimizer, 0)
+    assert not torch.equal(model[4].weight, before) and model[4].weight.isfinite().all()
+    save_checkpoint(tmp_path / "c.safetensors", model.state_dict(), {}, optimizer.state_dict())
+    again = tiny()
+    again.load_state_dict({k: v for k, v in load_file(tmp_path / "c.safetensors").items() if k in model.state_dict()})
+    other = make_optimizer(options, again)
+    other.load_state_dict(read_training_state(tmp_path / "c.safetensors"))
+    steps(model, optimizer, 3)
+    steps(again, other, 3)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_an_optimizer_that_cannot_serve_is_refused_before_anything_is_written(tmp_path: Path):
+    with pytest.raises(VisionattnError, match="adahessian needs second derivatives"):
+        trainer(tmp_path, "--optim.name", "adahessian")
+    assert not list(tmp_path.iterdir())
 
 
 def rates(epochs: int = 10, updates: int = 4, scores: tuple[float, ...] = (), **options) -> list[float]:

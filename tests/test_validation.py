@@ -26,6 +26,7 @@ from visionattn.tasks.views import Predictor, Views
 from visionattn.training.checkpoint import save_checkpoint
 from visionattn.training.config import parse_validate
 from visionattn.training.evaluation import options_of, validate, validate_all
+from visionattn.training.results import ResultFile
 
 ROOT = Path(__file__).parents[1]
 SYNSETS = ImageNetInfo().label_names()
@@ -75,6 +76,22 @@ def test_calibration_and_classes_by_hand():
     computed = metrics.compute()
     assert (computed["top1"], computed["top5"]) == (50, 100)
     assert computed["loss"] == pytest.approx(-(math.log(0.9 * 0.04) + math.log(0.5 * 0.1)) / 4, rel=1e-5)
+
+
+@pytest.mark.parametrize("value", [1000.0, math.inf])
+def test_views_of_a_certain_model_are_averaged(value: float):
+    logits = torch.full((2, 3), -value)
+    logits[:, 1] = value
+    model = torch.nn.Module()
+    model.forward = lambda images: logits[: len(images)].half()
+    found = Predictor(model, [0, 1, 2], flip=True)(torch.zeros(2, 2, 3, 4, 4))
+    assert not found.isnan().any() and found.softmax(1)[:, 1].tolist() == [1, 1]
+
+
+def test_results_are_json_whatever_the_figures(tmp_path: Path):
+    ResultFile(tmp_path / "r.json").add({"model": "m", "loss": math.inf, "ece": math.nan, "top1": 1.5})
+    text = (tmp_path / "r.json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail) == {"model": "m", "loss": None, "ece": None, "top1": 1.5}
 
 
 def test_a_bin_holds_its_upper_bound():

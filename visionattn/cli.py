@@ -10,14 +10,16 @@ from .registry import list_models, model_info
 
 
 def _list(args: argparse.Namespace) -> None:
-    print(models_table(args.filter) if args.table else "\n".join(list_models(args.filter, args.pretrained)))
+    choice = args.filter, args.pretrained
+    print(models_table(*choice) if args.table else "\n".join(list_models(*choice)))
 
 
-def models_table(filter: str = "") -> str:
+def models_table(filter: str = "", pretrained: bool = False) -> str:
     """Markdown table of the models, one row for each set of published weights.
 
     Args:
         filter: shell pattern of names; all models if empty.
+        pretrained: leave out models without published weights.
     """
     lines = [
         "| model | weights | params M | GMACs | input | top-1 % | source | paper |",
@@ -26,7 +28,7 @@ def models_table(filter: str = "") -> str:
     for name in list_models(filter):
         info = model_info(name)
         papers = ", ".join(f"[{arxiv}](https://arxiv.org/abs/{arxiv})" for _, arxiv in info.papers)
-        for tag, weights in info.weights.items() or [("", None)]:
+        for tag, weights in info.weights.items() or ([] if pretrained else [("", None)]):
             row = [f"`{name}`", tag, f"{info.params / 1e6:.3f}", f"{info.gmacs:g}", info.input_size[-1], "", "", papers]
             if weights is not None:
                 places = [*weights.urls, weights.page]
@@ -79,7 +81,10 @@ def _convert(args: argparse.Namespace) -> None:
 def _push(args: argparse.Namespace) -> None:
     from .sharing import push
 
-    print(f"visionattn.create_model({push(args.checkpoint, args.place, args.private, args.message)!r})")
+    if args.place.startswith("local-dir:") and (args.private or args.message is not None):
+        option = "--private" if args.private else "--message"
+        raise VisionattnError(f"option {option} is of no use to a folder: leave it out")
+    print(f"visionattn.create_model({push(args.checkpoint, args.place, args.private, args.message or 'Add model')!r})")
 
 
 def _predict(args: argparse.Namespace) -> None:
@@ -111,7 +116,7 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     command = commands.add_parser("list", help="print the names of the models")
     command.add_argument("filter", nargs="?", default="", help="shell pattern, 'dinat_*'")
-    command.add_argument("--pretrained", action="store_true", help="only names with published weights, with their tags")
+    command.add_argument("--pretrained", action="store_true", help="only those with published weights, with their tags")
     command.add_argument("--table", action="store_true", help="print a Markdown table of what is known of them")
     command.set_defaults(run=_list)
     command = commands.add_parser("info", help="print what is known of a model")
@@ -129,19 +134,18 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument("checkpoint", help="safetensors file")
     command.add_argument("place", help="user/repository on the Hugging Face hub, or local-dir:FOLDER")
     command.add_argument("--private", action="store_true", help="keep a new repository private")
-    command.add_argument("--message", default="Add model", help="message of the commit")
+    command.add_argument("--message", help="message of the commit (default: Add model)")
     command.set_defaults(run=_push)
     command = commands.add_parser("predict", help="draw what a checkpoint of train.py makes of images")
     command.add_argument("images", nargs="+", metavar="IMAGE", help="image file")
     command.add_argument("--checkpoint", required=True, help="what train.py saved, of any task")
     command.add_argument(
-        "--output", default="predictions", help="folder for a PNG of each image (default: %(default)s)"
+        "--output", help="folder for a PNG of each image, in detection and segmentation (default: predictions)"
     )
     command.add_argument(
         "--threshold",
         type=float,
-        default=0.5,
-        help="least score of objects, and of classes where an image has several (default: %(default)s)",
+        help="least score of objects, and of classes where an image has several (default: 0.5)",
     )
     command.add_argument("--overwrite", action="store_true", help="write over pictures that are there")
     command.set_defaults(run=_predict)

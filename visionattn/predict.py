@@ -21,27 +21,40 @@ from .training.evaluation import image_mode, make_accelerator, options_of
 
 
 def predict(
-    checkpoint: str, files: Sequence[str], output: str = "predictions", threshold: float = 0.5, overwrite: bool = False
+    checkpoint: str,
+    files: Sequence[str],
+    output: str | None = None,
+    threshold: float | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Print what the model makes of images and, for boxes, masks and semantic maps, draw it.
 
     Args:
         checkpoint: Of train.py.
         files: Of the images.
-        output: Folder for a PNG of each image, named after it.
+        output: Folder for a PNG of each image, named after it; None: predictions. Classifiers make none.
         threshold: Least score of the objects that are drawn and counted, and of the classes of a model that gives an
-            image any number of them.
+            image any number of them; None: 0.5. Others have no use for it.
         overwrite: Write over pictures that are there.
 
     Raises:
-        VisionattnError: If a file cannot be read, or would be written over.
+        VisionattnError: If a file cannot be read, or would be written over, or an option is of no use to the task.
     """
     description = read_description(checkpoint)
     if any(description.get(entry) is None for entry in ("model", "classes", "data")):
         raise VisionattnError(f"{checkpoint} was not saved by train.py: it does not say which model and classes it has")
     config = parse_validate(["--checkpoint", checkpoint], options_of)
-    pictures = [] if config.task == "classification" else _pictures(files, Path(output), overwrite)
     classes, several = description["classes"], bool(description.get("multi_label"))
+    no_pictures = config.task == "classification"
+    useless = {
+        "--output": no_pictures and output is not None,
+        "--overwrite": no_pictures and overwrite,
+        "--threshold": not (config.task == "detection" or several) and threshold is not None,
+    }
+    if name := next((name for name, given in useless.items() if given), None):
+        raise VisionattnError(f"option {name} is of no use to {config.task}: leave it out")
+    pictures = [] if no_pictures else _pictures(files, Path(output or "predictions"), overwrite)
+    threshold = 0.5 if threshold is None else threshold
     task, model = make_task(config), create_model(checkpoint).eval()
     task.resolve(model)
     prepare, collate, device = task.transform(False).image, task.collate(False), make_accelerator("no").device

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .annotations import IGNORED, Objects, tight_boxes
 from .dense_config import JointConfig
+from .preprocessing import EXTREME
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # importing it would ask the network for a newer version
 
@@ -39,6 +40,25 @@ class _Rescale(A.SmallestMaxSize):
         height, width = params["shape"][:2]
         scale = min(self.py_random.choice(self.max_size) / min(height, width), self.longest / max(height, width))
         return {"scale": scale * self.py_random.uniform(*self.factors)}
+
+
+class _Shorter(A.SmallestMaxSize):
+    """To a shorter side of the list, unless that makes a very long one of an image of extreme shape."""
+
+    def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+        drawn = super().get_params_dependent_on_data(params, data)
+        longest = EXTREME * max(self.max_size)
+        return {"scale": min(drawn["scale"], longest / max(params["shape"][:2]))}
+
+
+class _Scale(A.RandomScale):
+    """By a random factor, which leaves at least one pixel."""
+
+    def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+        return {"scale": max(self.py_random.uniform(*self.scale_limit), 1.001 / min(params["shape"][:2]))}
+
+    def get_params(self) -> dict[str, Any]:
+        return {}
 
 
 class _RangeCrop(A.RandomCrop):
@@ -85,7 +105,7 @@ class ObjectTransform:
         self.mean, self.std, self.training = mean, std, training
         steps: list[A.BasicTransform | A.Sequential] = []
         if training and joint.detr_crop:
-            before = [A.SmallestMaxSize([400, 500, 600], **RESAMPLING), _RangeCrop(600, 600)]
+            before = [_Shorter([400, 500, 600], **RESAMPLING), _RangeCrop(600, 600)]
             steps.append(A.Sequential(before, p=joint.detr_crop))
         steps += _resize(joint, training)
         self.crops = training and bool(joint.crop or joint.detr_crop)
@@ -186,7 +206,7 @@ def _resize(joint: JointConfig, training: bool) -> list[A.BasicTransform]:
         step.longest, step.factors = joint.max_size, factors
         return [step]
     low, high = factors
-    return [A.RandomScale((low - 1, high - 1), **RESAMPLING, p=1)] if factors != (1, 1) else []
+    return [_Scale((low - 1, high - 1), **RESAMPLING, p=1)] if factors != (1, 1) else []
 
 
 def _crop(kind: type[A.RandomCrop], size: int | tuple[int, int], mean: Sequence[float], fill: int) -> A.RandomCrop:

@@ -1,5 +1,6 @@
 """How images become tensors: timm's transforms, by the model's own preparation unless the options say otherwise."""
 
+import random
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -12,7 +13,7 @@ from torchvision.transforms import Compose, InterpolationMode, TrivialAugmentWid
 
 from ..errors import VisionattnError
 from .config import AugmentConfig, DataConfig, user_input
-from .preprocessing import model_preprocessing
+from .preprocessing import EXTREME, bounded, is_extreme, model_preprocessing
 
 
 def _posterize(image: Image.Image, bits: int, **kwargs: Any) -> Image.Image:
@@ -59,7 +60,7 @@ def preprocessing(config: DataConfig) -> dict[str, Any]:
 
 def eval_transform(config: DataConfig) -> Callable:
     """Resize, centre crop, normalise."""
-    return create_transform(**preprocessing(config))
+    return bounded(create_transform(**preprocessing(config)))
 
 
 def train_transform(config: DataConfig, augment: AugmentConfig) -> Callable:
@@ -94,7 +95,28 @@ def train_transform(config: DataConfig, augment: AugmentConfig) -> Callable:
         resample = InterpolationMode.BILINEAR if interpolation == "random" else str_to_interp_mode(interpolation)
         fill = [min(255, round(255 * mean)) for mean in config.mean]  # as timm's policies
         change = Compose([TrivialAugmentWide(interpolation=resample, fill=fill), change])
+    if augment.train_crop_mode != "rrc":  # which resize before they crop
+        crop = Compose([Narrowed(at_random=augment.train_crop_mode == "rkrr"), crop])
     return Compose([crop, change, finish])
+
+
+class Narrowed:
+    """Takes a part of images of extreme shape alone, as long as is worth to be resized.
+
+    Args:
+        at_random: Take it anywhere, not from the middle.
+    """
+
+    def __init__(self, at_random: bool) -> None:
+        self.at_random = at_random
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        if not is_extreme(image):
+            return image
+        width, height = (min(side, EXTREME * min(image.size)) for side in image.size)
+        place = random.random() if self.at_random else 0.5
+        left, top = (round(place * rest) for rest in (image.width - width, image.height - height))
+        return image.crop((left, top, left + width, top + height))
 
 
 def input_size(config: DataConfig) -> tuple[int, int, int]:

@@ -1,6 +1,6 @@
 """Options of the tasks."""
 
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveFloat
@@ -9,25 +9,6 @@ from ..data.config import DataConfig
 from ..data.dense_config import AnnotationConfig, JointConfig
 from ..errors import VisionattnError
 
-FOREIGN = {
-    "classification": ("head", "head_kwargs", "annotations", "joint", "loss.dice", "loss.auxiliary"),
-    "detection": ("data.labels", "loss", "tta", "joint.max_class_share", "distill", "fuse", "data.download"),
-    "segmentation": (
-        *(
-            "data.labels",
-            "loss.smoothing",
-            "loss.bce",
-            "loss.bce_threshold",
-            "loss.bce_sum",
-            "loss.multi_label",
-            "tta.crops",
-        ),
-        *("joint.detr_crop", "distill", "fuse", "data.download"),
-    ),
-}
-"""Options that a task has no use for."""
-INSTEAD_OF_JOINT = ("augment", "data.img_size", "data.eval_img_size", "data.interpolation", "data.crop_mode")
-"""Those that classification has where the other tasks have joint."""
 HEADS = {"detection": "fcos", "segmentation": "fpn"}
 """What is taken where no head is named."""
 
@@ -58,36 +39,6 @@ class TaskConfig:
 
     def __post_init__(self) -> None:
         self.head = self.head or HEADS.get(self.task, "")
-
-
-def refuse_foreign(config: TaskConfig) -> None:
-    """Refuse options that the task has no use for.
-
-    Raises:
-        VisionattnError: If one of them is given.
-    """
-    others = () if config.task == "classification" else INSTEAD_OF_JOINT
-    for name in (*FOREIGN[config.task], *others):
-        if changed := _changed(config, name):
-            hint = " (sizes and augmentation are options of joint)" if name in others else ""
-            raise VisionattnError(f"option {changed} is of no use to {config.task}{hint}: leave it out")
-
-
-def _changed(config: Any, name: str) -> str | None:
-    """The name of an option, or of one in this group, that is not as it is without being given."""
-    first, _, rest = name.partition(".")
-    known = {each.name: each for each in fields(config)}
-    if first not in known:
-        return None
-    value = getattr(config, first)
-    if rest:
-        found = _changed(value, rest)
-    elif hasattr(value, "__dataclass_fields__"):
-        found = next((key for each in fields(value) if (key := _changed(value, each.name))), None)
-    else:
-        default = known[first].default_factory() if known[first].default is MISSING else known[first].default
-        return None if value == default else first
-    return found and f"{first}.{found}"
 
 
 @dataclass

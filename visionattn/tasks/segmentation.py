@@ -1,6 +1,8 @@
 """Semantic segmentation: loss and metrics."""
 
+import math
 from collections.abc import Callable, Sequence
+from functools import reduce
 
 import torch
 from PIL import Image
@@ -18,7 +20,7 @@ from ..dense.segmentation import create_segmenter
 from ..errors import VisionattnError
 from .config import LossConfig, TtaConfig
 from .dense import DenseTask
-from .task import Metrics
+from .task import Metrics, finite
 
 
 class Segmentation(DenseTask):
@@ -52,14 +54,15 @@ class Segmentation(DenseTask):
         tta = getattr(self.config, "tta", TtaConfig())
         if tta == TtaConfig():
             return model(images).float()
-        size, total = images.shape[-2:], 0.0
+        size, logs = images.shape[-2:], []
         for scale in tta.scales:
             view = images
             if scale != 1:
-                view = F.interpolate(view, scale_factor=scale, mode="bilinear", antialias=True)
+                factors = [max(scale, 1 / side) for side in size]
+                view = F.interpolate(view, scale_factor=factors, mode="bilinear", antialias=True)
             logits = [model(view)] + ([model(view.flip(-1)).flip(-1)] if tta.flip else [])
-            total = total + sum(F.interpolate(each.float(), size, mode="bilinear").softmax(1) for each in logits)
-        return (total / total.sum(1, keepdim=True)).log()
+            logs += [F.interpolate(finite(each.float()), size, mode="bilinear").log_softmax(1) for each in logits]
+        return reduce(torch.logaddexp, logs) - math.log(len(logs))  # never of 0, which resizing would make nan of
 
     def metrics(self, images: ImageSet, rank: int, processes: int) -> "SegmentationMetrics":
         return SegmentationMetrics(len(images.classes))
@@ -181,5 +184,5 @@ def restore(logits: Tensor, size: Sequence[int]) -> Tensor:
         size: The image's own height and width.
     """
     if logits.shape[-2:] != tuple(size):
-        logits = F.interpolate(logits[None], tuple(size), mode="bilinear")[0]
+        logits = F.interpolate(finite(logits)[None], tuple(size), mode="bilinear")[0]
     return logits.argmax(0)

@@ -152,6 +152,11 @@ class Task(ABC):
         return []
 
 
+def finite(logits: Tensor) -> Tensor:
+    """Logits with the largest numbers that sums and differences bear in place of infinity, which makes nan of them."""
+    return logits.clamp(-1e30, 1e30)
+
+
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:
     """Mixed precision by its name in the options."""
     return torch.autocast(device.type, DTYPES[precision], enabled=precision != "no")

@@ -6,16 +6,16 @@ from dataclasses import replace
 
 import torch
 from PIL import Image
-from timm.data.transforms import CenterCropOrPad
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.transforms import CenterCrop, Compose, FiveCrop
+from torchvision.transforms import Compose, FiveCrop
 
 from ..data.config import DataConfig
+from ..data.preprocessing import ResizedCrop
 from ..data.transforms import eval_transform
 from ..errors import VisionattnError
 from .config import TtaConfig
-from .task import autocast
+from .task import autocast, finite
 
 
 class Views:
@@ -38,15 +38,15 @@ class Views:
                     "tta.crops five needs images larger than the crop: data.crop_mode center or squash and "
                     f"data.crop_pct at most the least of tta.scales, got {data.crop_mode} and {data.crop_pct} / {scale}"
                 )
-            steps = eval_transform(replace(data, crop_pct=crop_pct)).transforms
-            at = next(i for i, step in enumerate(steps) if isinstance(step, (CenterCrop, CenterCropOrPad)))
-            crop = FiveCrop(steps[at].size) if tta.crops == "five" else steps[at]
-            self.pipelines.append((Compose(steps[:at]), crop, Compose(steps[at + 1 :])))
+            first, *finish = eval_transform(replace(data, crop_pct=crop_pct)).transforms
+            if tta.crops == "five":
+                first = ResizedCrop(first.resize, FiveCrop(first.crop.size))
+            self.pipelines.append((first, Compose(finish)))
 
     def __call__(self, image: Image.Image) -> Tensor:
         views = []
-        for resize, crop, finish in self.pipelines:
-            crops = crop(resize(image))
+        for first, finish in self.pipelines:
+            crops = first(image)
             views += [finish(view) for view in (crops if isinstance(crops, tuple) else (crops,))]
         return torch.stack(views)
 
@@ -87,7 +87,7 @@ class Predictor(nn.Module):
         views = [view.contiguous(memory_format=self.memory_format) for view in views]
         with autocast(images.device, self.precision):
             logits = [self.model(view) for view in views]
-        logits = [part.float()[:, self.outputs] for part in logits]
+        logits = [finite(part.float()[:, self.outputs]) for part in logits]
         if len(logits) == 1:
             return logits[0]
         if self.several:

@@ -23,9 +23,20 @@ from .freeze import freeze
 from .signals import leave_group
 
 
-def make_model(task: Task, num_classes: int, accelerator: Accelerator) -> tuple[nn.Module, list[nn.Module]]:
-    """The model on its device, and its parts that stay in eval mode."""
+def make_model(
+    task: Task, num_classes: int, accelerator: Accelerator, resumes: bool = False
+) -> tuple[nn.Module, list[nn.Module]]:
+    """The model on its device, and its parts that stay in eval mode.
+
+    Args:
+        task: Which makes it.
+        num_classes: Classes of the data.
+        accelerator: The run's accelerator.
+        resumes: Do without the weights to start from, which need not be there any more: others will be loaded.
+    """
     config = task.config
+    if resumes:
+        task = make_task(replace(config, pretrained=False, checkpoint=""))
     torch.manual_seed(derive_seed(config.seed, Stream.MODEL))
     model = task.create_model(num_classes)
     if config.sync_bn and accelerator.num_processes > 1:

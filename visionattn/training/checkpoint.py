@@ -75,8 +75,9 @@ def link(path: Path, name: Path) -> None:
 
 
 def without_nan(record: dict[str, Any]) -> dict[str, Any]:
-    """The record with None for nan, which JSON lacks."""
-    return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in record.items()}
+    """The record with None for nan and infinity, which JSON lacks."""
+    bad = {key for key, value in record.items() if isinstance(value, float) and not math.isfinite(value)}
+    return {key: None if key in bad else value for key, value in record.items()}
 
 
 def read_training_state(path: str | Path) -> dict[str, Any]:
@@ -98,6 +99,8 @@ def _flatten(value: Any, key: str, tensors: dict[str, torch.Tensor]) -> Any:
     if isinstance(value, torch.Tensor):
         tensors[key] = value
         return {"tensor": key}
+    if isinstance(value, torch.dtype):
+        return {"dtype": str(value).removeprefix("torch.")}
     if isinstance(value, dict):
         return {"dict": [[name, _flatten(item, f"{key}{name}.", tensors)] for name, item in value.items()]}
     if isinstance(value, (list, tuple)):
@@ -114,6 +117,8 @@ def _unflatten(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
     (kind, content), *_ = value.items()
     if kind == "tensor":
         return tensors[content]
+    if kind == "dtype":
+        return getattr(torch, content)
     if kind == "tuple":
         return tuple(_unflatten(item, tensors) for item in content)
     return {name: _unflatten(item, tensors) for name, item in content}

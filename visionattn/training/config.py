@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -20,9 +20,11 @@ from jsonargparse.typing import (
 from ..data.config import AugmentConfig
 from ..errors import VisionattnError
 from ..errors import run as run
-from ..tasks.config import LossConfig, TaskConfig, TtaConfig, refuse_foreign
+from ..tasks.config import LossConfig, TaskConfig, TtaConfig
+from ..tasks.useless import given, refuse, useless
 from .command_line import make_parser, parse, values_of
 from .yaml_text import plain as plain
+from .yaml_text import read_file
 from .yaml_text import to_yaml as to_yaml
 
 
@@ -219,6 +221,10 @@ class ValidateConfig(TaskConfig):
     tta: TtaConfig = field(default_factory=TtaConfig)
 
 
+FIXED = ("task", "model", "head", "pretrained", "checkpoint", "loss.multi_label", "output", "name")
+"""Options of which a run that is resumed can make no other use."""
+
+
 @cache
 def _train_parser() -> ArgumentParser:
     parser = make_parser(
@@ -245,10 +251,35 @@ def parse_train(argv: list[str]) -> tuple[TrainConfig, Path | None]:
     if resume:
         if not (resume / "config.yaml").is_file():
             raise VisionattnError(f"cannot resume {resume}: not a run folder of train.py (it has no config.yaml)")
-        argv = ["--config", str(resume / "config.yaml"), *argv]
+        begun = ["--config", str(resume / "config.yaml")]
+        config = brought = parse(parser, TrainConfig, begun)
+        if any(argument.startswith("--") and not argument.startswith("--resume") for argument in argv):
+            config = parse(parser, TrainConfig, [*begun, *argv])
+        for name in FIXED:
+            if any(given(config, brought, name)):
+                raise VisionattnError(f"option {name} cannot change when {resume} is resumed: leave it out")
+        refuse(useless(config, brought))
+        return config, resume
     config = parse(parser, TrainConfig, argv)
-    refuse_foreign(config)
-    return config, resume
+    in_all = useless(config, TrainConfig())
+    if not in_all:
+        return config, None
+    files = values_of("--config", argv)
+    in_files = parse(parser, TrainConfig, [f"--config={file}" for file in files])
+    refuse(useless(config, in_files))
+    # What a recipe sets may be of no use since a later one, or the command line, switches off what it belongs to.
+    own = set().union(*map(_own_options, files)) & in_all.keys()
+    refuse({name: why for name, why in useless(in_files, TrainConfig()).items() if name in own})
+    return config, None
+
+
+def _own_options(file: str) -> set[str]:
+    """Names of the options in a file, without its bases; none of the files of run folders, which hold every option."""
+    options = read_file(Path(file), f"cannot read {file}")
+    if {each.name for each in fields(TrainConfig)} <= options.keys():
+        return set()
+    groups = {key: value for key, value in options.items() if isinstance(value, dict)}
+    return options.keys() | {f"{group}.{key}" for group, values in groups.items() for key in values}
 
 
 def parse_validate(argv: list[str], describe: Callable[[str], dict[str, Any]]) -> ValidateConfig:

@@ -1,5 +1,6 @@
 """Distillation from any model, for students whose paper does not say how they learn from a teacher."""
 
+from dataclasses import fields
 from typing import Any
 
 import timm
@@ -12,6 +13,7 @@ from ..create import create_model
 from ..data.config import DataConfig, user_input
 from ..description import read_description
 from ..errors import UnknownModelError, VisionattnError
+from ..tasks.useless import given
 from ..weights import load_checkpoint
 from .config import DistillConfig
 
@@ -36,6 +38,20 @@ def make_teacher(config: DistillConfig, num_classes: int) -> nn.Module:
     if config.checkpoint:
         load_checkpoint(teacher, config.checkpoint)
     return teacher.eval().requires_grad_(False)
+
+
+def check_own(config: DistillConfig, name: str) -> None:
+    """Refuse options of the distillation to a model that learns from a teacher as its paper says.
+
+    Raises:
+        VisionattnError: If one is given.
+    """
+    for option in (each.name for each in fields(DistillConfig) if each.name not in ("model", "kwargs", "checkpoint")):
+        if any(given(config, DistillConfig(), option)):
+            raise VisionattnError(
+                f"option distill.{option} is of no use to {name}, which learns from a teacher as its paper says: "
+                "leave it out"
+            )
 
 
 class Student(nn.Module):

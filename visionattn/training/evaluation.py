@@ -22,8 +22,8 @@ from ..description import read_description
 from ..errors import VisionattnError, printable
 from ..registry import list_models
 from ..tasks import make_task
-from ..tasks.config import refuse_foreign
 from ..tasks.task import Metrics
+from ..tasks.useless import refuse, useless
 from ..weights import load_checkpoint
 from .config import ValidateConfig, parse_validate
 from .measure import Stopwatch, peak_memory, reset_peak_memory
@@ -131,7 +131,8 @@ def validate(config: ValidateConfig, output: ResultFile | None = None) -> dict[s
         raise VisionattnError(
             f"nothing to validate: {told} --model" + ("" if config.checkpoint else " or --checkpoint")
         )
-    refuse_foreign(config)
+    brought = parse_validate([f"--checkpoint={config.checkpoint}"] if config.checkpoint else [], options_of)
+    refuse(useless(config, brought))
     if output is None and config.output:
         output = ResultFile(config.output)
     classes = read_description(config.checkpoint).get("classes") if config.checkpoint else None

@@ -60,7 +60,8 @@ class Guard:
             if folder:
                 self._record(folder, f"{epoch},{update},{loss},{' '.join(map(str, images))}")
             few = ", ".join(map(str, images[:8])) + (", ..." if len(images) > 8 else "")
-            print(f"skipped {place}: {what}; images {few} (all in skipped.csv)", flush=True)
+            listed = " (all in skipped.csv)" if folder else ""
+            print(f"skipped {place}: {what}; images {few}{listed}", flush=True)
         if self.in_a_row < self.config.max_bad_steps:
             return
         told = f"the run diverged: {self.in_a_row} updates in a row were skipped up to {place}, with {what}"

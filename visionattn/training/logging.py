@@ -57,8 +57,9 @@ class RunLog:
         if not self.main:
             return
         if self.csv.exists():
-            complete = csv.DictReader(io.StringIO(self.csv.read_text()))
-            self.rows = [row for row in complete if None not in row.values() and int(row["epoch"]) < start]
+            with user_input(f"cannot go on with {self.csv}", OSError, ValueError, KeyError, TypeError, csv.Error):
+                rows = csv.DictReader(io.StringIO(self.csv.read_text()))
+                self.rows = [row for row in rows if None not in row.values() and int(row["epoch"]) < start]
             self._write_rows()
         for tracker in accelerator.trackers:
             if tracker.name != "tensorboard":  # which would put the options into a folder of their own
@@ -147,7 +148,8 @@ class RunLog:
 
     def _write_rows(self) -> None:
         text = io.StringIO()
-        writer = csv.DictWriter(text, self.rows[0] if self.rows else ["epoch"], lineterminator="\n")
+        columns = dict.fromkeys(key for row in self.rows for key in row)  # a resumed run may have others than before
+        writer = csv.DictWriter(text, list(columns) or ["epoch"], lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.rows)
         write_file(self.csv, text.getvalue())
@@ -159,8 +161,9 @@ class RunLog:
         shown = [f"val_{name}" for name in self.shown if name != "loss"]
         for axes, names, label in ((losses, ["train_loss", "val_loss"], "loss"), (scores, shown, "%")):
             for name in names:
-                if name in self.rows[0]:
-                    axes.plot(epochs, [float(row[name]) for row in self.rows], label=name.replace("_", " "))
+                values = [float(row.get(name) or "nan") for row in self.rows]
+                if any(name in row for row in self.rows):
+                    axes.plot(epochs, values, label=name.replace("_", " "))
             axes.set(xlabel="epoch", ylabel=label)
             axes.grid(alpha=0.3)
             axes.legend()

@@ -14,6 +14,12 @@ from ..data.config import user_input
 from ..errors import VisionattnError
 from .config import OptimConfig, TrainConfig
 
+UNFIT = {
+    "adahessian": "needs second derivatives, which train.py does not compute",
+    "kron": "compiles for minutes at each shape of a weight, and draws what a resumed run cannot draw again",
+}
+"""What the loop cannot serve, by the beginning of the name, and why."""
+
 
 def make_optimizer(
     config: OptimConfig, model: nn.Module, rates: dict[str, float] | None = None
@@ -33,8 +39,13 @@ def make_optimizer(
         raise VisionattnError(
             f"unknown optimizer {config.name}" + (f"; did you mean {', '.join(near)}?" if near else "")
         )
+    name = config.name.lower()
+    for prefix, why in UNFIT.items():
+        if name.startswith(prefix):
+            raise VisionattnError(f"optimizer {config.name} {why}: give another --optim.name")
     options = {"betas": config.betas, "eps": config.eps, "layer_decay": config.layer_decay}
-    with user_input(f"optimizer {config.name}", ValueError, TypeError, RuntimeError, ImportError):
+    # They check what they need (a GPU, a package, betas in their range) by assertions too.
+    with user_input(f"optimizer {config.name}", ValueError, TypeError, RuntimeError, ImportError, AssertionError):
         optimizer = create_optimizer_v2(
             model,
             config.name,

@@ -3,6 +3,28 @@
 from pathlib import Path
 
 import torch
+import yaml
+
+from ..errors import VisionattnError
+
+
+def check_window(window: str, last: int, resumed_at: int, folder: Path | None) -> None:
+    """Refuse a window of which the run sees nothing.
+
+    Args:
+        window: As for `Profiler`.
+        last: Updates of the whole run.
+        resumed_at: Update at which it goes on.
+        folder: Of a run that is resumed; the window that it began with may be over.
+
+    Raises:
+        VisionattnError: If it lies after the run's end, or before where it goes on.
+    """
+    first, end = map(int, window.split("-"))
+    if first >= last:
+        raise VisionattnError(f"option profile is of no use: {window} is past the end, the run has {last} updates")
+    if folder and end <= resumed_at and yaml.safe_load((folder / "config.yaml").read_text()).get("profile") != window:
+        raise VisionattnError(f"option profile is of no use: {window} is over, the run goes on at update {resumed_at}")
 
 
 class Profiler:
@@ -20,10 +42,10 @@ class Profiler:
 
     def step(self, update: int) -> None:
         """Begin or end the window before an update."""
-        if update == self.first:
+        if self.profile is None and self.first <= update < self.end:  # a resumed run may begin within
             self.profile = torch.profiler.profile(record_shapes=True)
             self.profile.start()
-        elif update == self.end:
+        elif self.profile and update >= self.end:
             self.stop()
 
     def stop(self) -> None:

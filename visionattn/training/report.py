@@ -1,6 +1,7 @@
 """What a run would need, measured on a few updates of it."""
 
 import time
+from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -25,8 +26,13 @@ def dry_run(trainer: "Trainer") -> None:
 
     Args:
         trainer: Of the run; it is of no further use.
+
+    Raises:
+        VisionattnError: If the updates do not go well.
     """
     accelerator, config, model = trainer.accelerator, trainer.config, trainer.bare_model
+    trainer.guard.config = replace(trainer.guard.config, on_divergence="stop")  # there is nowhere to go back to
+    trainer.folder, trainer.update = None, 0  # nothing is written to a run that is resumed, which may be between epochs
     reset_peak_memory(accelerator.device)
     updates = trainer.run_updates()
     began = time.perf_counter()

@@ -3,7 +3,6 @@
 import math
 import os
 import shlex
-import shutil
 import signal
 from collections.abc import Iterator
 from functools import partial
@@ -16,29 +15,25 @@ from timm.utils import ModelEmaV3, dispatch_clip_grad
 from torch import Tensor, nn
 
 from ..backbone import Backbone
-from ..data.config import user_input
 from ..data.loader import Batch, Stream, derive_seed, read_batches
 from ..dense.features import OverBackbone
 from ..errors import VisionattnError
 from ..tasks import make_task
-from ..weights import load_checkpoint
 from .build import check_resumable, make_loaders, make_model, memory_format
-from .checkpoint import link, read_training_state, save_checkpoint, without_nan, write_file
+from .checkpoint import link, save_checkpoint, without_nan, write_file
 from .config import TrainConfig, plain, to_yaml
-from .distill import Distillation, make_teacher
+from .distill import Distillation, check_own, make_teacher
 from .evaluation import evaluate, make_accelerator
-from .folder import keep_best, make_folder, remove_temporaries
+from .folder import keep_best, make_folder, remove_temporaries, remove_unused
 from .gallery import Gallery
 from .guard import Diverged, Guard
 from .logging import RunLog, check_trackers
 from .optim import Schedule, make_optimizer
-from .profiler import Profiler
+from .profiler import Profiler, check_window
 from .report import dry_run
+from .resume import restore, state_of
 from .sharding import check_sharding, gathered, joined, prepare, whole
 from .signals import Signals, Stopped
-
-POSITION = ("epoch", "update", "train_loss", "counted", "ranking", "last_is_good")
-"""Attributes of a Trainer that say where the run is."""
 
 
 class Trainer:
@@ -67,7 +62,7 @@ class Trainer:
         self.classes = images[0].classes
         if resume is not None:
             check_resumable(self.task, len(self.classes), resume)
-        model, self.frozen = make_model(self.task, len(self.classes), accelerator)
+        model, self.frozen = make_model(self.task, len(self.classes), accelerator, resume is not None)
         self.config = config = self.task.resolve(model)
         self.sampler, self.train_batches, self.val_batches = make_loaders(
             self.task, model, images, accelerator.process_index, accelerator.num_processes
@@ -84,6 +79,7 @@ class Trainer:
                 distillation = Distillation(config.distill, teacher, config.data, len(self.classes), model, accelerator)
                 self.student, training_loss = distillation.student or model, distillation.loss
             else:
+                check_own(config.distill, config.model)
                 self.mechanics.learn_from(teacher)
         self.loss = self.task.make_loss(images[0], training_loss).to(accelerator.device)
         optimizer = make_optimizer(config.optim, model, self.mechanics.learning_rates())
@@ -103,12 +99,22 @@ class Trainer:
         self.has_saved = False  # whether there is more than the run began with
         self.folder = resume
         if resume is not None:
-            self._load(resume / "checkpoints" / "last.safetensors")
+            restore(self, resume / "checkpoints" / "last.safetensors")
+        if config.profile:
+            check_window(config.profile, config.epochs * self.updates, self.epoch * self.updates + self.update, resume)
 
     @property
     def best(self) -> float | None:
         """The best metric of an epoch so far."""
         return self.ranking[0][0] if self.ranking else None
+
+    def told_best(self) -> str:
+        """The best metric of an epoch so far, in words."""
+        if self.best is None:
+            why = ": each ended in skipped updates, try a lower --optim.lr" if self.guard.in_a_row else ""
+            return f"no best among {self.epoch} epochs{why}"
+        value = f"{self.best:.4f} %" if self.best >= 0 else "nothing to count"
+        return f"best {self.task.metric} {value} in {self.epoch} epochs"
 
     def fit(self) -> Path:
         """Train to the last epoch; the run folder.
@@ -125,6 +131,7 @@ class Trainer:
         self.log = RunLog(self.folder, self.accelerator, self.config, self.task, self.updates, self.epoch)
         if self.config.profile and self.accelerator.is_main_process:
             self.profiler = Profiler(self.config.profile, self.folder)
+        came_to_nothing = False
         try:
             with self.signals.noted():
                 while not self._is_finished():
@@ -138,13 +145,14 @@ class Trainer:
             self._save_last(regular=False)
             raise
         except VisionattnError:
-            if began_here and not self.has_saved and self.accelerator.is_main_process:
-                shutil.rmtree(self.folder)  # stopped by an unreadable image before there was anything to keep
+            came_to_nothing = began_here and not self.has_saved
             raise
         finally:
             if self.profiler:
                 self.profiler.stop()
             self.log.stop()
+            if came_to_nothing and self.accelerator.is_main_process:
+                remove_unused(self.folder)
         return self.folder
 
     def _is_finished(self) -> bool:
@@ -257,10 +265,13 @@ class Trainer:
         metrics, gallery = self.task.metrics(images, rank, processes), Gallery(self.task, images.classes)
         # Several processes go on together to the next update, where they stop together.
         held = gathered(model, self.accelerator) if processes > 1 else self.signals.stopping()
-        with held:
-            found = evaluate(
-                partial(self.task.predict, model), self.val_batches, self.accelerator, metrics, gallery.add
-            )
+        predict = partial(self.task.predict, model)
+        try:
+            with held:
+                found = evaluate(predict, self.val_batches, self.accelerator, metrics, gallery.add)
+        except Exception:  # in all processes: what was trained is kept, and resuming validates it again
+            self._save_last(regular=False)
+            raise
         if picture := gallery.picture():
             self.log.show(self.epoch, picture)
         return found
@@ -272,7 +283,7 @@ class Trainer:
         if not self.guard.in_a_row:  # weights that make no finite loss are not kept
             self._rank(score, metrics)
         train_loss = self.train_loss / self.counted if self.counted else math.nan
-        best = score if self.best is None else self.best
+        best = math.nan if self.best is None or self.best < 0 else self.best
         self.log.end_epoch(train_loss, self._lr(), metrics, best)
         self.epoch, self.update = self.epoch + 1, 0
         self.train_loss, self.counted = 0.0, 0
@@ -285,8 +296,8 @@ class Trainer:
         name = "best" if keep == 1 else f"epoch-{self.epoch}"
         if own in self.ranking:
             self._save(name, metrics)
-        if keep > 1 and self.accelerator.is_main_process:
-            keep_best(self.folder, [epoch for _, epoch in self.ranking])
+        if self.accelerator.is_main_process:
+            keep_best(self.folder, [epoch for _, epoch in self.ranking], keep > 1)
 
     def _lr(self) -> float:
         return max(group["lr"] for group in self.optimizer.param_groups)
@@ -304,30 +315,11 @@ class Trainer:
     def _roll_back(self) -> None:
         """Go on from the last good checkpoint, with a lower learning rate."""
         counters, factor, last_is_good = self.guard.state_dict(), self.schedule.factor, self.last_is_good
-        self._load(self.folder / "checkpoints" / f"{'last' if last_is_good else 'good'}.safetensors")
+        last, good = (self.folder / "checkpoints" / f"{name}.safetensors" for name in ("last", "good"))
+        restore(self, last if last_is_good or not good.is_file() else good)  # no good one where rollbacks were off
         self.last_is_good = last_is_good  # which is about the file, and that has not changed
         self.guard.load_state_dict(counters | {"in_a_row": 0})
         self.schedule.factor = factor * self.config.guard.rollback_lr_factor
-
-    def _load(self, path: Path) -> None:
-        if not path.is_file():
-            raise VisionattnError(f"cannot resume {self.folder}: it has no checkpoints/{path.name}")
-        state = read_training_state(path)
-        load_checkpoint(self.bare_model, path)
-        if self.ema:
-            self.ema.set(self.bare_model)
-        if state["raw_weights"]:
-            self.bare_model.load_state_dict(state["raw_weights"])
-        if state["projection"]:
-            self.student.projection.load_state_dict(state["projection"])
-        with user_input(f"cannot resume {self.folder} with these options", ValueError, KeyError):
-            self.optimizer.load_state_dict(state["optimizer"])
-        if self.accelerator.scaler is not None and state["scaler"]:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.schedule.load_state_dict(state["schedule"])
-        self.guard.load_state_dict(state["guard"])
-        for name in POSITION:
-            setattr(self, name, state[name])
 
     def _save_last(self, metrics: dict[str, float] | None = None, regular: bool = True) -> None:
         """Write the checkpoint that a run is resumed from.
@@ -356,7 +348,7 @@ class Trainer:
         self, metrics: dict[str, float] | None = None, state: bool = False
     ) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any] | None]:
         """What a checkpoint holds: weights, description and training state; complete in the main process alone."""
-        config, scaler, main = self.config, self.accelerator.scaler, self.accelerator.is_main_process
+        config, main = self.config, self.accelerator.is_main_process
         description = self.task.describe(len(self.classes)) | {
             "classes": self.classes,
             "data": plain(config.data),
@@ -367,17 +359,7 @@ class Trainer:
         weights = whole(self.validated_weights().state_dict(), main)
         if not state:
             return weights, description, None
-        distils = self.student is not self.bare_model
-        training_state = {
-            **{name: getattr(self, name) for name in POSITION},
-            "schedule": self.schedule.state_dict(),
-            "guard": self.guard.state_dict(),
-            "optimizer": whole(self.optimizer.state_dict(), main),
-            "scaler": scaler.state_dict() if scaler else None,
-            "raw_weights": whole(self.bare_model.state_dict(), main) if self.ema else None,
-            "projection": self.student.projection.state_dict() if distils else None,
-        }
-        return weights, description, training_state
+        return weights, description, state_of(self)
 
     def validated_weights(self) -> nn.Module:
         """The model that is validated and kept."""
@@ -403,10 +385,11 @@ def train(config: TrainConfig, resume: Path | None = None) -> Path | None:
             print(f"{told}; continue   python train.py --resume {shlex.quote(str(trainer.folder))}", flush=True)
         raise SystemExit(128 + received) from None
     if trainer.accelerator.is_main_process:
-        checkpoint = shlex.quote(str(folder / "checkpoints" / "best.safetensors"))
-        print(f"best {trainer.task.metric} {trainer.best:.4f} % in {trainer.epoch} epochs")
-        made = ("metrics.csv", "curves.png", "predictions/", "config.yaml", "checkpoints/")
+        checkpoint = folder / "checkpoints" / "best.safetensors"
+        print(trainer.told_best())
+        made = ("metrics.csv", "skipped.csv", "curves.png", "predictions/", "config.yaml", "checkpoints/")
         print(f"results    {folder}: {', '.join(name for name in made if (folder / name).exists())}")
-        print(f"validate   python validate.py --checkpoint {checkpoint}")
+        if checkpoint.exists():
+            print(f"validate   python validate.py --checkpoint {shlex.quote(str(checkpoint))}")
         print(f"compare    tensorboard --logdir {shlex.quote(str(folder.parent))}")
     return folder

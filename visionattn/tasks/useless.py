@@ -1,0 +1,211 @@
+"""Options that would be taken without any effect: they are refused, since whoever gives one expects something of it.
+
+Only what was given counts: options that a checkpoint or the run to resume brings along may be of no use now.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..errors import VisionattnError
+from .config import TaskConfig
+
+FOREIGN = {
+    "classification": ("head", "head_kwargs", "annotations", "joint", "loss.dice", "loss.auxiliary"),
+    "detection": (
+        *("data.labels", "loss", "tta", "joint.max_class_share", "distill", "fuse", "data.download"),
+        *("data.crop_pct", "data.val_fraction"),
+    ),
+    "segmentation": (
+        "data.labels",
+        *("loss.smoothing", "loss.bce", "loss.bce_threshold", "loss.bce_sum", "loss.multi_label", "tta.crops"),
+        *("joint.detr_crop", "annotations.box_format", "distill", "fuse", "data.download"),
+        *("data.crop_pct", "data.val_fraction"),
+    ),
+}
+"""Options that a task has no use for."""
+INSTEAD_OF_JOINT = ("augment", "data.img_size", "data.eval_img_size", "data.interpolation", "data.crop_mode")
+"""Those that classification has where the other tasks have joint."""
+
+
+class Rule(NamedTuple):
+    """When options are of no use, and why; the names of other options in `why` are those to set."""
+
+    options: tuple[str, ...]
+    applies: Callable[[Any], bool]
+    why: str
+
+
+def _trains(config: TaskConfig) -> bool:
+    return hasattr(config, "optim")
+
+
+def _kind(config: TaskConfig) -> str:
+    made = "digits" if config.task == "classification" else "scenes"
+    return (config.data.name or ("folder" if config.data.root is not None else made)).partition("/")[0].lower()
+
+
+def _lacks_folder(config: TaskConfig, split: str) -> bool:
+    """Whether the classes' folders are not in a folder of the split."""
+    from ..data.annotations import split_names
+
+    is_folder = config.task == "classification" and _kind(config) == "folder" and not config.data.labels
+    return is_folder and not any(
+        Path(config.data.root or "", name).is_dir() for name in split_names(config.data, split)
+    )
+
+
+def _is_coco(config: TaskConfig) -> bool:
+    root = Path(config.data.root or "")
+    files = (pattern for pattern in ("annotations/*.json", "*/_annotations.coco.json"))
+    return config.task == "detection" and _kind(config) == "folder" and any(any(root.glob(p)) for p in files)
+
+
+def _optimizer_lacks(what: str) -> Callable[[Any], bool]:
+    def lacks(config: Any) -> bool:
+        from timm.optim import get_optimizer_info, list_optimizers
+
+        name = config.optim.name.lower()
+        return name in list_optimizers() and not getattr(get_optimizer_info(name), what)
+
+    return lacks
+
+
+def _unless_schedule(*names: str) -> Callable[[Any], bool]:
+    return lambda config: config.schedule.name not in names
+
+
+RULES = (
+    Rule(("pretrained",), lambda c: bool(c.checkpoint), "beside checkpoint"),
+    Rule(("data.train_split", "data.val_split"), lambda c: _kind(c) in ("digits", "scenes"), "without data.root"),
+    Rule(("data.train_split",), lambda c: _lacks_folder(c, c.data.train_split), "to a data.root without that folder"),
+    Rule(("data.val_split",), lambda c: _lacks_folder(c, c.data.val_split), "to a data.root without that folder"),
+    Rule(
+        ("data.val_fraction",),
+        lambda c: (
+            _kind(c) in ("torch", "hfds")
+            or (_kind(c) == "folder" and not c.data.labels and not _lacks_folder(c, c.data.val_split))
+        ),
+        "to data with a split to validate on",
+    ),
+    Rule(("data.download",), lambda c: _kind(c) != "torch", "without a data.name of torch/"),
+    Rule(
+        tuple(f"annotations.{name}" for name in ("scene_size", "scene_objects", "scene_count", "fashion")),
+        lambda c: _kind(c) != "scenes",
+        "to other data than scenes",
+    ),
+    Rule(("annotations.classes", "annotations.box_format"), lambda c: _kind(c) == "scenes", "to scenes"),
+    Rule(("annotations.classes",), _is_coco, "to COCO's JSON, which names its classes"),
+    Rule(("joint.max_size",), lambda c: not (c.joint.min_size or c.joint.eval_size), "without joint.min_size"),
+    Rule(("joint.max_class_share",), lambda c: not c.joint.crop, "without joint.crop"),
+    # Of validate.py.
+    Rule(
+        (
+            *("data.batch_size", "data.max_bad_fraction", "joint.scale", "joint.crop", "joint.max_class_share"),
+            *("joint.detr_crop", "joint.hflip", "joint.photometric"),
+        ),
+        lambda c: not _trains(c),
+        "to validation",
+    ),
+    Rule(("data.img_size",), lambda c: not _trains(c) and bool(c.data.eval_img_size), "beside data.eval_img_size"),
+    Rule(("joint.min_size",), lambda c: not _trains(c) and bool(c.joint.eval_size), "beside joint.eval_size"),
+    # Of train.py.
+    Rule(
+        ("augment.color_jitter", "augment.color_jitter_prob"),
+        lambda c: bool(c.augment.auto_augment) and "3a" not in c.augment.auto_augment,
+        "with augment.auto_augment other than 3a",
+    ),
+    Rule(("augment.color_jitter_prob",), lambda c: not c.augment.color_jitter, "without augment.color_jitter"),
+    Rule(("augment.re_mode", "augment.re_count"), lambda c: not c.augment.re_prob, "without augment.re_prob"),
+    Rule(
+        ("augment.mix_prob", "augment.mix_mode"),
+        lambda c: not (c.augment.mixup or c.augment.cutmix),
+        "without augment.mixup or augment.cutmix",
+    ),
+    Rule(
+        ("augment.mix_switch_prob",),
+        lambda c: not (c.augment.mixup and c.augment.cutmix),
+        "without both augment.mixup and augment.cutmix",
+    ),
+    Rule(("loss.bce_threshold", "loss.bce_sum"), lambda c: not (c.loss.bce or c.loss.multi_label), "without loss.bce"),
+    Rule(("loss.auxiliary",), lambda c: not c.head_kwargs.get("auxiliary"), "without head_kwargs.auxiliary"),
+    Rule(("optim.betas",), _optimizer_lacks("has_betas"), "to this optim.name"),
+    Rule(("optim.eps",), _optimizer_lacks("has_eps"), "to this optim.name"),
+    Rule(("optim.momentum",), _optimizer_lacks("has_momentum"), "to this optim.name"),
+    Rule(("optim.clip_mode",), lambda c: not c.optim.clip_grad, "without optim.clip_grad"),
+    Rule(
+        ("schedule.warmup_lr", "schedule.warmup_prefix"),
+        lambda c: not c.schedule.warmup_epochs,
+        "without schedule.warmup_epochs",
+    ),
+    Rule(
+        ("schedule.min_lr",),
+        _unless_schedule("cosine", "tanh", "poly", "plateau", "onecycle", "wsd"),
+        "to this schedule.name",
+    ),
+    Rule(("schedule.decay_epochs",), _unless_schedule("step", "wsd"), "to this schedule.name"),
+    Rule(("schedule.decay_milestones",), _unless_schedule("multistep"), "to this schedule.name"),
+    Rule(
+        ("schedule.decay_rate",),
+        _unless_schedule("step", "multistep", "plateau", "poly"),
+        "to this schedule.name",
+    ),
+    Rule(("schedule.patience_epochs",), _unless_schedule("plateau"), "to this schedule.name"),
+    Rule(("ema.warmup",), lambda c: not c.ema.decay, "without ema.decay"),
+    Rule(
+        tuple(
+            f"distill.{name}"
+            for name in ("kwargs", "checkpoint", "alpha", "temperature", "hard", "features", "feature_loss")
+        ),
+        lambda c: not c.distill.model,
+        "without distill.model",
+    ),
+    Rule(("distill.temperature", "distill.hard"), lambda c: not c.distill.alpha, "with distill.alpha 0"),
+    Rule(("distill.temperature",), lambda c: c.distill.hard, "with distill.hard"),
+    Rule(("distill.feature_loss",), lambda c: not c.distill.features, "without distill.features"),
+    Rule(
+        ("guard.rollback_lr_factor", "guard.max_rollbacks"),
+        lambda c: c.guard.on_divergence != "rollback",
+        "without guard.on_divergence rollback",
+    ),
+)
+"""Options that others make useless. Those that a script does not have are never given to it."""
+
+
+def useless(config: TaskConfig, brought: TaskConfig) -> dict[str, str]:
+    """Options that are given but have no effect, and why.
+
+    Args:
+        config: Options of a script.
+        brought: Those that it would have without being given any, or only the ones before these.
+    """
+    others = () if config.task == "classification" else INSTEAD_OF_JOINT
+    found = {}
+    for name in (*FOREIGN[config.task], *others):
+        hint = " (sizes and augmentation are options of joint)" if name in others else ""
+        found |= dict.fromkeys(given(config, brought, name), f"to {config.task}{hint}")
+    for rule in RULES:
+        for name in rule.options:
+            if any(given(config, brought, name)) and rule.applies(config):
+                found.setdefault(name, rule.why)
+    return found
+
+
+def refuse(found: dict[str, str]) -> None:
+    """Raise an error that names the first of the options that `useless` found."""
+    for name, why in found.items():
+        raise VisionattnError(f"option {name} is of no use {why}: leave it out")
+
+
+def given(config: Any, brought: Any, name: str) -> Iterator[str]:
+    """The option of this name, or those in this group, whose values are not the ones brought along."""
+    first, _, rest = name.partition(".")
+    if not hasattr(config, first):
+        return
+    value, other = getattr(config, first), getattr(brought, first)
+    if is_dataclass(value):
+        for key in [rest] if rest else [each.name for each in fields(value)]:
+            yield from (f"{first}.{found}" for found in given(value, other, key))
+    elif value != other:
+        yield first
