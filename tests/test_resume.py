@@ -18,8 +18,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import visionattn.training.trainer as trainer_module
+from visionattn.description import read_description
 from visionattn.errors import VisionattnError
-from visionattn.files import read_description
 from visionattn.training.checkpoint import read_training_state, save_checkpoint
 from visionattn.training.config import parse_train
 from visionattn.training.folder import make_folder, remove_unused
