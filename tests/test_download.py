@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -16,6 +17,7 @@ from urllib.parse import urlsplit
 import pytest
 import timm
 import torch
+from huggingface_hub import get_session
 from safetensors.torch import save
 
 import visionattn
@@ -133,6 +135,14 @@ def listing(folder: Path) -> list[str]:
     return sorted(os.listdir(folder)) if folder.exists() else []
 
 
+def cached(url: str) -> str:
+    """What the file of an address is called in the cache."""
+    file = Path(urlsplit(url).path).name
+    if "-" in file:  # and a hash
+        return file
+    return f"{Path(file).stem}.{hashlib.sha256(url.encode()).hexdigest()[:12]}{Path(file).suffix}"
+
+
 def create(weights, **overlay) -> None:
     """Create the model with weights from a place, and see that they are the right ones."""
     model = visionattn.create_model(NAME, pretrained=True, pretrained_cfg_overlay=overlay)
@@ -143,12 +153,14 @@ def create(weights, **overlay) -> None:
 @pytest.mark.parametrize("way", ["plain", "cut", "whole", "stall", "slow", "redirect"])
 def test_right_weights_whatever_the_way(server, weights, cache, way, file):
     file = file if file != "hashed" else f"w-{server.digest[:8]}.safetensors"
-    create(weights, url=f"{server.url}/{way}/{file}?download=true")
-    assert listing(cache) == [file]
-    asked = sum(server.requests.values())
+    url = f"{server.url}/{way}/{file}?download=true"
+    create(weights, url=url)
+    assert listing(cache) == [cached(url)]
+    asked = sum(count for request, count in server.requests.items() if request.startswith("GET"))
     assert asked == (2 if way in ("cut", "whole", "stall", "redirect") else 1)
-    create(weights, url=f"{server.url}/{way}/{file}")
-    assert sum(server.requests.values()) == asked  # from the cache
+    server.requests.clear()
+    create(weights, url=url)
+    assert not server.requests  # from the cache
 
 
 def test_timm_gets_them_too(server, weights):
@@ -188,7 +200,7 @@ def test_the_next_source_is_tried(server, weights, cache):
     try:
         model = visionattn.create_model("served_van", pretrained=True)
         assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
-        assert listing(cache) == ["w.safetensors"] and not server.requests["GET /plain/w.pth"]
+        assert listing(cache) == [cached(urls[2])] and not server.requests["GET /plain/w.pth"]
     finally:
         del registry._entries["served_van"]
 
@@ -232,7 +244,8 @@ def test_a_mirror_address_comes_first(server, weights, cache, monkeypatch):
     monkeypatch.setenv(MIRROR, f"{server.url}/mirror/")
     server.files = {"w.safetensors": server.files["w.safetensors"]}
     create(weights, url="http://127.0.0.1:9/w.safetensors")
-    assert server.requests["GET /mirror/w.safetensors"] == 1 and listing(cache) == ["w.safetensors"]
+    assert server.requests["GET /mirror/w.safetensors"] == 1
+    assert listing(cache) == [cached(f"{server.url}/mirror/w.safetensors")]
     monkeypatch.setenv(MIRROR, f"{server.url}/missing")
     create(weights, url=f"{server.url}/plain/w.safetensors")
     with pytest.raises(VisionattnError, match=f"{MIRROR} {server.url}/missing has none of van_b6"):
@@ -240,6 +253,113 @@ def test_a_mirror_address_comes_first(server, weights, cache, monkeypatch):
     monkeypatch.setenv(MIRROR, "/nowhere")
     with pytest.raises(VisionattnError, match=f"{MIRROR} is neither a folder nor an address: /nowhere"):
         create(weights)
+
+
+def test_addresses_share_no_file(server, weights, cache, tmp_path):
+    """Whatever the name that they end in, and whichever is fetched first."""
+    others = {k: v + 1 if v.is_floating_point() else v for k, v in weights.items()}
+    urls = [f"{server.url}/{path}" for path in ("plain/w.pth", "slow/w.pth", "plain/w.pth?version=2")]
+    create(weights, url=urls[0])
+    torch.save(others, tmp_path / "w.pth")
+    server.files["w.pth"] = (tmp_path / "w.pth").read_bytes()
+    for url in urls[1:]:
+        create(others, url=url)
+    create(weights, url=urls[0])
+    assert listing(cache) == sorted(map(cached, urls))
+    long = f"{server.url}/plain/{'w' * 250}.pth"
+    server.files[f"{'w' * 250}.pth"] = server.files["w.pth"]
+    create(others, url=long)
+
+
+def test_files_of_torch_hub_are_kept(server, weights, cache):
+    """A name that holds the hash of the content belongs to the content; one that holds a wrong one is fetched again."""
+    cache.mkdir(parents=True)
+    file = f"w-{server.digest[:8]}.safetensors"
+    (cache / file).write_bytes(server.files["w.safetensors"])
+    create(weights, url=f"http://127.0.0.1:9/somewhere/{file}")
+    (cache / file).write_bytes(save({k: v * 0 for k, v in weights.items()}))
+    create(weights, url=f"{server.url}/plain/{file}")
+    assert listing(cache) == [file]
+
+
+@pytest.fixture
+def deaf():
+    """The address of a server that takes connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+
+
+def test_who_does_not_answer_is_asked_once(server, deaf, weights, cache, monkeypatch):
+    monkeypatch.setattr("visionattn.download.PATIENCE", 0.2)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", deaf)
+    asked = Counter()
+    request = get_session().request
+    monkeypatch.setattr(
+        "visionattn.download.get_session",
+        lambda: SimpleNamespace(
+            request=lambda m, url, **kw: (asked.update([urlsplit(url).netloc]), request(m, url, **kw))[1]
+        ),
+    )
+    sources = [f"{HUB}me/mine", f"{deaf}/w.pth", f"{deaf}/w.safetensors", "http://127.0.0.1:9/w.pth"]
+    with pytest.raises(VisionattnError) as e:
+        fetch([NAME], sources, NAME)
+    told = str(e.value)
+    assert all(f"{source}: " in told for source in sources) and told.count("does not answer") == 4
+    assert asked == {urlsplit(deaf).netloc: 2, "127.0.0.1:9": 1}  # as the hub, and as the address of two files
+    # A mirror that does not answer is asked once, then the others are; one that answers spares the hub the question.
+    asked.clear()
+    monkeypatch.setenv(MIRROR, f"{deaf}/mirror")
+    create(weights, url=f"{server.url}/plain/w.pth", hf_hub_id="me/mine")
+    assert asked[urlsplit(deaf).netloc] == 2
+    asked.clear()
+    monkeypatch.setenv(MIRROR, f"{server.url}/missing")
+    with pytest.raises(VisionattnError, match=f"has none of .*hf-hub:me/mine: is not asked where {MIRROR} is named"):
+        fetch([NAME], [f"{HUB}me/mine"], NAME)
+    assert asked.keys() == {urlsplit(server.url).netloc}
+
+
+@pytest.mark.parametrize("what", ["folder", "offline"])
+def test_the_hub_is_not_asked(what, weights, tmp_path, cache, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    if what == "folder":
+        monkeypatch.setenv(MIRROR, str(tmp_path))
+    else:
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("socket.socket.connect", lambda *args: pytest.fail("asked the network"))
+    with pytest.raises(
+        VisionattnError, match="hf-hub:me/mine: .*(is not asked|offline mode).*, and the cache has none"
+    ):
+        fetch([NAME], [f"{HUB}me/mine"], NAME, cache_dir=str(tmp_path))
+    folder = tmp_path / "models--me--mine"  # what the hub's cache holds is taken all the same
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("0" * 40)
+    (folder / "snapshots" / ("0" * 40)).mkdir(parents=True)
+    path = folder / "snapshots" / ("0" * 40) / "pytorch_model.bin"
+    torch.save(weights, path)
+    assert fetch([NAME], [f"{HUB}me/mine"], NAME, cache_dir=str(tmp_path)) == path
+
+
+@pytest.mark.parametrize(
+    "mirror",
+    [
+        "a" * 5000,
+        "a/" * 3000,
+        "http:/nowhere/x",
+        "https//nowhere",
+        "ftp://nowhere/x",
+        "http://",
+        "x\ny\x1b",
+        "http://[x",
+    ],
+)
+def test_mirrors_that_are_no_place(mirror, monkeypatch, cache):
+    monkeypatch.setenv(MIRROR, mirror)
+    with pytest.raises(VisionattnError, match=f"{MIRROR} is neither a folder nor an address: ") as e:
+        fetch([NAME], [], NAME, cache_dir=str(cache))
+    assert str(e.value).isprintable() and len(str(e.value)) < 500
+    monkeypatch.delenv(MIRROR)
+    with pytest.raises(VisionattnError, match="cannot fetch test_van: expected an address or hf-hub:..., got "):
+        visionattn.create_model(NAME, pretrained=True, pretrained_cfg_overlay={"url": mirror})
 
 
 @pytest.fixture
@@ -293,8 +413,8 @@ def test_processes_download_once(server, tmp_path, cache):
     code = f"from visionattn.download import fetch; fetch(['w'], ['{server.url}/slow/w.pth'], 'w')"
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     running = [subprocess.Popen([sys.executable, "-c", code], env=env, stderr=subprocess.DEVNULL) for _ in range(2)]
-    assert [process.wait(60) for process in running] == [0, 0]
-    assert server.requests["GET /slow/w.pth"] == 1 and listing(cache) == ["w.pth"]
+    assert [process.wait(300) for process in running] == [0, 0]
+    assert server.requests["GET /slow/w.pth"] == 1 and listing(cache) == ["w.pth"]  # a name of the model's own
 
 
 def test_a_full_disk(server, cache, monkeypatch):
@@ -322,9 +442,10 @@ def test_a_read_only_cache(server, weights, cache, monkeypatch):
 
 def test_a_damaged_file_in_the_cache_is_named(server, weights, cache):
     cache.mkdir(parents=True)
-    (cache / "w.pth").write_bytes(server.files["w.pth"][:5000])
-    with pytest.raises(VisionattnError, match=f"checkpoint {cache / 'w.pth'} is damaged"):
-        create(weights, url=f"{server.url}/plain/w.pth")
+    path = cache / cached(url := f"{server.url}/plain/w.pth")
+    path.write_bytes(server.files["w.pth"][:5000])
+    with pytest.raises(VisionattnError, match=f"checkpoint {path} is damaged"):
+        create(weights, url=url)
 
 
 def test_registered_addresses(capsys, monkeypatch):

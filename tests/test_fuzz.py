@@ -2,6 +2,7 @@
 
 import builtins
 import collections
+import importlib
 import io
 import os
 import random
@@ -43,7 +44,7 @@ def nested() -> dict:
     return wrapped
 
 
-HOSTILE = [
+INERT = [  # what they name is neither imported nor called, and they load
     lambda sd: {"model": sd, "args": Call(os.mkdir, "executed")},
     lambda sd: {"model": sd, "args": Call(os.system, "touch executed")},
     lambda sd: {"model": sd, "args": Call(builtins.eval, "open('executed', 'w')")},
@@ -54,6 +55,13 @@ HOSTILE = [
     lambda sd: {"model": sd, "args": Call(io.FileIO, "executed", "w")},
     lambda sd: {"model": sd, "args": Call(bytearray, 1 << 40)},
     lambda sd: {"model": sd, "args": collections.Counter(sd)},
+    lambda sd: {"model": sd, "args": Call(importlib.import_module, "antigravity")},
+    lambda sd: {"model": sd, Call(os.mkdir, "executed"): 1},
+    lambda sd: {"model": sd, "args": [(Call(os.mkdir, "executed"),), {Call(os.mkdir, "executed")}]},
+]
+REFUSED = [
+    lambda sd: Call(os.mkdir, "executed"),
+    lambda sd: {"model": Call(collections.OrderedDict, Call(os.mkdir, "executed"))},
     lambda sd: {"model": sd | {"head.weight": torch.zeros(1).expand(1 << 20, 1 << 20)}},
     lambda sd: {"model": sd | {"head.weight": torch.zeros(4, 128).to_sparse()}},
     lambda sd: {"model": sd | {"head.weight": torch.quantize_per_tensor(torch.zeros(4, 128), 0.1, 0, torch.qint8)}},
@@ -106,10 +114,11 @@ def corrupt(rng: random.Random, original: dict, saved: dict[str, bytes]) -> tupl
         data[start : start + length] = bytes(length)
         return bytes(data), f"{kind} {what}", expected
     if what == "hostile":
-        content = rng.choice(HOSTILE)(original)
+        inert = rng.random() < 0.5
+        content = rng.choice(INERT if inert else REFUSED)(original)
         file = io.BytesIO()
         torch.save(content, file, _use_new_zipfile_serialization=rng.random() < 0.5)
-        return file.getvalue(), what, {}
+        return file.getvalue(), what, original if inert else {}
     key = rng.choice([k for k, v in original.items() if v.is_floating_point() and not k.startswith(("head", "stem"))])
     value = original[key]
     if what == "shape":

@@ -105,15 +105,20 @@ class Malicious:
 
 def test_nothing_is_executed(van, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    torch.save({"model": van.state_dict(), "args": Malicious()}, "bad.pth")
-    with pytest.raises(VisionattnError, match=r"is refused: its pickle names \w+.mkdir, more than tensors"):
-        load_checkpoint(van, "bad.pth")
+    state_dict = {k: v + 1 for k, v in van.state_dict().items()}
+    torch.save({"model": state_dict, "args": Malicious()}, "bad.pth")
+    load_checkpoint(van, "bad.pth")
+    assert_same(van.state_dict(), state_dict)
     assert not (tmp_path / "executed").exists()
     with pytest.raises(VisionattnError, match="does not exist"):
         load_checkpoint(van, "missing.pth")
     torch.save(torch.ones(2), "tensor.pth")
     with pytest.raises(VisionattnError, match="holds a Tensor, expected a dictionary"):
         load_checkpoint(van, "tensor.pth")
+    torch.save(Malicious(), "other.pth")
+    with pytest.raises(VisionattnError, match=r"holds a \w+.mkdir, expected a dictionary of tensors"):
+        load_checkpoint(van, "other.pth")
+    assert not (tmp_path / "executed").exists()
 
 
 def test_pretrained_converts_what_it_fetches(tmp_path):

@@ -71,7 +71,9 @@ def _info(args: argparse.Namespace) -> None:
 def _convert(args: argparse.Namespace) -> None:
     from .sharing import convert_file
 
-    made = convert_file(args.file, args.out, args.model, dict(args.kwargs), args.source, args.replace)
+    made = convert_file(
+        args.file, args.out, args.model, dict(args.kwargs), args.source, args.replace, args.checkpoint_prefix
+    )
     facts = f"{made['num_classes']} classes, from {made['source']}, licence {made['license']}"
     print(f"{args.out}: {made['model']}, {facts}")
     for what, keys in made["adapted"].items():
@@ -129,6 +131,7 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument("--kwargs", nargs="+", type=_key_value, default=[], metavar="KEY=VALUE", help="its arguments")
     command.add_argument("--source", default="", help="where the file is from, for the header")
     command.add_argument("--replace", action="store_true", help="write over a file that is there")
+    command.add_argument("--checkpoint_prefix", default="", help="where in the file the weights are, student for one")
     command.set_defaults(run=_convert)
     command = commands.add_parser("push", help="share a checkpoint of train.py or convert, to be created by its place")
     command.add_argument("checkpoint", help="safetensors file")

@@ -8,14 +8,16 @@ from torch import nn
 
 from .arguments import with_meaning
 from .description import Described, check_made, describe_file, describe_repository, load_described
-from .errors import UnknownModelError, optional
+from .errors import UnknownArgumentError, UnknownModelError, optional
 from .registry import Entry, find, tagged
 
 REPOSITORIES = ("hf-hub", "hf_hub", "local-dir")
 FILE_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt")
 
 
-def create_model(name: str, pretrained: bool | None = None, checkpoint_path: str = "", **kwargs) -> nn.Module:
+def create_model(
+    name: str, pretrained: bool | None = None, checkpoint_path: str = "", checkpoint_prefix: str = "", **kwargs
+) -> nn.Module:
     """Create a model.
 
     Weights of the family that do not fit as they are, for other classes, channels, image or window sizes, are adapted;
@@ -27,8 +29,10 @@ def create_model(name: str, pretrained: bool | None = None, checkpoint_path: str
             `local-dir:folder`. What these say is checked before anything is made by it.
         pretrained: load the weights, the published ones of the tag or of the first one for a registered name. None:
             no for a registered name, yes for files and repositories.
-        checkpoint_path: file to load in any published layout of the family; after `pretrained`. Of a detector or
-            segmenter, ours or others', the backbone is taken.
+        checkpoint_path: file, or folder with one, to load in any published layout of the family, as any training
+            framework wraps it; after `pretrained`. Of a detector or segmenter, ours or others', the backbone is taken.
+        checkpoint_prefix: where in that file the weights are, "student" for one, if there are several that fit equally
+            well.
         **kwargs: arguments of the model's class (`num_classes`, `in_chans`, `drop_path_rate`, ...) and of timm's
             builder (`features_only`, `out_indices`, ...). None is passed on where the class has a use for it, such as
             `layer_scale=None`; elsewhere it stands for the default. `img_size` is the size that position tables are
@@ -45,23 +49,30 @@ def create_model(name: str, pretrained: bool | None = None, checkpoint_path: str
         UnknownArgumentError: if the model does not take one of the arguments, or not of that type.
         VisionattnError: if weights cannot be fetched or read, or do not fit, or a file does not name its model.
     """
+    if checkpoint_prefix and not checkpoint_path:
+        raise UnknownArgumentError("checkpoint_prefix chooses from what checkpoint_path holds: give both")
     if not is_place(name):
         base, tag, entry = find(name)
         if tag:
             kwargs["pretrained_cfg"] = tagged(base, tag, entry.cfgs)
-        load = partial(load_described, path=checkpoint_path) if checkpoint_path else None
+        load = partial(load_described, path=checkpoint_path, checkpoint_prefix=checkpoint_prefix)
+        load = load if checkpoint_path else None
         return _make(entry, bool(pretrained), load, kwargs)
     described = describe_place(name, kwargs.get("cache_dir"), pretrained is not False)
     if described.task != "classification" and not kwargs.get("features_only"):
         with optional():
             from .dense.trained import create_trained  # whose libraries are heavy
 
-        return create_trained(described, pretrained is not False, checkpoint_path, **kwargs)
-    return create_described(described, pretrained, checkpoint_path, **kwargs)
+        return create_trained(described, pretrained is not False, checkpoint_path, checkpoint_prefix, **kwargs)
+    return create_described(described, pretrained, checkpoint_path, checkpoint_prefix, **kwargs)
 
 
 def create_described(
-    described: Described, pretrained: bool | None = None, checkpoint_path: str = "", **kwargs
+    described: Described,
+    pretrained: bool | None = None,
+    checkpoint_path: str = "",
+    checkpoint_prefix: str = "",
+    **kwargs,
 ) -> nn.Module:
     """The classifier or feature extractor that a place describes, or that has the backbone it describes.
 
@@ -69,6 +80,7 @@ def create_described(
         described: what the place says.
         pretrained: load its weights, unless it is False.
         checkpoint_path: file to load after those.
+        checkpoint_prefix: where in that file the weights are, as for `create_model`.
         **kwargs: in place of the arguments that the place says.
     """
     check_described(described)
@@ -77,7 +89,7 @@ def create_described(
         if pretrained is not False:
             described.load(model)
         if checkpoint_path:
-            load_described(model, checkpoint_path)
+            load_described(model, checkpoint_path, checkpoint_prefix)
 
     return make_described(described, start if pretrained is not False or checkpoint_path else None, **kwargs)
 

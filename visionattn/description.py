@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from timm.models._hub import _parse_model_cfg, download_from_hf
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from .download import HUB, fetch
+from .download import HUB, check_hub, fetch
 from .entries import (
     CONFIG,
     MOST,
@@ -32,12 +33,12 @@ from .entries import (
     check_types,
     longest_side,
     parse,
-    tensors_of,
     told_of,
 )
 from .errors import VisionattnError
 from .files import DESCRIPTION, find_file, one_line, read_checkpoint
 from .registry import Entry, find
+from .unwrap import flatten
 from .weights import check_held, load_pretrained
 
 
@@ -114,16 +115,17 @@ def read_described(path: str | PathLike) -> tuple[dict[str, Any], dict[str, Any]
     return entries, content
 
 
-def load_described(model: nn.Module, path: str | PathLike) -> None:
+def load_described(model: nn.Module, path: str | PathLike, checkpoint_prefix: str = "") -> None:
     """Load weights to start from, as `load_pretrained`, with what the file's header says of what they were made for.
 
     Args:
         model: the model to load into.
         path: of the file.
+        checkpoint_prefix: where in the file the weights are, if there are several that fit equally well.
     """
     entries, content = read_described(path)
     known = made_for(entries["model"], entries.get("model_kwargs", {})) if "model" in entries else {}
-    load_pretrained(model, content, known, path)
+    load_pretrained(model, content, known, path, checkpoint_prefix)
 
 
 def describe_file(path: str | PathLike) -> Described:
@@ -158,11 +160,13 @@ def describe_repository(name: str, cache_dir: str | None = None, weights: bool =
     """
     kind, _, rest = name.partition(":")
     try:
-        config = (
-            Path(rest, "config.json")
-            if kind == "local-dir"
-            else download_from_hf(rest, "config.json", cache_dir=cache_dir)
-        )
+        if kind == "local-dir":
+            config = Path(rest, "config.json")
+        else:
+            repository, _, revision = rest.partition("@")
+            if not try_to_load_from_cache(repository, "config.json", cache_dir, revision or None):
+                check_hub()
+            config = download_from_hf(rest, "config.json", cache_dir=cache_dir)
         text = Path(config).read_text(encoding="utf-8")
     except Exception as e:  # what the network, the hub and the disk raise is theirs
         raise VisionattnError(f"cannot read the configuration of {name}: {one_line(e)}") from e
@@ -201,7 +205,7 @@ def check_made(described: Described, make: Callable[[], nn.Module]) -> None:
     tensors = described.state_dict
     groups = [group for group in ("model_kwargs", "head_kwargs") if group in described.entries] or ["model_args"]
     what = f"{described.place}: what entry {' or '.join(groups)} asks for"
-    most = MOST_TENSORS if tensors is None else 256 + 4 * sum(1 for _ in tensors_of(tensors))
+    most = MOST_TENSORS if tensors is None else 256 + 4 * len(flatten(tensors))
     with told_of(what), torch.random.fork_rng(devices=[]), torch.device("meta"), _at_most(most):
         model = make()
     if tensors is not None:

@@ -5,23 +5,27 @@ import logging
 import os
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
 
-from huggingface_hub import hf_hub_download
+from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from huggingface_hub.file_download import http_get
-from huggingface_hub.utils import WeakFileLock
+from huggingface_hub.utils import WeakFileLock, get_session
 from torch.hub import get_dir
 
-from .errors import VisionattnError
+from .errors import VisionattnError, shortened
 from .files import HUB_FILES, one_line, place, read_checkpoint
 
 MIRROR = "VISIONATTN_WEIGHTS"
 """Environment variable: a folder, or the address of one, where every file is looked for first."""
 HUB = "hf-hub:"
 SUFFIXES = (".safetensors", ".pth")
+HASHED = re.compile(r"-([0-9a-f]{8,64})\.")
+"""What torch.hub's file names say of their content."""
+PATIENCE = 5.0
+"""Seconds for a server's first answer."""
 
 _logger = logging.getLogger("visionattn")
 
@@ -48,31 +52,41 @@ def fetch(
     """
     names, sources = list(names), list(sources)
     cache = Path(cache_dir or os.path.join(get_dir(), "checkpoints"))
+    if wrong := [source for source in sources if not source.startswith(HUB) and not _is_address(source)]:
+        raise VisionattnError(f"cannot fetch {model}: expected an address or {HUB}..., got {shortened(wrong[0])}")
     files = [f"{name}{suffix}" for name in names for suffix in SUFFIXES]
-    mirrored = files + [file for source in sources for file in _mirrored(source, names)]
+    mirrored = list(dict.fromkeys(files + [file for source in sources for file in _mirrored(source, names)]))
     mirror = os.environ.get(MIRROR, "")
-    if mirror and "://" not in mirror:
-        if not Path(mirror).is_dir():
-            raise VisionattnError(f"{MIRROR} is neither a folder nor an address: {mirror}")
+    remote = _is_address(mirror)
+    if mirror and not remote:
+        if not os.path.isdir(mirror):
+            raise VisionattnError(f"{MIRROR} is neither a folder nor an address: {shortened(mirror)}")
         if found := next((path for file in mirrored if (path := Path(mirror, file)).is_file()), None):
             return found
     by_name = [cache / file for file in files[: len(SUFFIXES)]]
     if found := next(filter(Path.is_file, by_name), None):
         return found
-    failures = []
-    if "://" in mirror:
-        sources = [f"{mirror.rstrip('/')}/{file}" for file in mirrored] + sources
+    failures, silent, hub_is_asked = [], {}, not mirror
+    if remote:
+        try:
+            for file in mirrored:
+                address = f"{mirror.rstrip('/')}/{file}"
+                with suppress(_Missing):
+                    return _from_url(address, cache / _cached(address, names), silent)
+            failures.append(f"{MIRROR} {shortened(mirror)} has none of {', '.join(mirrored)}")
+        except Exception as e:  # what the network, the hub and the disk raise is theirs
+            hub_is_asked = bool(silent)  # a mirror that answers would have it, if it may be had
+            failures.append(f"{MIRROR} {shortened(mirror)}: {one_line(e)}")
+    elif mirror:
+        failures.append(f"{MIRROR} {shortened(mirror)} has none of {', '.join(mirrored)}")
     for source in sources:
         try:
             if source.startswith(HUB):
-                return _from_hub(source.removeprefix(HUB), cache_dir)
-            return _from_url(source, cache / _file_name(source, names))
-        except Exception as e:  # what the network, the hub and the disk raise is theirs
-            if not (mirror and source.startswith(mirror)):
-                failures.append(f"{source}: {one_line(e)}")
-    if mirror:
-        failures.insert(0, f"{MIRROR} {mirror} has none of {', '.join(dict.fromkeys(mirrored))}")
-    place = cache / (f"{names[0]}.pth" if names else mirrored[0])
+                return _from_hub(source.removeprefix(HUB), cache_dir, hub_is_asked)
+            return _from_url(source, cache / _cached(source, names), silent)
+        except Exception as e:
+            failures.append(f"{shortened(source)}: {one_line(e)}")
+    place = cache / (f"{names[0]}.pth" if names else _cached(sources[0], names) if sources else "w.pth")
     place_it = f"save the file as {place}, or in the folder that {MIRROR} names"
     if by_hand:
         failures.append(f"download it by hand from {by_hand} and {place_it}")
@@ -81,24 +95,64 @@ def fetch(
     raise VisionattnError(f"cannot fetch {model}: " + ("; ".join(failures) or "no weights were released"))
 
 
-def _from_hub(repository: str, cache_dir: str | None) -> Path:
+class _Missing(VisionattnError):
+    """An address has no file."""
+
+
+def check_hub() -> None:
+    """See whether the Hugging Face hub answers, in one short try.
+
+    Raises:
+        VisionattnError: if it does not, or must not be asked (`HF_HUB_OFFLINE`).
+    """
+    try:
+        get_session().request("HEAD", constants.ENDPOINT, timeout=PATIENCE)
+    except Exception as e:
+        raise VisionattnError(f"{constants.ENDPOINT} does not answer ({one_line(e)})") from e
+
+
+def _from_hub(repository: str, cache_dir: str | None, asked: bool) -> Path:
     repository, _, file = repository.partition(":")
     repository, _, revision = repository.partition("@")
+    silence: Exception | str = "" if asked else f"is not asked where {MIRROR} is named"
+    if asked:
+        try:
+            check_hub()
+        except VisionattnError as e:
+            silence = e
     for name in [file] if file else HUB_FILES:
         try:
-            return Path(hf_hub_download(repository, name, revision=revision or None, cache_dir=cache_dir))
+            options = {"cache_dir": cache_dir, "local_files_only": bool(silence)}
+            return Path(hf_hub_download(repository, name, revision=revision or None, **options))
         except EntryNotFoundError as e:
-            if isinstance(e, LocalEntryNotFoundError):  # it may be there, but the hub cannot be asked
+            if isinstance(e, LocalEntryNotFoundError) and not silence:  # it may be there, but the hub cannot be asked
                 raise
-    raise VisionattnError(f"holds none of {', '.join(HUB_FILES)}")
+    raise VisionattnError(f"{silence}, and the cache has none" if silence else f"holds none of {', '.join(HUB_FILES)}")
 
 
-def _from_url(url: str, path: Path) -> Path:
-    if path.is_file():
+def _from_url(url: str, path: Path, silent: dict[str, str]) -> Path:
+    """The file of an address.
+
+    Args:
+        url: the address.
+        path: of the file in the cache.
+        silent: hosts that were found not to answer, and what happened.
+    """
+    if path.is_file() and _matches(path):
         return path
+    host = urlsplit(url).netloc
+    if host in silent:
+        raise VisionattnError(silent[host])
+    try:
+        answer = get_session().request("HEAD", url, timeout=PATIENCE)
+    except Exception as e:
+        silent[host] = f"does not answer ({one_line(e)})"
+        raise VisionattnError(silent[host]) from e
+    if answer.status_code in (404, 410):  # others may only be meant for what a HEAD is
+        raise _Missing(f"has no such file (status {answer.status_code})")
     path.parent.mkdir(parents=True, exist_ok=True)
     with _lock(path):
-        if not path.is_file():
+        if not path.is_file() or not _matches(path):
             _download(url, path)
     return path
 
@@ -108,15 +162,21 @@ def _download(url: str, path: Path) -> None:
     try:
         with open(temporary, "wb") as file:
             http_get(url, file, displayed_filename=path.name)
-        expected = re.search(r"-([0-9a-f]{8,64})\.", path.name)
-        if expected and not (found := _sha256(temporary)).startswith(expected[1]):
-            raise VisionattnError(f"its SHA-256 is {found[:16]}..., not the {expected[1]}... of its name")
+        if not _matches(temporary):
+            expected = HASHED.search(path.name)[1]
+            raise VisionattnError(f"its SHA-256 is {_sha256(temporary)[:16]}..., not the {expected}... of its name")
         read_checkpoint(temporary)  # a page that says sorry comes as a file too
         place(temporary, path)
     except VisionattnError as e:
         raise VisionattnError(str(e).replace(f"checkpoint {temporary}", "what it sent")) from e
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _matches(path: Path) -> bool:
+    """Whether a file is what its name says, if it says so."""
+    expected = HASHED.search(path.name)
+    return expected is None or _sha256(path).startswith(expected[1])
 
 
 def _sha256(path: Path) -> str:
@@ -134,6 +194,14 @@ def _lock(path: Path) -> Iterator[None]:
             lock.unlink(missing_ok=True)  # who waits for it finds the file, or downloads in its turn
 
 
+def _is_address(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
+
+
 def _file_name(url: str, names: list[str]) -> str:
     """What an address calls its file; where it says nothing, or nothing of its own, the first name or a hash of it."""
     file = PurePosixPath(unquote(urlsplit(url).path)).name
@@ -142,6 +210,18 @@ def _file_name(url: str, names: list[str]) -> str:
         return file
     name = names[0] if names else f"visionattn_{hashlib.sha256(url.encode()).hexdigest()[:16]}"
     return name + (suffix[0] if suffix else ".pth")
+
+
+def _cached(url: str, names: list[str]) -> str:
+    """What the file of an address is called in the cache: other addresses' files may have its name, and other bytes.
+
+    A name that holds a hash of the content belongs to it, and stays as torch.hub has it; so does a model's own name.
+    """
+    file = _file_name(url, names)
+    if HASHED.search(file) or PurePosixPath(file).stem in names:
+        return file
+    stem, _, suffix = file.rpartition(".")
+    return f"{stem[:100]}.{hashlib.sha256(url.encode()).hexdigest()[:12]}.{suffix}"
 
 
 def _mirrored(source: str, names: list[str]) -> list[str]:

@@ -7,14 +7,18 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 from timm.models import PretrainedCfg
-from torch import Tensor
 
 from .arguments import check_values, describe, fits, hints
 from .errors import VisionattnError
 from .files import one_line
 from .registry import BUILDER_ARGUMENTS, FEATURE_ARGUMENTS, MODEL_ARGUMENTS, find
+from .unwrap import flatten
 
-EXECUTION = {"device", "dtype", "pretrained", "checkpoint_path", "start", *BUILDER_ARGUMENTS, *FEATURE_ARGUMENTS}
+EXECUTION = {
+    *("device", "dtype", "pretrained", "checkpoint_path", "checkpoint_prefix", "start"),
+    *BUILDER_ARGUMENTS,
+    *FEATURE_ARGUMENTS,
+}
 """Arguments that say how a model is made and run, and no file's business."""
 SOURCES = ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source")
 """Entries of timm's configuration that say where weights are, and no repository's business."""
@@ -252,25 +256,11 @@ def longest_side(content: Mapping[str, Any]) -> int:
     Args:
         content: of the file.
     """
-    return max([LARGEST, *(side for tensor in tensors_of(content) for side in tensor.shape)])
+    return max([LARGEST, *(side for tensor in flatten(content).values() for side in tensor.shape)])
 
 
 def _shown(value: Any) -> str:
     return reprlib.repr(value)
-
-
-def tensors_of(content: Mapping[str, Any], depth: int = 0) -> Iterator[Tensor]:
-    """The tensors in what a file holds, which may be nested.
-
-    Args:
-        content: of the file.
-        depth: of this part of it.
-    """
-    for value in content.values():
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, Mapping) and depth < DEEPEST:
-            yield from tensors_of(value, depth + 1)
 
 
 @contextmanager

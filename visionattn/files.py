@@ -1,40 +1,30 @@
 """Checkpoint files: read without executing anything they hold, written whole or not at all."""
 
 import hashlib
+import json
 import os
-import pickletools
 import re
-import zipfile
-from argparse import Namespace
-from collections import OrderedDict
 from collections.abc import Mapping
 from os import PathLike
-from pathlib import Path, PurePosixPath
-from typing import BinaryIO
+from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .errors import VisionattnError
+from .errors import VisionattnError, printable, shortened
+from .pickled import MOST_TENSORS, read_pickled
 
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
-PLAIN = {
-    "collections.OrderedDict": None,
-    "_codecs.encode": None,
-    "argparse.Namespace": Namespace,  # scripts keep their options beside the weights
-    "yacs.config.CfgNode": OrderedDict,
-    "pathlib.PosixPath": PurePosixPath,
-    **{f"numpy.{core}.multiarray.scalar": np._core.multiarray.scalar for core in ("core", "_core")},  # and accuracies
-    "numpy.dtype": np.dtype,
-    **{f"torch.{name}": None for name in ("Size", "device", "storage.TypedStorage", "storage.UntypedStorage")},
-    **{f"torch._utils._rebuild_{name}": None for name in ("tensor", "tensor_v2", "parameter", "qtensor")},
-}
-"""What a pickle may name besides torch's types of elements and storages, and what stands for it where torch knows none.
-No more: torch's own list also holds what a hostile file can use to exhaust the memory."""
-ELEMENTS = re.compile(r"torch\.(\w+Storage|b?float\d+|u?int\d+|bool|complex\d+|half|double|float|long)")
+INDEX = ".index.json"
+"""How the name of the file ends that says, beside the parts of a checkpoint, which part holds which tensor."""
+STATE_FILES = re.compile(
+    r"(optimizer|scheduler|scaler|sampler|random_states|rng_state|training_args|custom_checkpoint)"
+)
+"""How the names begin of what training frameworks keep beside the weights."""
+MOST_HEADER = 1 << 25
+"""Bytes of a safetensors header: a hundred times the largest that we know."""
 DESCRIPTION = "visionattn"
 """Entry of a safetensors header that says, as JSON, which model the weights belong to and how they are used."""
 CONTENT_HASH = "content_sha256"
@@ -47,25 +37,36 @@ def read_checkpoint(path: str | PathLike) -> tuple[dict[str, Tensor], dict[str, 
     The checksums of torch.save's archives and the content hash of files that `write_checkpoint` made are verified.
 
     Args:
-        path: a safetensors file, or one that torch.save wrote.
+        path: a safetensors file, one that torch.save wrote, the index of one in parts (`*.index.json`), or a folder
+            with one of these.
 
     Returns:
-        The (nested, where torch.save wrote it) dictionary that the file holds, and the safetensors header's metadata.
+        The (nested, where torch.save wrote it) dictionary of tensors and plain values that the file holds, and the
+        safetensors header's metadata. Objects of other kinds are left out.
 
     Raises:
-        VisionattnError: if the file is missing, damaged, or holds more than tensors and plain containers.
+        VisionattnError: if the file is missing or damaged, holds a module pickled whole, or would expand past a small
+            multiple of its size.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise VisionattnError(f"checkpoint {path} does not exist or is not a file")
+    path = find_file(path)
     try:
+        if not path.is_file():
+            raise FileNotFoundError
+    except (OSError, ValueError) as e:  # names that are too long, or hold a zero
+        raise VisionattnError(f"checkpoint {shortened(path)} does not exist or is not a file") from e
+    try:
+        if path.name.endswith(INDEX):
+            return _read_parts(path), {}
         with open(path, "rb") as file:
             head = file.read(9)  # of safetensors: the length of a JSON header, and its brace
-            pickled = head[:2] in (b"PK", b"\x80\x02") and head[8:] != b"{"
-            content, metadata = (_read_pickled(path, file), {}) if pickled else _read_safetensors(path)
+            pickled = head[:1] in (b"P", b"\x80") and head[8:] != b"{"
+            header = int.from_bytes(head[:8], "little")
+            if not pickled and head[8:] == b"{" and MOST_HEADER < header < path.stat().st_size:
+                raise VisionattnError(f"is refused: its header of {header} bytes is longer than {MOST_HEADER}")
+            content, metadata = (read_pickled(file), {}) if pickled else _read_safetensors(path)
     except VisionattnError as e:
         raise VisionattnError(f"checkpoint {path} {e}") from e
-    except Exception as e:  # torch.load raises whatever its unpickler and archive reader meet
+    except Exception as e:  # damaged bytes cause whatever they like
         raise VisionattnError(f"checkpoint {path} is damaged ({one_line(e)})") from e
     if not isinstance(content, Mapping):
         raise VisionattnError(f"checkpoint {path} holds a {type(content).__name__}, expected a dictionary of tensors")
@@ -79,22 +80,48 @@ def find_file(path: str | PathLike) -> Path:
         path: a folder or a file.
 
     Raises:
-        VisionattnError: if the folder holds none.
+        VisionattnError: if the folder holds none, or several of which none has such a name.
     """
     path = Path(path)
-    if not path.is_dir():
+    try:
+        files = sorted(file for file in path.iterdir() if file.is_file())
+    except (OSError, ValueError):  # no folder
         return path
-    preferred = [path / name for name in HUB_FILES]
-    found = [f for f in preferred if f.is_file()] or sorted(path.glob("*.safetensors")) or sorted(path.glob("*.pth"))
-    if not found:
-        raise VisionattnError(f"{path} holds no checkpoint: expected {', '.join(HUB_FILES)} or another")
-    return found[0]
+    for name in (*HUB_FILES, *(name + INDEX for name in HUB_FILES)):
+        if path / name in files:
+            return path / name
+    for suffix in (".safetensors", ".pth", ".pt", ".ckpt", ".bin", ".tar"):
+        found = [f for f in files if f.suffix == suffix and not STATE_FILES.match(f.name)]
+        if len(found) > 1:
+            names = ", ".join(shortened(file.name) for file in found[:4])
+            raise VisionattnError(f"{path} holds {len(found)} checkpoints ({names}, ...): name the file")
+        if found:
+            return found[0]
+    raise VisionattnError(f"{path} holds no checkpoint: expected {', '.join(HUB_FILES)} or another")
+
+
+def _read_parts(path: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint that is written in several files."""
+    with open(path, "rb") as file:
+        text = file.read(MOST_HEADER + 1)
+    parts = json.loads(text)["weight_map"] if len(text) <= MOST_HEADER else {}
+    names = sorted(set(parts.values()))
+    if wrong := [name for name in names if Path(name).name != name or name.endswith(INDEX)]:
+        raise VisionattnError(f"is refused: it names {shortened(wrong[0])}, not a file beside it")
+    tensors = {}
+    for name in names:
+        tensors |= read_checkpoint(path.with_name(name))[0]
+    if missing := sorted(parts.keys() - tensors.keys()):
+        raise VisionattnError(f"is damaged: its parts lack {len(missing)} tensors ({shortened(missing[0])}, ...)")
+    return {key: tensors[key] for key in parts}
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            if len(keys := file.keys()) > MOST_TENSORS:
+                raise VisionattnError(f"is refused: it has {len(keys)} tensors, more than {MOST_TENSORS}")
+            tensors = {key: file.get_tensor(key) for key in keys}
             metadata = file.metadata() or {}
     except SafetensorError as e:
         raise VisionattnError(f"is damaged, or neither safetensors nor of torch.save ({one_line(e)})") from e
@@ -102,40 +129,6 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if expected not in (None, content_hash(tensors, metadata)):
         raise VisionattnError("is damaged (its content does not match its hash)")
     return tensors, metadata
-
-
-def _read_pickled(path: Path, file: BinaryIO) -> object:
-    file.seek(0)
-    if zipfile.is_zipfile(file):
-        with zipfile.ZipFile(file) as archive:
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-                raise VisionattnError("is not a file of torch.save (its archive is compressed)")
-            if broken := archive.testzip():
-                raise VisionattnError(f"is damaged ({broken} does not match its checksum)")
-            pickles = [name for name in archive.namelist() if name.endswith("data.pkl")]
-            for name in pickles:
-                with archive.open(name) as data:
-                    _refuse_unsafe(data)
-    else:
-        file.seek(0)
-        for _ in range(5):  # what torch.save wrote before 1.6: magic number, version, system, content, storages
-            _refuse_unsafe(file)
-    stand_ins = [(value, name) for name, value in PLAIN.items() if value is not None]
-    dtypes = [type(np.dtype(kind)) for kind in "?bhilBHILefd"]
-    with torch.serialization.safe_globals([*stand_ins, *dtypes]):
-        return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def _refuse_unsafe(pickled: BinaryIO) -> None:
-    for opcode, name, _ in pickletools.genops(pickled):
-        if opcode.name in ("GLOBAL", "INST"):
-            name = name.replace(" ", ".")
-            if name not in PLAIN and not ELEMENTS.fullmatch(name):
-                raise VisionattnError(
-                    f"is refused: its pickle names {name}, more than tensors, plain containers and options"
-                )
-        elif opcode.name in ("STACK_GLOBAL", "EXT1", "EXT2", "EXT4"):
-            raise VisionattnError(f"is refused: its pickle uses {opcode.name}, which torch.save does not")
 
 
 def content_hash(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
@@ -172,8 +165,10 @@ def write_checkpoint(path: str | PathLike, tensors: Mapping[str, Tensor], metada
     metadata[CONTENT_HASH] = content_hash(separate, metadata)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode & 0o777  # as the umask has it; safetensors makes files for their owner alone
         save_file(separate, temporary, metadata)
-        temporary.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes files that only their owner may read
+        temporary.chmod(mode)
         read_checkpoint(temporary)
         place(temporary, path)
     except (OSError, SafetensorError) as e:
@@ -199,4 +194,4 @@ def place(temporary: Path, path: Path) -> None:
 
 def one_line(error: Exception) -> str:
     """What an error says, cut to its first line."""
-    return (str(error).strip() or type(error).__name__).split("\n")[0][:200]
+    return printable((str(error).strip() or type(error).__name__).split("\n")[0])[:200]

@@ -13,24 +13,31 @@ from .create import create_model
 from .data.preprocessing import model_preprocessing
 from .description import describe_file, made_for
 from .errors import VisionattnError
-from .files import DESCRIPTION, one_line, read_checkpoint, write_checkpoint
+from .files import DESCRIPTION, find_file, one_line, read_checkpoint, write_checkpoint
 from .registry import find, model_info, timm_name
-from .weights import find_widths, fit_state_dict
+from .weights import find_widths, fit_state_dict, naming
 
 
 def convert_file(
-    path: str, out: str, name: str, model_kwargs: dict[str, Any] | None = None, source: str = "", replace: bool = False
+    path: str,
+    out: str,
+    name: str,
+    model_kwargs: dict[str, Any] | None = None,
+    source: str = "",
+    replace: bool = False,
+    checkpoint_prefix: str = "",
 ) -> dict[str, Any]:
     """Turn a published file into a safetensors file of ours that `create_model` takes by its path.
 
     Args:
-        path: a file in any published layout of the model's family.
+        path: a file, or folder with one, in any published layout of the model's family, wrapped as may be.
         out: the safetensors file to write.
         name: registered name, with the tag of the weights where there are several.
         model_kwargs: arguments of the model, where they are not the default ones; numbers of classes and input
             channels are read from the file.
         source: where the file is from; found by its name among the published ones if empty.
         replace: write over a file that is there.
+        checkpoint_prefix: where in the file the weights are, if there are several that fit equally well.
 
     Returns:
         What the header says of the weights: model, model_kwargs, source, license, sha256 of `path`, classes,
@@ -43,11 +50,13 @@ def convert_file(
         raise VisionattnError(f"expected a name that ends in .safetensors, got {out}")
     if Path(out).exists() and not replace:
         raise VisionattnError(f"{out} exists: choose another name, or replace it with --replace")
-    content, _ = read_checkpoint(path)
+    content, _ = read_checkpoint(path := str(find_file(path)))
     with torch.device("meta"):
-        widths = find_widths(content, create_model(name, **model_kwargs or {}))
-    model = create_model(name, **(model_kwargs := widths | (model_kwargs or {})))
-    tensors, report = fit_state_dict(content, model, made_for(name, model_kwargs))
+        model = create_model(name, **model_kwargs or {})
+    with naming(path):
+        widths = find_widths(content, model, checkpoint_prefix)
+        model = create_model(name, **(model_kwargs := widths | (model_kwargs or {})))
+        tensors, report = fit_state_dict(content, model, made_for(name, model_kwargs), checkpoint_prefix)
     tag, info = find(name)[1], model_info(name)
     published = info.weights.get(tag) or next(iter(info.weights.values()), None)
     urls = published.urls if published else ()

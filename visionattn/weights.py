@@ -1,12 +1,12 @@
 """Converting published layouts to ours, and fitting weights to other models of their family."""
 
 import logging
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from functools import partial
-from itertools import product
+from functools import cache, partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,9 @@ import torch
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
-from .errors import VisionattnError
+from .errors import VisionattnError, printable
 from .files import read_checkpoint
+from .unwrap import flatten, some, unwrap
 
 _logger = logging.getLogger("visionattn")
 
@@ -33,19 +34,15 @@ applied to the tensor where its pattern matched. In the resulting key
     "{a|b}"      unbinds the first dimension into the entries with "a" and with "b" in that place.
 """
 
-WRAPPERS = (
-    *("state_dict_ema", "model_ema", "ema_state_dict"),
-    *("state_dict", "model_state_dict", "model", "module", "net", "teacher"),
-)
-PREFIXES = ("module.", "_orig_mod.", "model.", "encoder.")
-PARTS = ("vision_tower.", "visual.", "backbone.maps.backbone.", "encoder.backbone.", "backbone.")
-"""Prefixes under which checkpoints of larger models hold a backbone; what is not under them is dropped."""
+UNBOUND, PART = re.compile(r"(.*)\{(.*)\|(.*)\}(.*)"), re.compile(r"(.*)#(\d+)")
 MISFITS = (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError)
 """What rules raise for tensors of a shape that their layout does not have."""
 TABLES = ("pos_embed.weight", ".proj_n", ".proj_back_n")
 """Ends of the names of tables with a row for every patch, which may be resampled without a change of shape."""
-TRAINING_STATE = "training_state."
-"""Prefix of what a training checkpoint holds besides the model."""
+NAMES = {"stem", "stages", "blocks", "hidden", "pos_embed", "cls_token", "norm", "feature_norms", "head", "aux_head"}
+"""What the names of our models' tensors begin with; others are not a family's, but a loss's or a metric's."""
+HEAD = re.compile(r"(?:(?:cls_)?head\.(?:fc\.)?|fc\.|classifier\.)(weight|bias)")
+"""What frameworks call the classifier that they put beside a backbone."""
 
 
 def renumber(template: str, offset: int) -> Callable[[re.Match], str]:
@@ -58,34 +55,6 @@ def renumber(template: str, offset: int) -> Callable[[re.Match], str]:
     return lambda m: template.format(int(m[1]) + offset, *m.groups()[1:])
 
 
-def unwrap(state_dict: Mapping, averaged: bool = True) -> dict[str, Tensor]:
-    """The flat state dict inside wrapper keys (`model`, `state_dict`, ...).
-
-    Args:
-        state_dict: tensors by name, possibly wrapped.
-        averaged: take averaged weights rather than others, where there are both.
-
-    Raises:
-        VisionattnError: if there are no tensors, or some that are not plain.
-    """
-    wrappers = sorted(WRAPPERS, key=lambda k: ("ema" in k) != averaged)
-    for _ in WRAPPERS:  # deeper than any file, and an end to one that holds itself
-        inner = next((state_dict[k] for k in wrappers if isinstance(state_dict.get(k), Mapping)), None)
-        state_dict = state_dict if inner is None else inner
-    tensors = {
-        k: v
-        for k, v in state_dict.items()
-        if isinstance(k, str) and isinstance(v, Tensor) and not k.startswith(TRAINING_STATE)
-    }
-    if not tensors:
-        raise VisionattnError(f"expected a state dict, got a dictionary with {_some(list(map(str, state_dict)))}")
-    for key, value in tensors.items():
-        plain = value.layout == torch.strided and not value.is_quantized
-        if not plain or value.numel() * value.element_size() > value.untyped_storage().nbytes() and not value.is_meta:
-            raise VisionattnError(f"expected plain tensors, got {key} as {value.layout} of {tuple(value.shape)}")
-    return tensors
-
-
 @dataclass
 class _Conversion:
     """A state dict in our layout.
@@ -93,47 +62,65 @@ class _Conversion:
     Args:
         tensors: fitted to the model's configuration by its `adapt_state_dict`.
         found: what the file held, before that.
-        left_out: other tensors of the file, which belong to a larger model.
+        left_out: names of the file's other tensors.
+        prefix: under which the file has it.
     """
 
     tensors: dict[str, Tensor]
     found: dict[str, Tensor]
     left_out: list[str]
+    prefix: str
 
 
-def _convert(state_dict: Mapping, model: nn.Module, made_for: Mapping[str, Any] | None = None) -> _Conversion:
-    """The layout that fits the model's names best."""
-    expected = model.state_dict().keys()
-    source = unwrap(state_dict, getattr(model, "averaged_weights", True))
-    candidates = [(source, [])]
-    for part in PARTS:
-        if inside := {k.removeprefix(part): v for k, v in source.items() if k.startswith(part)}:
-            candidates.append((inside, [k for k in source if not k.startswith(part)]))
-            source = inside
-    while source and (prefix := next((p for p in PREFIXES if all(k.startswith(p) for k in source)), None)):
-        source = {k.removeprefix(prefix): v for k, v in source.items()}
-        candidates.append((source, candidates[-1][1]))
+def _convert(
+    state_dict: Mapping, model: nn.Module, made_for: Mapping[str, Any] | None = None, checkpoint_prefix: str = ""
+) -> _Conversion:
+    """The part of a state dict, and the layout, that fit the model's names best."""
+    own = model.state_dict()
     layouts = [[], *getattr(model, "layouts", {}).values()]
     adapt = partial(model.adapt_state_dict, made_for=made_for or {}) if hasattr(model, "adapt_state_dict") else dict
-    conversions = []
-    for (candidate, left_out), rules in product(reversed(candidates), layouts):
-        with suppress(*MISFITS):
-            found = _apply(rules, candidate)
-            conversions.append(_Conversion(adapt(found), found, left_out))
-    if not conversions:
-        raise VisionattnError(f"state dict does not fit {_name(model)}: its tensors have shapes of no layout")
-    return min(conversions, key=lambda c: len(expected ^ c.tensors.keys()))
+
+    @cache
+    def meets(name: str) -> list[bool]:
+        return [not own.keys().isdisjoint(_targets(rules, name)) for rules in layouts]
+
+    def converted(source: dict[str, Tensor]) -> list[tuple[dict, dict]]:
+        pairs = []
+        for rules in layouts:
+            with suppress(*MISFITS):
+                found = _apply(rules, source)
+                pairs.append((adapt(found), found))
+        if not pairs:
+            raise VisionattnError(f"state dict does not fit {_name(model)}: its tensors have shapes of no layout")
+        return sorted(pairs, key=lambda pair: len(own.keys() ^ pair[0].keys()))
+
+    def misfits(source: dict[str, Tensor]) -> float:
+        with suppress(VisionattnError):
+            tensors = converted(source)[0][0]
+            return sum(k not in own or k not in tensors or tensors[k].shape != own[k].shape for k in {*own, *tensors})
+        return math.inf
+
+    unwrapped = unwrap(state_dict, meets, misfits, getattr(model, "averaged_weights", True), checkpoint_prefix)
+    tensors, found = converted(unwrapped.tensors)[0]
+    left_out, head = dict(unwrapped.others), {}
+    for key, name in unwrapped.beside.items():
+        if (match := HEAD.fullmatch(name)) and (ours := f"{_heads(model)[0]}{match[1]}") in own and ours not in found:
+            head.setdefault(ours, left_out.pop(key))
+    first = {key.partition(".")[0]: key for key in reversed(left_out)}.values()  # one of each kind is told of first
+    return _Conversion(tensors | head, found | head, sorted(left_out, key=lambda k: k not in first), unwrapped.prefix)
 
 
-def convert_state_dict(state_dict: Mapping, model: nn.Module) -> dict[str, Tensor]:
+def convert_state_dict(state_dict: Mapping, model: nn.Module, checkpoint_prefix: str = "") -> dict[str, Tensor]:
     """A state dict in any published layout of the model's family, in the model's own layout.
 
-    The layout is detected by its keys; wrapper keys and prefixes (`model`, `state_dict`, `module.`, ...) are removed. A
-    classifier in the state dict is dropped where the model has none. Our own layout is returned unchanged.
+    The layout is detected by its keys, and so are wrappers and prefixes (`state_dict`, `module.`, `model.backbone.`,
+    ...): the weights are where the most of the model's names are met. A classifier in the state dict is dropped where
+    the model has none, as are tensors that no model of ours has, a loss's for one. Our own layout is returned as it is.
 
     Args:
         state_dict: tensors by name, possibly wrapped.
         model: the model to convert for.
+        checkpoint_prefix: where the weights are, if there are several that fit equally well: "student" for one.
 
     Returns:
         State dict with exactly the model's keys.
@@ -141,20 +128,27 @@ def convert_state_dict(state_dict: Mapping, model: nn.Module) -> dict[str, Tenso
     Raises:
         VisionattnError: if no layout of the family fits; the message says which keys are missing and left over.
     """
+    return _strictly(state_dict, model, checkpoint_prefix)[0]
+
+
+def _strictly(state_dict: Mapping, model: nn.Module, checkpoint_prefix: str) -> tuple[dict[str, Tensor], list[str]]:
+    """The model's state dict, and what of the file is not in it."""
     own, made_for = model.state_dict(), {}
     inner = getattr(model, "inner", model)
     if (grid := getattr(inner, "grid_size", None)) is not None:
         made_for["img_size"] = [length * inner.patch_size for length in grid]
-    tensors = _convert(state_dict, model, made_for).tensors
+    conversion = _convert(state_dict, model, made_for, checkpoint_prefix)
+    tensors = conversion.tensors
     for prefix in _heads(model):
         if not any(k.startswith(prefix) for k in own):
             tensors = {k: v for k, v in tensors.items() if not k.startswith(prefix)}
+    tensors = _without_strays(tensors, own)
     _check(tensors, model)
-    return tensors
+    return tensors, [k for k in conversion.found if k not in tensors] + conversion.left_out
 
 
 def fit_state_dict(
-    state_dict: Mapping, model: nn.Module, made_for: Mapping[str, Any] | None = None
+    state_dict: Mapping, model: nn.Module, made_for: Mapping[str, Any] | None = None, checkpoint_prefix: str = ""
 ) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
     """A state dict of any layout, number of classes, input channels, image size or window, for this model.
 
@@ -167,6 +161,7 @@ def fit_state_dict(
         model: the model to fit them to.
         made_for: arguments of the model that they were made for, as far as they are known. Without an `img_size`,
             tables of positions are those of square images.
+        checkpoint_prefix: where the weights are, if there are several that fit equally well.
 
     Returns:
         State dict with the model's keys and shapes, and names of what was "re-initialised", "dropped" and "resized".
@@ -174,7 +169,7 @@ def fit_state_dict(
     Raises:
         VisionattnError: if it does not fit otherwise.
     """
-    return _fit(_convert(state_dict, model, made_for), model)
+    return _fit(_convert(state_dict, model, made_for, checkpoint_prefix), model)
 
 
 def check_held(state_dict: Mapping, model: nn.Module, made_for: Mapping[str, Any] | None = None) -> None:
@@ -188,11 +183,10 @@ def check_held(state_dict: Mapping, model: nn.Module, made_for: Mapping[str, Any
     Raises:
         VisionattnError: says what differs.
     """
-    tensors = unwrap(state_dict, getattr(model, "averaged_weights", True))
-    conversion = _convert({k: v.to("meta") for k, v in tensors.items()}, model, made_for)
+    conversion = _convert({k: v.to("meta") for k, v in flatten(state_dict).items()}, model, made_for)
     own, found = _shapes(model.state_dict()), _shapes(conversion.found)
     if other := [f"{k} {found[k]} instead of {own[k]}" for k in found if k in own and found[k] != own[k]]:
-        raise VisionattnError(f"the tensors are of another model: {_some(other)}")
+        raise VisionattnError(f"the tensors are of another model: {some(other)}")
     _fit(conversion, model)
 
 
@@ -203,16 +197,15 @@ def _fit(conversion: _Conversion, model: nn.Module) -> tuple[dict[str, Tensor], 
         theirs, ours = ({k: v for k, v in d.items() if k.startswith(prefix)} for d in (tensors, own))
         if _shapes(theirs) != _shapes(ours):
             tensors = {k: v for k, v in tensors.items() if k not in theirs} | ours
-    optional = tuple(getattr(model, "optional", ()))
-    tensors = {k: v for k, v in tensors.items() if k in own or not k.startswith(optional)}
     if not any(k.startswith(heads) for k in found):
-        tensors = {k: v for k, v in tensors.items() if k in own or not re.match(r"norm\d", k)}
-        tensors = {k: v for k, v in own.items() if k.startswith(optional)} | tensors
+        tensors = {k: v for k, v in tensors.items() if k in own or not re.match(r"(feature_norms\.|norm)\d", k)}
+        tensors = {k: v for k, v in own.items() if k.startswith("norm.")} | tensors
     tensors = {k: v for k, v in own.items() if k.startswith("feature_norms.")} | tensors
     weight = f"{getattr(model, 'first_conv', '')}.weight"
     if weight in tensors and weight in own and tensors[weight].ndim == 4:
         theirs, ours = tensors[weight].shape[1], own[weight].shape[1]
         tensors[weight] = adapt_input_conv(ours, tensors[weight], base_chans=theirs)
+    tensors = _without_strays(tensors, own)
     _check(tensors, model)
     old = {k: f"{k} {tuple(found[k].shape)}" if k in found else k for k in tensors}
     fresh = [k for k, v in tensors.items() if v.numel() and v.data_ptr() == own[k].data_ptr()]
@@ -227,14 +220,15 @@ def _fit(conversion: _Conversion, model: nn.Module) -> tuple[dict[str, Tensor], 
     }
 
 
-def find_widths(state_dict: Mapping, model: nn.Module) -> dict[str, int]:
+def find_widths(state_dict: Mapping, model: nn.Module, checkpoint_prefix: str = "") -> dict[str, int]:
     """The numbers of classes and input channels of a state dict, as arguments of a model, where they are not its own.
 
     Args:
         state_dict: tensors by name, possibly wrapped, in any layout of the model's family.
         model: a model that differs in nothing else.
+        checkpoint_prefix: where the weights are, if there are several that fit equally well.
     """
-    own, found = model.state_dict(), _convert(state_dict, model).found
+    own, found = model.state_dict(), _convert(state_dict, model, None, checkpoint_prefix).found
     widths, head, conv = {}, f"{_heads(model)[0]}weight", f"{getattr(model, 'first_conv', '')}.weight"
     if head in own and (classes := len(found.get(head, ()))) != len(own[head]):
         widths["num_classes"] = classes
@@ -253,20 +247,26 @@ def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {k: tuple(v.shape) for k, v in tensors.items()}
 
 
+def _without_strays(tensors: dict[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Leaves out what is no part of any model; the rest of a larger model is refused by `_check`."""
+    tops = NAMES | {k.partition(".")[0] for k in own}
+    return {k: v for k, v in tensors.items() if k.partition(".")[0] in tops or re.match(r"norm\d\.", k)}
+
+
 def _check(tensors: Mapping[str, Tensor], model: nn.Module) -> None:
     """Refuses tensors that are not the model's by name, shape or kind."""
     own = model.state_dict()
     name = _name(model)
     if own.keys() != tensors.keys():
         missing, left = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
-        raise VisionattnError(f"state dict does not fit {name}: missing {_some(missing)}; left over {_some(left)}")
+        raise VisionattnError(f"state dict does not fit {name}: missing {some(missing)}; left over {some(left)}")
     wrong = [
         f"{k} {v.dtype} {tuple(v.shape)} instead of {own[k].dtype} {tuple(own[k].shape)}"
         for k, v in tensors.items()
         if v.shape != own[k].shape or _kind(v) != _kind(own[k])
     ]
     if wrong:
-        raise VisionattnError(f"state dict does not fit {name}: {_some(wrong)}")
+        raise VisionattnError(f"state dict does not fit {name}: {some(wrong)}")
 
 
 def _name(model: nn.Module) -> str:
@@ -277,41 +277,60 @@ def _kind(value: Tensor) -> tuple[bool, bool]:
     return value.is_floating_point(), value.is_complex()
 
 
-def _some(keys: list[str]) -> str:
-    return f"{len(keys)} keys ({', '.join(keys[:4])}{', ...' if len(keys) > 4 else ''})" if keys else "none"
+def _renamed(rules: list[Rule], key: str) -> tuple[str, list[Callable[[Tensor], Tensor]]]:
+    """What the rules make of a key, and the transforms of those that match it."""
+    transforms = []
+    for pattern, replacement, *transform in rules:
+        key, count = re.subn(pattern, replacement, key)
+        transforms += transform if count else []
+    return key, transforms
 
 
 def _apply(rules: list[Rule], state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     out: dict[str, Tensor] = {}
     parts: dict[str, dict[int, Tensor]] = {}
     for key, value in state_dict.items():
-        for pattern, replacement, *transform in rules:
-            key, count = re.subn(pattern, replacement, key)
-            if count and transform:
-                value = transform[0](value)
-        if split := re.fullmatch(r"(.*)\{(.*)\|(.*)\}(.*)", key):
-            before, first, second, after = split.groups()
+        key, transforms = _renamed(rules, key)
+        for transform in transforms:
+            value = transform(value)
+        if both := UNBOUND.fullmatch(key):
+            before, first, second, after = both.groups()
             out[before + first + after], out[before + second + after] = value.unbind(0)
-        elif part := re.fullmatch(r"(.*)#(\d+)", key):
+        elif part := PART.fullmatch(key):
             parts.setdefault(part[1], {})[int(part[2])] = value
         elif key:
             out[key] = value
     return out | {key: torch.cat([pieces[i] for i in sorted(pieces)]) for key, pieces in parts.items()}
 
 
-def load_checkpoint(model: nn.Module, path: str | PathLike) -> None:
+def _targets(rules: list[Rule], key: str) -> list[str]:
+    """The names that the rules make of one."""
+    with suppress(*MISFITS):
+        key = _renamed(rules, key)[0]
+        if both := UNBOUND.fullmatch(key):
+            return [both[1] + both[2] + both[4], both[1] + both[3] + both[4]]
+        return [PART.sub(r"\1", key)]
+    return []
+
+
+def load_checkpoint(model: nn.Module, path: str | PathLike, checkpoint_prefix: str = "") -> None:
     """Load a checkpoint file of any published layout of the model's family, strictly: as the very model that it is of.
+
+    What else the file holds is logged in one line.
 
     Args:
         model: the model to load into.
         path: a file that `read_checkpoint` reads.
+        checkpoint_prefix: where in the file the weights are, if there are several that fit equally well.
 
     Raises:
         VisionattnError: if the file cannot be read or does not fit the model; the model is then unchanged.
     """
     content = read_checkpoint(path)[0]
-    with _named(path):
-        model.load_state_dict(convert_state_dict(content, model), strict=True)
+    with naming(path):
+        tensors, dropped = _strictly(content, model, checkpoint_prefix)
+        model.load_state_dict(tensors, strict=True)
+    _tell(path, {"dropped": dropped})
 
 
 def load_pretrained(
@@ -319,32 +338,39 @@ def load_pretrained(
     weights: str | PathLike | Mapping,
     made_for: Mapping[str, Any] | None = None,
     place: str | PathLike = "",
+    checkpoint_prefix: str = "",
 ) -> None:
     """Load weights to start from, fitted to the model by `fit_state_dict`.
 
-    What was re-initialised, dropped or resized is logged in one line, as a warning if a part of the model is new.
+    What was re-initialised, dropped or resized is logged in one line.
 
     Args:
         model: the model to load into.
         weights: a file that `read_checkpoint` reads, or a state dict.
         made_for: arguments of the model that they were made for, as for `fit_state_dict`.
         place: file that the state dict is from.
+        checkpoint_prefix: where in the file the weights are, if there are several that fit equally well.
 
     Raises:
         VisionattnError: if the file cannot be read or does not fit the model; the model is then unchanged.
     """
     if not isinstance(weights, Mapping):
         weights, place = read_checkpoint(weights)[0], weights
-    with _named(place) if place else nullcontext():
-        tensors, report = fit_state_dict(weights, model, made_for)
+    with naming(place) if place else nullcontext():
+        tensors, report = fit_state_dict(weights, model, made_for, checkpoint_prefix)
         model.load_state_dict(tensors, strict=True)
-    if told := "; ".join(f"{what} {_some(keys)}" for what, keys in report.items() if keys):
-        level = logging.WARNING if report["re-initialised"] else logging.INFO
-        _logger.log(level, "%s: %s", Path(place).name if place else "state dict", told)
+    _tell(place or "state dict", report)
+
+
+def _tell(place: str | PathLike, report: dict[str, list[str]]) -> None:
+    """Logs what was not used as it is, at the level that Python shows by default."""
+    if told := "; ".join(f"{what} {some(keys)}" for what, keys in report.items() if keys):
+        _logger.warning("%s: %s", printable(Path(place).name), told)
 
 
 @contextmanager
-def _named(path: str | PathLike) -> Iterator[None]:
+def naming(path: str | PathLike) -> Iterator[None]:
+    """Errors say which checkpoint they are about."""
     try:
         yield
     except VisionattnError as e:

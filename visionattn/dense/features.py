@@ -122,7 +122,7 @@ def create_feature_maps(
     kwargs = dict(kwargs or {})
     if headed := sorted({"num_classes", "features_only", "out_indices"} & kwargs.keys()):
         raise UnknownArgumentError(f"{name} as a backbone takes no {', '.join(headed)}")
-    checkpoint, load = kwargs.pop("checkpoint_path", None), None
+    checkpoint, prefix, load = kwargs.pop("checkpoint_path", None), kwargs.pop("checkpoint_prefix", ""), None
     if is_place(name):
         described = describe_place(name, kwargs.get("cache_dir"), pretrained is not False)
         check_described(described)
@@ -137,7 +137,7 @@ def create_feature_maps(
     if load is not None:
         load(backbone)  # after the norms of features, which it may have
     if checkpoint:
-        load_described(backbone, checkpoint)
+        load_described(backbone, checkpoint, prefix)
     return FeatureMaps(backbone, strides)
 
 

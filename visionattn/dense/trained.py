@@ -16,13 +16,16 @@ from .segmentation import create_segmenter
 CREATE = {"detection": create_detector, "segmentation": create_segmenter}
 
 
-def create_trained(described: Described, pretrained: bool = True, checkpoint_path: str = "", **kwargs) -> nn.Module:
+def create_trained(
+    described: Described, pretrained: bool = True, checkpoint_path: str = "", checkpoint_prefix: str = "", **kwargs
+) -> nn.Module:
     """The model of a checkpoint of train.py.
 
     Args:
         described: what its header says of it.
         pretrained: load its weights; under another head, those of the backbone.
         checkpoint_path: file to load after those, of a whole model of this kind or of its backbone.
+        checkpoint_prefix: where in that file the weights are, as for `create_model`.
         **kwargs: arguments of `create_detector` or `create_segmenter`, in place of those that it was trained with. The
             classifier of other `num_classes` is new, and so is another `head`.
     """
@@ -31,7 +34,7 @@ def create_trained(described: Described, pretrained: bool = True, checkpoint_pat
     if pretrained:
         described.load(model if kwargs.get("head") in (None, entries["head"]) else model.inner)
     if checkpoint_path:
-        load_over(model, checkpoint_path)
+        load_over(model, checkpoint_path, checkpoint_prefix)
     own = {key: entries["data"][key] for key in ("mean", "std") if entries["data"].get(key)}
     if kwargs.get("num_classes") in (None, len(entries["classes"])):
         own["label_names"] = entries["classes"]
@@ -66,12 +69,13 @@ def make_trained(
     )
 
 
-def load_over(model: OverBackbone, path: str | PathLike) -> None:
+def load_over(model: OverBackbone, path: str | PathLike, checkpoint_prefix: str = "") -> None:
     """Load weights to start from: of the whole model if they are of one like it, or else of its backbone.
 
     Args:
         model: detector or segmenter to load into.
         path: of the file.
+        checkpoint_prefix: where in the file the weights are, if there are several that fit equally well.
 
     Raises:
         VisionattnError: if the file cannot be read or fits neither; the model is then unchanged.
@@ -79,6 +83,6 @@ def load_over(model: OverBackbone, path: str | PathLike) -> None:
     entries, content = read_described(path)
     known = made_for(entries["model"], entries.get("model_kwargs", {})) if "model" in entries else {}
     try:
-        load_pretrained(model, content, known, path)
+        load_pretrained(model, content, known, path, checkpoint_prefix)
     except VisionattnError:
-        load_pretrained(model.inner, content, known, path)
+        load_pretrained(model.inner, content, known, path, checkpoint_prefix)

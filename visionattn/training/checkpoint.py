@@ -19,7 +19,7 @@ from ..arguments import describe, fits
 from ..data.config import user_input
 from ..errors import VisionattnError
 from ..files import DESCRIPTION, place, read_checkpoint, write_checkpoint
-from ..weights import TRAINING_STATE
+from ..unwrap import TRAINING_STATE
 
 STATE = {
     **dict.fromkeys(("epoch", "update", "counted"), int),
