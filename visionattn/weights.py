@@ -197,9 +197,11 @@ def _fit(conversion: _Conversion, model: nn.Module) -> tuple[dict[str, Tensor], 
         theirs, ours = ({k: v for k, v in d.items() if k.startswith(prefix)} for d in (tensors, own))
         if _shapes(theirs) != _shapes(ours):
             tensors = {k: v for k, v in tensors.items() if k not in theirs} | ours
+    optional = tuple(getattr(model, "optional", ()))
+    tensors = {k: v for k, v in tensors.items() if k in own or not k.startswith(optional)}
     if not any(k.startswith(heads) for k in found):
-        tensors = {k: v for k, v in tensors.items() if k in own or not re.match(r"(feature_norms\.|norm)\d", k)}
-        tensors = {k: v for k, v in own.items() if k.startswith("norm.")} | tensors
+        tensors = {k: v for k, v in tensors.items() if k in own or not re.match(r"norm\d", k)}
+        tensors = {k: v for k, v in own.items() if k.startswith(optional)} | tensors
     tensors = {k: v for k, v in own.items() if k.startswith("feature_norms.")} | tensors
     weight = f"{getattr(model, 'first_conv', '')}.weight"
     if weight in tensors and weight in own and tensors[weight].ndim == 4:
