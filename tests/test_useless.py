@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 import visionattn
@@ -207,8 +206,9 @@ def test_what_a_checkpoint_brings_is_not_refused(checkpoint: str):
 def test_predict_refuses_what_its_task_has_no_use_for(tmp_path: Path, checkpoint: str, capsys, task, option, told: str):
     if task:
         checkpoint = str(tmp_path / "c.safetensors")
-        description = {"task": task, "model": "test_dinat", "classes": ["a"], "data": {}}
-        save_checkpoint(Path(checkpoint), {"w": torch.ones(1)}, description)
+        description = {"task": task, "model": "test_dinat", "model_kwargs": {}, "head": "fpn", "head_kwargs": {}}
+        description |= {"classes": ["a", "b"], "data": {}}
+        save_checkpoint(Path(checkpoint), visionattn.create_segmenter("test_dinat", "fpn", 2).state_dict(), description)
     Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
     assert command(["predict", "--checkpoint", checkpoint, str(tmp_path / "a.png"), *option]) == 2
     assert told in capsys.readouterr().err
