@@ -21,6 +21,7 @@ from .layers.dilation import spread, unstride
 from .layers.fuse import fuse_modules
 from .layers.norm import allow_single_values
 from .layers.position import PositionEmbedding, resample_rows, resize_table
+from .layers.symbolic import ceil_div, is_symbolic
 
 POOLS = ("", *(fast + kind for fast in ("", "fast") for kind in ("avg", "max", "avgmax", "catavgmax")), "fast")
 """Kinds of global pooling of maps."""
@@ -101,7 +102,7 @@ class Backbone(nn.Module):
     @staticmethod
     def map_size(length: int, reduction: int) -> int:
         """Length of an axis of the feature map of that reduction, for `length` pixels of the image."""
-        return -(-length // reduction)
+        return ceil_div(length, reduction)
 
     def pool_size(self, img_size: tuple[int, int]) -> tuple[int, int]:
         """(height, width) of what is pooled, the last map or the grid of the patches, for that of the image."""
@@ -632,7 +633,7 @@ class Isotropic(Backbone):
     def _embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Image to ((B, N, C) tokens with positions, grid)."""
         x = self.check(x)
-        grid = -(-x.shape[-2] // self.patch_size), -(-x.shape[-1] // self.patch_size)
+        grid = ceil_div(x.shape[-2], self.patch_size), ceil_div(x.shape[-1], self.patch_size)
         x = self._with_class_token(self.stem(_pad_to_multiple(x, self.patch_size)), -1)
         if self.pos_embed is not None:
             x = self.pos_embed(x, grid)
@@ -744,4 +745,4 @@ class Isotropic(Backbone):
 def _pad_to_multiple(x: Tensor, size: int) -> Tensor:
     """Zeros at the bottom and right of a map (B, C, H, W), up to the next multiples of `size`."""
     pad_h, pad_w = -x.shape[-2] % size, -x.shape[-1] % size
-    return nn.functional.pad(x, (0, pad_w, 0, pad_h)) if pad_h or pad_w else x
+    return nn.functional.pad(x, (0, pad_w, 0, pad_h)) if is_symbolic(pad_h, pad_w) or pad_h or pad_w else x

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .pointwise import Pointwise, Pointwise2d
 from .precision import without_autocast
+from .symbolic import is_symbolic
 
 
 class AttentiveConv2d(nn.Module):
@@ -73,10 +74,22 @@ class AttentiveConv2d(nn.Module):
 def _kernels(module: AttentiveConv2d, x: Tensor) -> Tensor:
     K = module.kernel_size
     with without_autocast(x):
-        strips = F.adaptive_avg_pool1d(x.flatten(2), K * K).to(module.kernel_proj.weight.dtype)  # (B, C, K^2)
+        strips = _strips(x.flatten(2), K * K).to(module.kernel_proj.weight.dtype)  # (B, C, K^2)
         taps = module.kernel_gen(module.act(module.kernel_proj(strips.transpose(1, 2)).transpose(1, 2)))
         taps = taps - module.difference_control.sigmoid()[:, None] * taps.mean(2, keepdim=True)
     return taps.unflatten(2, (K, K))
+
+
+def _strips(x: Tensor, count: int) -> Tensor:
+    """Means (B, C, count) of the strips of (B, C, N); where the graph leaves N open, which ONNX has no pooling for, by
+    a product."""
+    N = x.shape[2]
+    if not is_symbolic(N):
+        return F.adaptive_avg_pool1d(x, count)
+    strip, position = torch.arange(count, device=x.device)[:, None], torch.arange(N, device=x.device)
+    inside = (position >= strip * N // count) & (position < ((strip + 1) * N + count - 1) // count)
+    weights = inside.to(torch.promote_types(x.dtype, torch.float32))
+    return x.to(weights.dtype) @ (weights / weights.sum(1, keepdim=True)).T
 
 
 @torch.fx.wrap

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .self_attention import SelfAttention
+from .symbolic import for_batch
 
 
 def rotary_table(length: int, head_dim: int, device=None, dtype=None) -> tuple[Tensor, Tensor]:
@@ -105,4 +106,4 @@ def _attend(
         mask = causal_halves(length, qkv.device)
     (q, k), v = rotate(qkv[:2], cos, sin), qkv[2]
     k, v = torch.cat([k, k], 2), torch.cat([v, soft_mask_rate * v], 2)
-    return F.scaled_dot_product_attention(q, k, v, mask, attention.dropout, scale=attention.scale)
+    return F.scaled_dot_product_attention(q, k, v, for_batch(mask, q), attention.dropout, scale=attention.scale)

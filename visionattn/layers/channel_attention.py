@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from .pointwise import Pointwise
 from .precision import without_autocast
+from .symbolic import Size, is_symbolic
 
 
 class ChannelAttention(nn.Module):
@@ -64,7 +65,7 @@ def _attend(attention: ChannelAttention, qkv: Tensor) -> Tensor:
     if attention.version == 1:
         first, second, mixed, scale = k, v, q, q.shape[3] ** -0.5
     else:
-        first, second, mixed, scale = q, k, v, q.shape[2] ** -0.5
+        first, second, mixed, scale = q, k, v, _rsqrt(q.shape[2], qkv)
     # The logits are sums over the map: in float32 at least. Fused attention would take N as its head dimension, which
     # its kernels do not.
     dtype = torch.promote_types(qkv.dtype, torch.float32)
@@ -72,3 +73,8 @@ def _attend(attention: ChannelAttention, qkv: Tensor) -> Tensor:
         weights = (first.to(dtype).transpose(2, 3) @ second.to(dtype) * scale).softmax(3)
     out = mixed @ weights.to(mixed.dtype).transpose(2, 3)
     return out.transpose(1, 2).reshape(*qkv.shape[:-1], -1)
+
+
+def _rsqrt(size: Size, x: Tensor) -> float | Tensor:
+    """1 / sqrt(size). Of a size that the graph leaves open by a tensor: powers of a size are integers in ONNX."""
+    return torch.full((1,), size, dtype=torch.float32, device=x.device).rsqrt() if is_symbolic(size) else size**-0.5

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .cache import ParameterCache
 from .pointwise import Pointwise
+from .symbolic import is_symbolic
 
 
 class GatedPositionalSelfAttention(nn.Module):
@@ -119,7 +120,7 @@ def _attend(module: GatedPositionalSelfAttention, qk: Tensor, v: Tensor, grid: t
     """(B, N, 2C) queries and keys and (B, N, C) values to (B, N, C)."""
     B, N, C = v.shape
     H, W = grid or (math.isqrt(N),) * 2
-    if H * W != N:
+    if not is_symbolic(N) and H * W != N:
         raise ValueError(f"expected grid height x width to be the {N} patches of the input, got {H} x {W}")
     heads = module.num_heads
     q, k = qk.view(B, N, 2, heads, C // heads).permute(2, 0, 3, 1, 4)

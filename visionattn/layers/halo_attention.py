@@ -10,8 +10,9 @@ from timm.layers import make_divisible, trunc_normal_
 from torch import Tensor, nn
 
 from .cache import ParameterCache
-from .local_attention import AxisTiles, LocalPlan, PlanTensors, local_attention, pair_mask
+from .local_attention import AxisTiles, LocalPlan, PlanTensors, graph_plan, local_attention, pair_mask
 from .pointwise import Pointwise
+from .symbolic import Size, ceil_div, is_symbolic
 
 
 def halo_axis(length: int, block_size: int, halo_size: int, stride: int = 1, mask: str = "pad") -> AxisTiles:
@@ -36,6 +37,22 @@ def halo_axis(length: int, block_size: int, halo_size: int, stride: int = 1, mas
     offset = np.arange(window) - (query % queries)[:, :, None] + window - 1
     pairs = np.where(((key >= 0) & (key < num_keys))[:, None], offset, -1)
     return AxisTiles(query, key.clip(0, num_keys - 1), pairs, num_queries, num_keys, 2 * window - 1)
+
+
+def graph_halo_axis(
+    length: Size, block_size: int, halo_size: int, stride: int = 1, mask: str = "pad", *, device: torch.device
+) -> AxisTiles:
+    """`halo_axis` in a graph, with one key of padding, at the end, that stands for all; pairs only tell what counts."""
+    queries, window = block_size // stride, block_size + 2 * halo_size
+    tiles, num_queries, padding = ceil_div(length, block_size), ceil_div(length, stride), halo_size * (mask == "pad")
+    query = torch.arange(tiles * queries, device=device).unflatten(0, (tiles, queries)).clamp(max=num_queries - 1)
+    block = torch.arange(tiles, device=device)[:, None]
+    key = block * block_size + torch.arange(window, device=device) - halo_size
+    counts = (key >= -padding) & (key < length + padding)
+    keys = torch.where((key >= 0) & (key < length), key, length)
+    place = torch.arange(num_queries, device=device)
+    places = place // queries, place % queries
+    return AxisTiles(query, keys, torch.where(counts, 0, -1)[:, None], num_queries, length + 1, 1, places)
 
 
 @lru_cache(maxsize=128)
@@ -196,10 +213,17 @@ def _relative(table: Tensor, queries: int, block: int) -> Tensor:
 def _attend(attention: HaloAttention2d, q: Tensor, kv: Tensor) -> Tensor:
     """(B, H / s, W / s, D_qk) queries and (B, H, W, D_qk + D_v) keys and values to (B, H / s, W / s, D_v). Opaque to
     symbolic tracing, as its tiling depends on the size."""
-    (B, rows, cols, _), (H, W) = q.shape, map(index, kv.shape[1:3])
+    (B, rows, cols, _), (H, W) = q.shape, kv.shape[1:3]
     heads, d, stride = attention.num_heads, attention.dim_head, attention.query_stride
     block, halo = attention.block_size, attention.halo_size
-    plan = _plan_on(H, W, (block, halo, stride, attention.mask), q.device)
+    window = block, halo, stride, attention.mask
+    if is_symbolic(H, W):
+        plan = graph_plan(*(graph_halo_axis(length, *window, device=q.device) for length in (H, W)))
+        padding = 0, 0, 0, 1, 0, 1
+    else:
+        H, W = index(H), index(W)
+        plan = _plan_on(H, W, window, q.device)
+        padding = (0, 0, *(halo,) * 4) if attention.mask == "pad" else None
     tables = [attention.height_rel, attention.width_rel]
 
     def relative() -> tuple[Tensor, Tensor, list[Tensor | None]]:
@@ -209,8 +233,8 @@ def _attend(attention: HaloAttention2d, q: Tensor, kv: Tensor) -> Tensor:
         return height, width, pair_mask(plan, heads)
 
     height, width, mask = attention._cache((H, W, block, q.dtype, q.device), tables, relative)
-    if attention.mask == "pad":
-        kv = F.pad(kv, (0, 0, halo, halo, halo, halo))
+    if padding:
+        kv = F.pad(kv, padding)
     k, v = kv.flatten(1, 2).unflatten(2, (heads, -1)).transpose(1, 2).split([d, attention.dim_out // heads], -1)
     q = q.unflatten(3, (heads, d)).permute(0, 3, 1, 2, 4)  # (B, heads, H / s, W / s, d)
     position = q * attention.scale if attention.scale_pos_embed else q

@@ -5,7 +5,8 @@ a tile see parts of one rectangular window of keys. A `LocalPlan` says which que
 holds and which (query, key) pairs count; `local_attention` gathers tiles and windows, calls
 `scaled_dot_product_attention` and puts the result back. A key is copied once per tile that sees it, not per query.
 
-A plan depends on sizes alone. It is built in NumPy from Python integers, cached, and a constant to compilers.
+A plan depends on sizes alone. It is built in NumPy from Python integers, cached, and a constant to compilers. Where a
+graph leaves the size open, the plan is arithmetic in the graph (`graph_plan`), on tiles that are the same at any size.
 """
 
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .cache import is_plain
+from .symbolic import Size, for_batch
 
 
 @dataclass(frozen=True)
@@ -32,14 +34,18 @@ class AxisTiles:
         num_queries: length of the axis in queries.
         num_keys: length of the axis in keys; it exceeds `num_queries` where the caller pads the keys.
         num_entries: length of this axis of the relative table.
+
+    The tiles of a `graph_plan` are tensors. Their `pairs` may be (tiles, 1, w), or None where all count, and they have
+        places: (num_queries,) tile of each query, and its place in the tile.
     """
 
-    queries: np.ndarray
-    keys: np.ndarray
-    pairs: np.ndarray
-    num_queries: int
-    num_keys: int
-    num_entries: int
+    queries: np.ndarray | Tensor
+    keys: np.ndarray | Tensor
+    pairs: np.ndarray | Tensor | None
+    num_queries: Size
+    num_keys: Size
+    num_entries: Size
+    places: tuple[Tensor, Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -47,22 +53,20 @@ class TileGroup:
     """Tiles that are attended in one call.
 
     Args:
-        queries: (tiles * T,) flat position of each query.
-        keys: (tiles * w,) flat position of each key.
+        queries: (tiles, T) flat position of each query.
+        keys: (tiles, w) flat position of each key.
         pairs: (tiles, T, w) index of each pair into the flattened relative table, or (1, T, w) if all tiles share it;
             pairs that do not count point one past its end.
         mask: of the same shape, whether a pair counts.
         masked: whether there are pairs that do not.
-        tiles: number of tiles.
         shared: whether there are several tiles and they share their pairs.
     """
 
     queries: Tensor
     keys: Tensor
-    pairs: Tensor
-    mask: Tensor
+    pairs: Tensor | None
+    mask: Tensor | None
     masked: bool
-    tiles: int
     shared: bool
 
 
@@ -119,9 +123,8 @@ class LocalPlan:
         with torch.inference_mode(False):  # or training could not use them
             groups = tuple(
                 TileGroup(
-                    *(tensor(array) for array in (q.ravel(), k.ravel(), pairs, mask)),
+                    *(tensor(array) for array in (q, k, pairs, mask)),
                     masked=not mask.all(),
-                    tiles=len(q),
                     shared=len(pairs) < len(q),
                 )
                 for q, k, pairs, mask in self._groups
@@ -132,15 +135,39 @@ class LocalPlan:
         return tensors
 
 
+def graph_plan(rows: AxisTiles, cols: AxisTiles) -> PlanTensors:
+    """The plan of tiles that are tensors, as part of a graph: one group, in which every tile has a bias of its own.
+
+    Args:
+        rows: tiles along the height.
+        cols: tiles along the width.
+    """
+    queries = _product(rows.queries, cols.queries, cols.num_queries)
+    keys = _product(rows.keys, cols.keys, cols.num_keys)
+    pairs = mask = None
+    if rows.pairs is not None:
+        y = rows.pairs.reshape([n for length in rows.pairs.shape for n in (length, 1)])
+        x = cols.pairs.reshape([n for length in cols.pairs.shape for n in (1, length)])
+        mask = (y >= 0) & (x >= 0)
+        pairs = torch.where(mask, y * cols.num_entries + x, rows.num_entries * cols.num_entries)
+        shape = queries.shape[0], rows.pairs.shape[1] * cols.pairs.shape[1], keys.shape[1]
+        pairs, mask = pairs.reshape(shape), mask.reshape(shape)
+    (row, y), (col, x), length = rows.places, cols.places, queries.shape[1]
+    row, col = row * (cols.queries.shape[0] * length) + y * cols.queries.shape[1], col * length + x
+    inverse = (row[:, None] + col).flatten()
+    return PlanTensors((TileGroup(queries, keys, pairs, mask, mask is not None, False),), inverse)
+
+
 def _classes(pairs: np.ndarray) -> list[np.ndarray]:
     """Indices of the tiles that have each distinct table of `pairs` (tiles, T, w)."""
     _, inverse = np.unique(pairs, axis=0, return_inverse=True)
     return [np.flatnonzero(inverse.ravel() == i) for i in range(inverse.max() + 1)]
 
 
-def _product(rows: np.ndarray, cols: np.ndarray, width: int) -> np.ndarray:
+def _product(rows: np.ndarray | Tensor, cols: np.ndarray | Tensor, width: Size) -> np.ndarray | Tensor:
     """(tiles, n) row and (tiles', n') column positions to (tiles * tiles', n * n') flat ones on a map `width` wide."""
-    return (rows[:, None, :, None] * width + cols[None, :, None, :]).reshape(len(rows) * len(cols), -1)
+    shape = rows.shape[0] * cols.shape[0], rows.shape[1] * cols.shape[1]
+    return (rows[:, None, :, None] * width + cols[None, :, None, :]).reshape(shape)
 
 
 def pad_projection(x: Tensor, bias: Tensor | None, height: int, width: int) -> Tensor:
@@ -171,13 +198,16 @@ def relative_bias(table: Tensor, plan: PlanTensors) -> list[Tensor]:
         For each group a (1, heads * tiles, T, w) tensor, or (1, heads, T, w) if its tiles share it.
     """
     table = F.pad(table, (0, 1), value=-torch.inf)
-    return [table.index_select(1, group.pairs.flatten()).view(1, -1, *group.pairs.shape[1:]) for group in plan.groups]
+    return [
+        table.index_select(1, group.pairs.flatten()).unflatten(1, group.pairs.shape).flatten(0, 1)[None]
+        for group in plan.groups
+    ]
 
 
 def pair_mask(plan: PlanTensors, heads: int) -> list[Tensor | None]:
     """Boolean mask of each group of tiles, shaped as `relative_bias`, or None where every pair counts."""
     return [
-        group.mask.expand(heads, *group.mask.shape).reshape(1, -1, *group.mask.shape[1:]) if group.masked else None
+        group.mask.repeat(heads, 1, 1)[None] if group.masked else None
         for group in plan.groups
     ]
 
@@ -236,13 +266,16 @@ def local_attention(
         # Tiles join the heads, where each has its own bias, or the batch, where they share one.
         join = group.shared and group_bias is not None
         tiles = [
-            x.index_select(2, index).view(B, heads, group.tiles, -1, x.shape[-1])
+            x.index_select(2, index.flatten()).unflatten(2, index.shape)
             for x, index in ((q, group.queries), (k, group.keys), (v, group.keys))
         ]
         if places is not None:
             tiles[1] = torch.cat([tiles[1], places.expand(*tiles[1].shape[:-1], -1)], -1)
         tiles = [x.transpose(1, 2).flatten(0, 1) if join else x.flatten(1, 2) for x in tiles]
+        if group_bias is not None:
+            group_bias = for_batch(group_bias, tiles[0])
         out = F.scaled_dot_product_attention(*tiles, attn_mask=group_bias, dropout_p=dropout, scale=scale)
-        out = out.unflatten(0, (B, group.tiles)).transpose(1, 2) if join else out
-        outs.append(out[..., :dim].reshape(B, heads, -1, dim))
+        tiles, length = group.queries.shape
+        out = out.unflatten(0, (B, tiles)).transpose(1, 2) if join else out
+        outs.append(out[..., :dim].reshape(B, heads, tiles * length, dim))
     return torch.cat(outs, 2).index_select(2, plan.inverse)

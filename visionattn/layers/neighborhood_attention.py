@@ -13,6 +13,7 @@ from .local_attention import (
     AxisTiles,
     LocalPlan,
     PlanTensors,
+    graph_plan,
     local_attention,
     pad_projection,
     pair_mask,
@@ -20,6 +21,7 @@ from .local_attention import (
 )
 from .pointwise import Pointwise
 from .position import resize_table
+from .symbolic import Size, ceil_div, is_symbolic
 
 
 def neighborhood_axis(length: int, kernel_size: int, dilation: int = 1, stride: int = 1) -> AxisTiles:
@@ -58,6 +60,37 @@ def neighborhood_axis(length: int, kernel_size: int, dilation: int = 1, stride: 
             queries.append(query * dilation + g)
             keys.append(np.minimum(key, n - 1) * dilation + g)
     return AxisTiles(np.stack(queries), np.stack(keys), np.stack(pairs), length, num_keys, 2 * K - 1)
+
+
+def graph_neighborhood_axis(
+    length: Size, kernel_size: int, dilation: int = 1, stride: int = 1, *, device: torch.device
+) -> AxisTiles:
+    """`neighborhood_axis` in a graph, with one key of padding, at the end, that stands for all."""
+    K, T = kernel_size, stride * -(-max(kernel_size, 4) // stride)
+    span = T - stride if T % stride == 0 else stride * -(-(T - 1) // stride)
+    tiles, width = ceil_div(length, dilation * T), K + span
+    # (groups, tiles, T), keys (groups, tiles, w); positions inside a group of n keys, the padded ones included.
+    group = torch.arange(dilation, device=device)[:, None, None]
+    n = ((length - group + (dilation - 1)) // dilation).clamp(min=K)
+    query = torch.arange(tiles * T, device=device).unflatten(0, (tiles, T)).minimum(n - 1)
+    lead = query if stride == 1 else (query // stride * stride + stride // 2).minimum(n - 1)
+    start = (lead - K // 2).clamp(min=0).minimum(n - K)
+    key = start[..., :1].minimum((n - width).clamp(min=0)) + torch.arange(width, device=device)
+    begin, place = start[..., None], key[:, :, None]
+    pairs = torch.where((begin <= place) & (place < begin + K), place - query[..., None] + K - 1, -1)
+    queries, keys = (query * dilation + group).clamp(max=length - 1), (key * dilation + group).clamp(max=length)
+    position = torch.arange(length, device=device)
+    group, query = position % dilation, position // dilation
+    places = group * tiles + query // T, query % T
+    tables = (x.flatten(0, 1) for x in (queries, keys, pairs))
+    return AxisTiles(*tables, length, length + 1, 2 * K - 1, places)
+
+
+def graph_global_axis(length: Size, device: torch.device) -> AxisTiles:
+    """One tile, in a graph: every query sees every key but that of padding."""
+    position = torch.arange(length, device=device)
+    pairs, places = position - position[:, None] + (length - 1), (torch.zeros_like(position), position)
+    return AxisTiles(position[None], position[None], pairs[None], length, length + 1, 2 * length - 1, places)
 
 
 @lru_cache(maxsize=128)
@@ -155,7 +188,12 @@ class NeighborhoodAttention2d(nn.Module):
         rows, cols = zip(self.kernel_size, self.dilation, self.stride, strict=True)
         return rows, cols
 
-    def table(self, height: int, width: int) -> Tensor | None:
+    def graph_plan(self, height: Size, width: Size, device: torch.device) -> PlanTensors:
+        """The plan for a map of a size that the graph leaves open."""
+        windows = zip((height, width), self.kernel_size, self.dilation, self.stride, strict=True)
+        return graph_plan(*(graph_neighborhood_axis(*window, device=device) for window in windows))
+
+    def table(self, height: Size, width: Size) -> Tensor | None:
         """Relative position bias (heads, 2 K_h - 1, 2 K_w - 1) on a map of that size."""
         return self.rpb
 
@@ -173,15 +211,18 @@ class NeighborhoodAttention2d(nn.Module):
 def _attend(attention: NeighborhoodAttention2d, qkv: Tensor) -> Tensor:
     """(B, H, W, 3C) projections to (B, H, W, C). Opaque to symbolic tracing, as its tiling depends on the size."""
     B, H, W, C = qkv.shape
-    H, W = index(H), index(W)
     heads, has_table = attention.num_heads, attention.rpb is not None
-    rows, cols = ((length, *window) for length, window in zip((H, W), attention.window(H, W), strict=True))
-    plan = _plan_on(rows, cols, qkv.device)
-    q, k, v = qkv.view(B, H * W, 3, heads, C // (3 * heads)).permute(2, 0, 3, 1, 4)
-    pad_h, pad_w = (max(kernel * dilation - length, 0) for length, kernel, dilation, _ in (rows, cols))
+    if is_symbolic(H, W):
+        rows = cols = None
+        plan, pad_h, pad_w = attention.graph_plan(H, W, qkv.device), 1, 1
+    else:
+        H, W = index(H), index(W)
+        rows, cols = ((length, *window) for length, window in zip((H, W), attention.window(H, W), strict=True))
+        plan = _plan_on(rows, cols, qkv.device)
+        pad_h, pad_w = (max(kernel * dilation - length, 0) for length, kernel, dilation, _ in (rows, cols))
+    q, k, v = _heads(qkv, heads)
     if pad_h or pad_w:  # padded positions are keys only
-        padded = pad_projection(qkv, attention.qkv.bias, pad_h, pad_w)
-        _, k, v = padded.view(B, -1, 3, heads, C // (3 * heads)).permute(2, 0, 3, 1, 4)
+        _, k, v = _heads(pad_projection(qkv, attention.qkv.bias, pad_h, pad_w), heads)
 
     def bias() -> list[Tensor | None]:
         return (
@@ -192,6 +233,11 @@ def _attend(attention: NeighborhoodAttention2d, qkv: Tensor) -> Tensor:
     dropout = attention.attn_drop if attention.training else 0.0
     out = local_attention(q, k, v, plan, attention._bias_cache(key, tables, bias), attention.scale, dropout)
     return out.transpose(1, 2).reshape(B, H, W, C // 3)
+
+
+def _heads(qkv: Tensor, heads: int) -> Tensor:
+    """(B, H, W, 3C) to queries, keys and values (3, B, heads, H * W, d)."""
+    return qkv.flatten(1, 2).unflatten(2, (3, heads, qkv.shape[-1] // (3 * heads))).permute(2, 0, 3, 1, 4)
 
 
 class TokenNeighborhoodAttention(NeighborhoodAttention2d):
@@ -210,5 +256,8 @@ class TokenRelPosAttention(TokenNeighborhoodAttention):
     def window(self, height: int, width: int) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
         return (height, 1, 1), (width, 1, 1)
 
-    def table(self, height: int, width: int) -> Tensor:
+    def graph_plan(self, height: Size, width: Size, device: torch.device) -> PlanTensors:
+        return graph_plan(graph_global_axis(height, device), graph_global_axis(width, device))
+
+    def table(self, height: Size, width: Size) -> Tensor:
         return resize_table(self.rpb, (2 * height - 1, 2 * width - 1))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .cache import ParameterCache, is_plain
 from .fuse import is_batch_norm, scale_and_shift, scale_output
 from .pointwise import Pointwise, Pointwise2d
+from .symbolic import Size, for_batch, is_symbolic
 
 
 class PartialConv2d(nn.Module):
@@ -260,28 +261,50 @@ class PartialSelfAttention(PartialConv2d):
 def _attend(layer: PartialSelfAttention, qkv: Tensor) -> Tensor:
     """(B, H, W, 3C) projections to (B, H, W, C). Opaque to symbolic tracing, as the bias depends on the size."""
     B, H, W, _ = qkv.shape
-    H, W = index(H), index(W)
+    symbolic = is_symbolic(H, W)
+    if not symbolic:
+        H, W = index(H), index(W)
 
     def bias() -> Tensor:
-        buckets = _buckets_on(H, W, layer.rpe, qkv.device)
-        return layer.rpb.index_select(1, buckets.flatten()).view(1, -1, H * W, H * W).to(qkv.dtype)
+        buckets = (_graph_buckets if symbolic else _buckets_on)(H, W, layer.rpe, qkv.device)
+        return layer.rpb.index_select(1, buckets.flatten()).unflatten(1, buckets.shape)[None].to(qkv.dtype)
 
-    q, k, v = qkv.view(B, H * W, 3, layer.num_heads, -1).permute(2, 0, 3, 1, 4)
-    mask = layer._bias_cache((H, W, qkv.dtype), [layer.rpb], bias)
+    q, k, v = qkv.flatten(1, 2).unflatten(2, (3, layer.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    mask = for_batch(layer._bias_cache((H, W, qkv.dtype), [layer.rpb], bias), q)
     dropout = layer.attn_drop if layer.training else 0.0
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
-    return out.transpose(1, 2).reshape(B, H, W, -1)
+    out = out.transpose(1, 2)
+    if torch.compiler.is_exporting():  # kernels differ in the layout of what they return, and a view would choose one
+        out = out.clone(memory_format=torch.contiguous_format)
+    return out.reshape(B, H, W, -1)
 
 
 def distance_buckets(height: int, width: int, alpha: int, beta: int, gamma: int) -> np.ndarray:
     """(N, N) column of the bias table for each pair of the N = height * width positions of a map."""
     # In float32, as the published tables were trained.
     dy, dx = np.ogrid[:height, :width]
-    distance = np.round(np.sqrt((dy**2 + dx**2).astype(np.float32)))
-    far = np.log(np.maximum(distance, alpha) / alpha) / math.log(gamma / alpha) * (beta - alpha)
-    bucket = beta + np.where(distance <= alpha, distance, np.minimum(np.round(alpha + far), beta)).astype(np.int64)
+    bucket = _bucket(np.round(np.sqrt((dy**2 + dx**2).astype(np.float32))), alpha, beta, gamma)
     y, x = np.divmod(np.arange(height * width), width)
     return bucket[abs(y[:, None] - y), abs(x[:, None] - x)]
+
+
+def _bucket(distance: np.ndarray, alpha: int, beta: int, gamma: int) -> np.ndarray:
+    """Column of the bias table for each rounded distance."""
+    far = np.log(np.maximum(distance, alpha) / alpha) / math.log(gamma / alpha) * (beta - alpha)
+    return beta + np.where(distance <= alpha, distance, np.minimum(np.round(alpha + far), beta)).astype(np.int64)
+
+
+def _graph_buckets(height: Size, width: Size, rpe: tuple[int, int, int], device: torch.device) -> Tensor:
+    """`distance_buckets` in a graph. Only the bucket of a rounded distance, of which there are few, is a constant."""
+    dy, dx = ((p - p[:, None]).square() for p in (torch.arange(n, device=device) for n in (height, width)))
+    distance = (dy[:, None, :, None] + dx[None, :, None, :]).to(torch.float32).sqrt().round()
+    distance = distance.to(torch.int64).clamp(max=rpe[-1]).reshape(height * width, height * width)
+    return _bucket_table(rpe, device)[distance]
+
+
+@torch.compiler.assume_constant_result
+def _bucket_table(rpe: tuple[int, int, int], device: torch.device) -> Tensor:
+    return torch.from_numpy(_bucket(np.arange(rpe[-1] + 1, dtype=np.float32), *rpe)).to(device)
 
 
 class _Buckets:

@@ -6,6 +6,7 @@ from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from .cache import ParameterCache
+from .symbolic import is_symbolic
 
 
 def resample_rows(
@@ -33,7 +34,7 @@ def resize_table(table: Tensor, size: tuple[int, int]) -> Tensor:
         table: (heads, 2 H - 1, 2 W - 1).
         size: (2 H' - 1, 2 W' - 1) wanted.
     """
-    if table.shape[1:] == size:
+    if not is_symbolic(*size) and table.shape[1:] == size:
         return table
     return F.interpolate(table[None], size, mode="bicubic", align_corners=False)[0]
 
@@ -68,7 +69,7 @@ class PositionEmbedding(nn.Module):
 @torch.fx.wrap
 def _positions(module: PositionEmbedding, grid: tuple[int, int]) -> Tensor:
     grid = tuple(grid)
-    if grid == module.grid_size:
+    if not is_symbolic(*grid) and grid == module.grid_size:
         return module.weight
 
     def resample() -> Tensor:

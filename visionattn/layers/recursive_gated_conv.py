@@ -1,5 +1,7 @@
 """Recursive gated convolution and the global-local filter."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from timm.layers import LayerNorm2d, trunc_normal_
@@ -8,6 +10,7 @@ from torch import Tensor, nn
 from .cache import ParameterCache
 from .large_kernel_attention import depthwise
 from .pointwise import Pointwise2d
+from .symbolic import is_symbolic
 
 
 def resize_filter(weight: Tensor, height: int, width: int) -> Tensor:
@@ -21,7 +24,7 @@ def resize_filter(weight: Tensor, height: int, width: int) -> Tensor:
         height: of the result; that of the map.
         width: of the result; that of the half spectrum, W // 2 + 1 for a map W wide.
     """
-    if weight.shape[1:3] == (height, width):
+    if not is_symbolic(height, width) and weight.shape[1:3] == (height, width):
         return weight
     weight = F.interpolate(weight.permute(3, 0, 1, 2), (height, width), mode="bilinear", align_corners=True)
     return weight.permute(1, 2, 3, 0)
@@ -101,12 +104,37 @@ def _filtered(layer: GlobalLocalFilter, x: Tensor) -> Tensor:
 
     def build() -> Tensor:
         weight = resize_filter(layer.complex_weight.to(dtype), H, W // 2 + 1)
-        return torch.complex(weight[..., 0], weight[..., 1])
+        return weight if real else torch.complex(weight[..., 0], weight[..., 1])
+
+    # ONNX has no transforms of an open size, nor complex numbers.
+    if real := torch.compiler.is_exporting() and is_symbolic(H, W):
+        return _filtered_by_products(x.to(dtype), build()).to(x.dtype)
 
     spectrum = torch.fft.rfft2(x.to(dtype)) * layer._filter_cache((H, W, dtype), [layer.complex_weight], build)
     # In two steps: the filtered spectrum is not Hermitian, and libraries differ in what a two-dimensional inverse makes
     # of that.
     return torch.fft.irfft(torch.fft.ifft(spectrum, dim=-2), n=W, dim=-1).to(x.dtype)
+
+
+def _filtered_by_products(x: Tensor, weight: Tensor) -> Tensor:
+    """(B, C, H, W) times a filter (C, H, W // 2 + 1, 2) in the spectrum, by products with the waves, which are real."""
+    # ONNX has no remainders of a division by a size: by tensors instead.
+    H, W = (torch.full((1,), size, dtype=torch.int64, device=x.device) for size in x.shape[-2:])
+    rows, cols, bins = (torch.arange(n, device=x.device) for n in (*x.shape[-2:], x.shape[-1] // 2 + 1))
+
+    def waves(frequency: Tensor, position: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
+        angle = (frequency[:, None] * position % length).to(x.dtype) / length * (2 * math.pi)
+        return angle.cos(), angle.sin()
+
+    (cos_h, sin_h), (cos_w, sin_w) = waves(rows, rows, H), waves(bins, cols, W)
+    re, im = x @ cos_w.T, -x @ sin_w.T
+    re, im = cos_h @ re + sin_h @ im, cos_h @ im - sin_h @ re
+    a, b = weight.unbind(-1)
+    re, im = re * a - im * b, re * b + im * a
+    re, im = cos_h @ re - sin_h @ im, sin_h @ re + cos_h @ im
+    # Of the half spectrum all count twice but those that are their own mirror image.
+    twice = (2 - (2 * bins % W == 0).to(x.dtype)) / (H * W)
+    return (re * twice) @ cos_w - (im * twice) @ sin_w
 
 
 class RecursiveGatedConv(nn.Module):

@@ -12,6 +12,7 @@ from .cache import ParameterCache
 from .pointwise import Pointwise
 from .position import resample_rows
 from .self_attention import SelfAttention
+from .symbolic import is_symbolic
 
 
 class ConnectivityPredictor(nn.Module):
@@ -113,6 +114,11 @@ class ConnectivityPredictor(nn.Module):
             scores = coefficients @ F.threshold(basis.abs(), self.basis_threshold, 0.0)
             if not self.attn_score_topk:
                 return scores > self.attn_score_threshold
+            if is_symbolic(k.shape[2]):  # no pruning then, and the budget is every place below it
+                places = torch.arange(k.shape[2], device=k.device)
+                order = scores.argsort(descending=True)
+                chosen = places < torch.full((1,), k.shape[2], dtype=torch.float64, device=k.device) * self.attn_keep_rate
+                return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, order, chosen.expand_as(order))
             top = scores.topk(self.budget(index(k.shape[2]), grid, kept), sorted=False).indices
             return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, top, True)
 
@@ -144,7 +150,7 @@ class ConnectivityPredictor(nn.Module):
         return (self.proj_c_q(q[:, :, 1:]) @ keys * self.scale).softmax(-1), up.transpose(-2, -1)
 
     def _matrices(self, grid: tuple[int, int] | None) -> tuple[Tensor, Tensor]:
-        if grid is None or tuple(grid) == self.grid_size:
+        if grid is None or (not is_symbolic(*grid) and tuple(grid) == self.grid_size):
             return self.proj_n, self.proj_back_n
 
         def resample() -> tuple[Tensor, Tensor]:
@@ -227,13 +233,15 @@ def _attend(
     """(3, B, heads, N, d) queries, keys and values to (B, heads, N, d) and the class token's weights (B, N - 1)."""
     predictor, dropout, scale = attention.predictor, attention.dropout, attention.scale
     q, k, v = qkv[0], qkv[1], qkv[2]
-    num_keys = index(k.shape[2])
-    patches = predictor.patches(grid)
-    if num_keys != (patches if kept is None else kept.shape[1]) + 1:
-        raise ValueError(f"expected a class token and the {patches} patches of the grid, got {num_keys} tokens")
+    num_keys, dropped, sparse = k.shape[2], 0, predictor.attn_keep_rate < 1
+    if not is_symbolic(num_keys):
+        num_keys, patches = index(num_keys), predictor.patches(grid)
+        if num_keys != (patches if kept is None else kept.shape[1]) + 1:
+            raise ValueError(f"expected a class token and the {patches} patches of the grid, got {num_keys} tokens")
+        dropped, sparse = patches + 1 - num_keys, predictor.budget(num_keys, grid, kept) < num_keys
 
     logits = (q[:, :, :1] * scale) @ k.transpose(-2, -1)
-    if dropped := patches + 1 - num_keys:  # one key with logit 0 for each of them
+    if dropped:  # one key with logit 0 for each of them
         logits = F.pad(logits, (0, 1), value=math.log(dropped))
     weights = logits.softmax(-1)[..., :num_keys]
     of_class = F.dropout(weights, dropout) @ v
@@ -241,7 +249,7 @@ def _attend(
     mask = filled = None
     if attention.reconstruct and attention.training:
         attention.predicted = predictor.scores(q, k, grid)
-    elif not predictor.attn_score_topk or predictor.budget(num_keys, grid, kept) < num_keys:
+    elif not predictor.attn_score_topk or sparse:
         mask = predictor(q, k, grid, kept)
         if not predictor.attn_score_topk:  # the output of a query without keys is 0
             filled = mask.any(-1, keepdim=True)

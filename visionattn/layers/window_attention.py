@@ -7,8 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .local_attention import AxisTiles, LocalPlan, PlanTensors, local_attention, pad_projection, pair_mask
+from .local_attention import AxisTiles, LocalPlan, PlanTensors, graph_plan, local_attention, pad_projection, pair_mask
 from .pointwise import Pointwise
+from .symbolic import Size, ceil_div, is_symbolic
 
 
 def window_axis(length: int, window_size: int) -> AxisTiles:
@@ -22,6 +23,14 @@ def window_axis(length: int, window_size: int) -> AxisTiles:
     keys = np.arange(tiles * window_size).reshape(tiles, window_size)
     pairs = np.zeros((tiles, window_size, window_size), dtype=np.int64)
     return AxisTiles(np.minimum(keys, length - 1), keys, pairs, length, keys.size, 1)
+
+
+def graph_window_axis(length: Size, window_size: int, device: torch.device) -> AxisTiles:
+    """`window_axis` in a graph, with one key of padding, at the end, that stands for all."""
+    tiles = ceil_div(length, window_size)
+    position = torch.arange(tiles * window_size, device=device).unflatten(0, (tiles, window_size))
+    queries, keys, query = position.clamp(max=length - 1), position.clamp(max=length), torch.arange(length, device=device)
+    return AxisTiles(queries, keys, None, length, length + 1, 1, (query // window_size, query % window_size))
 
 
 @lru_cache(maxsize=128)
@@ -105,10 +114,14 @@ def window_attention(
         (B, H, W, C).
     """
     B, H, W, C = qkv.shape
-    H, W = index(H), index(W)
-    plan = _plan_on(H, W, size, qkv.device)
-    padded = pad_projection(qkv, bias, -H % size, -W % size)
+    if is_symbolic(H, W):
+        plan = graph_plan(*(graph_window_axis(length, size, qkv.device) for length in (H, W)))
+        padded = pad_projection(qkv, bias, 1, 1)
+    else:
+        H, W = index(H), index(W)
+        plan = _plan_on(H, W, size, qkv.device)
+        padded = pad_projection(qkv, bias, -H % size, -W % size)
     q = qkv.reshape(B, H * W, 3, heads, C // (3 * heads)).permute(2, 0, 3, 1, 4)[0]
-    _, k, v = padded.reshape(B, -1, 3, heads, C // (3 * heads)).permute(2, 0, 3, 1, 4)
+    _, k, v = padded.flatten(1, 2).unflatten(2, (3, heads, C // (3 * heads))).permute(2, 0, 3, 1, 4)
     out = local_attention(q, k, v, plan, pair_mask(plan, heads), scale, dropout)
     return out.transpose(1, 2).reshape(B, H, W, C // 3)

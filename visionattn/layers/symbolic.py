@@ -1,0 +1,30 @@
+"""Sizes that a compiler or an exporter leaves open.
+
+A graph is right at every size only if nothing is decided by what the size happened to be while it was traced: no branch
+in Python, no constant table. `is_symbolic` tells where tables must be arithmetic in the graph. As ONNX rounds integer
+division towards zero, such arithmetic divides what is not negative.
+"""
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import has_static_value
+
+Size = int | torch.SymInt
+
+
+def is_symbolic(*sizes: Size) -> bool:
+    """Whether a size is left open by the graph that is being made. Never the case outside of compilers."""
+    return torch.compiler.is_compiling() and not all(map(has_static_value, sizes))
+
+
+def ceil_div(size: Size, divisor: int) -> Size:
+    """The quotient, rounded up."""
+    return (size + divisor - 1) // divisor
+
+
+def for_batch(mask: Tensor, q: Tensor) -> Tensor:
+    """A mask or bias (..., N, M) of attention for the batch of the queries (B, heads, N, d).
+
+    Where the graph leaves the batch open, each sample is given its view: broadcasting asks whether there is but one.
+    """
+    return mask.expand(*q.shape[:2], *mask.shape[-2:]) if is_symbolic(q.shape[0]) else mask
