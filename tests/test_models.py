@@ -137,18 +137,6 @@ def test_export(name):
 
 
 @pytest.mark.parametrize("name", TESTS)
-def test_onnx(name, tmp_path):
-    runtime = pytest.importorskip("onnxruntime")
-    model = lively(name)
-    x = image()
-    torch.onnx.export(model, (x,), tmp_path / "model.onnx", dynamo=True, verbose=False)
-    session = runtime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
-    out = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
-    with torch.no_grad():
-        close(torch.from_numpy(out), model(x), atol=1e-4)
-
-
-@pytest.mark.parametrize("name", TESTS)
 @pytest.mark.parametrize("create", [create_feature_extractor, torchvision_feature_extractor])
 def test_symbolic_tracing(name, create):
     model = lively(name)

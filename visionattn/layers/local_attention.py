@@ -206,10 +206,7 @@ def relative_bias(table: Tensor, plan: PlanTensors) -> list[Tensor]:
 
 def pair_mask(plan: PlanTensors, heads: int) -> list[Tensor | None]:
     """Boolean mask of each group of tiles, shaped as `relative_bias`, or None where every pair counts."""
-    return [
-        group.mask.repeat(heads, 1, 1)[None] if group.masked else None
-        for group in plan.groups
-    ]
+    return [group.mask.repeat(heads, 1, 1)[None] if group.masked else None for group in plan.groups]
 
 
 def _with_axis_logits(q: Tensor, v: Tensor, rows: Tensor, cols: Tensor) -> tuple[Tensor, Tensor, Tensor]:

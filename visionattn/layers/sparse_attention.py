@@ -117,7 +117,8 @@ class ConnectivityPredictor(nn.Module):
             if is_symbolic(k.shape[2]):  # no pruning then, and the budget is every place below it
                 places = torch.arange(k.shape[2], device=k.device)
                 order = scores.argsort(descending=True)
-                chosen = places < torch.full((1,), k.shape[2], dtype=torch.float64, device=k.device) * self.attn_keep_rate
+                budget = torch.full((1,), k.shape[2], dtype=torch.float64, device=k.device) * self.attn_keep_rate
+                chosen = places < budget
                 return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, order, chosen.expand_as(order))
             top = scores.topk(self.budget(index(k.shape[2]), grid, kept), sorted=False).indices
             return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, top, True)

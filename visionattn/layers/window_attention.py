@@ -29,7 +29,8 @@ def graph_window_axis(length: Size, window_size: int, device: torch.device) -> A
     """`window_axis` in a graph, with one key of padding, at the end, that stands for all."""
     tiles = ceil_div(length, window_size)
     position = torch.arange(tiles * window_size, device=device).unflatten(0, (tiles, window_size))
-    queries, keys, query = position.clamp(max=length - 1), position.clamp(max=length), torch.arange(length, device=device)
+    queries, keys = position.clamp(max=length - 1), position.clamp(max=length)
+    query = torch.arange(length, device=device)
     return AxisTiles(queries, keys, None, length, length + 1, 1, (query // window_size, query % window_size))
 
 

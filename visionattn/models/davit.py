@@ -20,6 +20,7 @@ from ..layers import ChannelAttention, ConvPosEnc, WindowAttention2d
 from ..layers.norm import ChannelNorm
 from ..layers.patch import PatchStem
 from ..layers.pointwise import Mlp
+from ..layers.symbolic import is_symbolic
 from ..registry import Family, Variant, Weights, register_family
 
 PAIR = ("spatial", "channel")
@@ -72,7 +73,11 @@ class Downsample(nn.Module):
         self.proj = nn.Conv2d(dim, out_dim, kernel_size, 2, (kernel_size - 1) // 2, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(F.pad(self.norm(x), (0, x.shape[3] % 2, 0, x.shape[2] % 2)))
+        pad_h, pad_w = x.shape[2] % 2, x.shape[3] % 2
+        if is_symbolic(pad_h, pad_w):
+            # The same in simpler sizes: an odd kernel finds zeros there anyway, an even one leaves a spare row out.
+            pad_h = pad_w = 1 - self.proj.kernel_size[0] % 2
+        return self.proj(F.pad(self.norm(x), (0, pad_w, 0, pad_h)))
 
 
 class DualBlock(nn.Module):

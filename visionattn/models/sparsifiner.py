@@ -19,6 +19,7 @@ from ..layers import SparseAttention
 from ..layers.pointwise import Mlp
 from ..layers.position import resample_rows
 from ..layers.pruning import PruningBlock
+from ..layers.symbolic import is_symbolic
 from ..registry import Family, Variant, Weights, register_family
 
 RULES = [
@@ -214,6 +215,15 @@ class Sparsifiner(Isotropic):
             k not in state_dict or state_dict[k].shape == v.shape for k, v in own.items()
         )
         return state_dict if same else state_dict | own
+
+    def block_arguments(self, x: Tensor, grid: tuple[int, int]) -> tuple:
+        """The grid; pruning leaves a part of it, a number that is the same at every size of the images in a graph."""
+        if is_symbolic(*grid) and any(block.leaving < 1 for block in self.blocks):
+            raise VisionattnError(
+                f"{self.check.name} with pruned tokens (token_keep_rate, token_pruning_loc) has a graph that is right "
+                f"at one image size only: export it with fixed height and width (the batch may be dynamic)"
+            )
+        return super().block_arguments(x, grid)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Image to normalised tokens (B, N, C), the class token first."""

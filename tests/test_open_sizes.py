@@ -1,0 +1,142 @@
+"""Graphs whose batch, height and width are left open are right at any, also at those that pass through other branches,
+pad more or fit fewer tiles than what they were made with; or they are refused."""
+
+import pytest
+import torch
+from torch import nn
+
+import visionattn
+from visionattn import layers
+from visionattn.errors import VisionattnError
+
+TESTS = visionattn.list_models("test_*")
+DYNAMIC = torch.export.Dim.DYNAMIC
+# One block for each stage, of the second kind where there are two: a graph of more shows nothing else.
+SHALLOW = {
+    "test_dinat": {"depths": (1, 1, 1, 1), "dilations": ((2,), (2,), (1,), (1,))},
+    "test_sparsifiner": {"depth": 2},
+}
+
+
+def randomised(module):
+    """With every branch alive: fresh models multiply some by zero."""
+    with torch.no_grad():
+        for p in module.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return module.eval()
+
+
+class Everything(nn.Module):
+    """Logits, and what an extractor returns."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        final, maps = self.model.forward_intermediates(x)
+        return self.model.forward_head(final), maps[0], maps[-1]
+
+
+@pytest.mark.parametrize("name", TESTS)
+def test_onnx(name, tmp_path):
+    runtime = pytest.importorskip("onnxruntime")
+    torch.manual_seed(0)
+    model = Everything(randomised(visionattn.create_model(name, num_classes=10, **SHALLOW.get(name, {}))))
+    sizes = {0: "batch", 2: "height", 3: "width"}
+    x = torch.randn(2, 3, 64, 64)  # divisible, square: what hides a branch
+    torch.onnx.export(model, (x,), tmp_path / "model.onnx", dynamo=True, dynamic_shapes=(sizes,), verbose=False)
+    session = runtime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    assert session.get_inputs()[0].shape == ["batch", 3, "height", "width"]
+    for size in ((1, 3, 32, 32), (3, 3, 97, 61), (2, 3, 160, 96), (1, 3, 64, 131)):
+        x = torch.randn(size)
+        outs = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        with torch.no_grad():
+            expected = model(x)
+        for out, theirs in zip(outs, expected, strict=True):
+            scale = max(1, theirs.abs().max().item())
+            torch.testing.assert_close(torch.from_numpy(out), theirs, rtol=0, atol=1e-4 * scale)
+
+
+class Tokens(nn.Module):
+    """A layer of tokens as one of maps (B, C, H, W), with its grid and a class token if it takes them."""
+
+    def __init__(self, layer, class_token=False):
+        super().__init__()
+        self.layer, self.class_token = layer, class_token
+
+    def forward(self, x):
+        grid, x = x.shape[2:], x.flatten(2).transpose(1, 2)
+        return self.layer(torch.cat([x.mean(1, keepdim=True), x], 1) if self.class_token else x, grid)
+
+
+class Last(nn.Module):
+    """A layer of maps (B, H, W, C) as one of maps (B, C, H, W)."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x.permute(0, 2, 3, 1))
+
+
+# Options that no test model has.
+LAYERS = {
+    "neighborhood": lambda: Last(
+        layers.NeighborhoodAttention2d(16, 2, (5, 4), dilation=(2, 3), stride=(1, 3), rel_pos_bias=False)
+    ),
+    "relative": lambda: Tokens(layers.TokenRelPosAttention(16, 2, 8)),
+    "halo": lambda: layers.HaloAttention2d(16, stride=2, num_heads=2, block_size=6, halo_size=2, mask="all"),
+    "distances": lambda: layers.PartialSelfAttention(24, num_heads=2, rpe=(3, 5, 9)),
+    "channels": lambda: Last(layers.ChannelAttention(16, 2, version=2)),
+    "threshold": lambda: Tokens(
+        layers.SparseAttention(16, 65, 2, attn_score_topk=False, basis_coef_topk=None), class_token=True
+    ),
+}
+
+
+def agrees(run, layer, sizes):
+    for size in sizes:
+        x = torch.randn(size)
+        torch.testing.assert_close(run(x), layer(x), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_exported_layer(name):
+    torch.manual_seed(0)
+    layer = randomised(LAYERS[name]())
+    channels = 24 if name == "distances" else 16
+    sizes = {0: DYNAMIC, 2: DYNAMIC, 3: DYNAMIC}
+    exported = torch.export.export(layer, (torch.randn(2, channels, 22, 22),), dynamic_shapes=(sizes,)).module()
+    with torch.no_grad():
+        agrees(exported, layer, [(1, channels, 19, 24), (3, channels, 22, 37), (1, channels, 42, 42)])
+
+
+def test_exported_model_runs_one_image():
+    """A fixed size of the images and a batch of two: attention masks must not ask how many images there are."""
+    model = randomised(visionattn.create_model("test_patnet"))
+    batch = ({0: torch.export.Dim("batch")},)
+    exported = torch.export.export(model, (torch.randn(2, 3, 64, 48),), dynamic_shapes=batch).module()
+    with torch.no_grad():
+        agrees(exported, model, [(1, 3, 64, 48), (3, 3, 64, 48)])
+
+
+def test_compiled_layer_is_one_graph():
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    layer, graphs = randomised(Last(layers.WindowAttention2d(16, 2, 7, qkv_bias=False))), []
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=lambda graph, _: graphs.append(1) or graph)
+    with torch.no_grad():
+        agrees(compiled, layer, [(3, 16, 22, 37), (2, 16, 30, 15), (4, 16, 24, 24)])
+    assert len(graphs) == 1
+
+
+def test_pruning_at_open_sizes_is_refused():
+    model = visionattn.create_model("test_sparsifiner", token_keep_rate=0.5, token_pruning_loc=[3], depth=4).eval()
+    x = torch.randn(2, 3, 64, 64)
+    with pytest.raises(VisionattnError, match="test_sparsifiner with pruned tokens .* fixed height and width"):
+        torch.export.export(model, (x,), dynamic_shapes=({0: DYNAMIC, 2: DYNAMIC, 3: DYNAMIC},))
+    exported = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},)).module()
+    with torch.no_grad():
+        agrees(exported, model, [(3, 3, 64, 64)])
