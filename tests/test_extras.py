@@ -106,7 +106,7 @@ def test_what_is_not_installed_is_told_in_one_line(tmp_path: Path):
     model = visionattn.create_model("test_dinat", num_classes=10)
     known = {"model": "test_dinat", "model_kwargs": {"num_classes": 10}, "classes": list("0123456789"), "data": {}}
     save_checkpoint(tmp_path / "w.safetensors", model.state_dict(), known)
-    known |= {"task": "segmentation", "head": "fpn"}
+    known |= {"task": "segmentation", "head": "fpn", "head_kwargs": {}, "annotations": {}, "joint": {}}
     save_checkpoint(tmp_path / "segmenter.safetensors", model.state_dict(), known)
     text = ENTRIES.replace("EVERYTHING", repr(tuple(INSTALL)))
     (tmp_path / "entries.py").write_text(text.replace("LACKING", repr([entry[:2] for entry in LACKING])))
