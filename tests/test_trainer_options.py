@@ -161,25 +161,31 @@ def steps(model: nn.Module, optimizer: torch.optim.Optimizer, first: int) -> Non
 
 
 REFUSED = ("adahessian", "kron", "bnb", "fused")
+BEGUN = {
+    **dict.fromkeys(("epoch", "update", "counted"), 0),
+    **{"train_loss": 0.0, "ranking": [], "last_is_good": True, "schedule": {}, "guard": {}},
+    **dict.fromkeys(("scaler", "raw_weights", "projection")),
+}
+"""A training state, but for the optimizer's."""
 
 
 @pytest.mark.parametrize("name", list_optimizers())
 def test_every_optimizer_goes_on_with_the_same_bits_or_is_refused(tmp_path: Path, name: str):
     options, model = OptimConfig(name=name, lr=1e-2), tiny()
-    if name.startswith(REFUSED) and not (torch.cuda.is_available() and name.startswith(("bnb", "fused"))):
-        with pytest.raises(VisionattnError, match=f"optimizer {name}") as error:
-            make_optimizer(options, model)
-        assert "\n" not in str(error.value)
+    try:
+        optimizer = make_optimizer(options, model)
+    except VisionattnError as error:  # some for want of a package, or of a GPU
+        assert name.startswith(REFUSED) and str(error).startswith(f"optimizer {name}") and "\n" not in str(error)
         return
-    optimizer = make_optimizer(options, model)
+    assert not name.startswith(("adahessian", "kron"))
     before = model[4].weight.clone()
     steps(model, optimizer, 0)
     assert not torch.equal(model[4].weight, before) and model[4].weight.isfinite().all()
-    save_checkpoint(tmp_path / "c.safetensors", model.state_dict(), {}, optimizer.state_dict())
+    save_checkpoint(tmp_path / "c.safetensors", model.state_dict(), {}, BEGUN | {"optimizer": optimizer.state_dict()})
     again = tiny()
     again.load_state_dict({k: v for k, v in load_file(tmp_path / "c.safetensors").items() if k in model.state_dict()})
     other = make_optimizer(options, again)
-    other.load_state_dict(read_training_state(tmp_path / "c.safetensors"))
+    other.load_state_dict(read_training_state(tmp_path / "c.safetensors")["optimizer"])
     steps(model, optimizer, 3)
     steps(again, other, 3)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
