@@ -181,6 +181,7 @@ def test_repositories_are_checked_too(tmp_path, van, nothing_is_made, monkeypatc
     text = config if isinstance(config, str) else json.dumps(known | config)
     (tmp_path / "config.json").write_text(text)
     save_file(van.state_dict(), tmp_path / "model.safetensors")
+    monkeypatch.setattr("visionattn.description.check_hub", lambda: None)
     monkeypatch.setattr("visionattn.description.download_from_hf", lambda *args, **kwargs: tmp_path / "config.json")
     monkeypatch.setattr("visionattn.description.fetch", lambda *args, **kwargs: tmp_path / "model.safetensors")
     for place in (f"local-dir:{tmp_path}", "hf-hub:me/model"):
