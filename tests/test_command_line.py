@@ -208,10 +208,10 @@ def test_values_are_read_as_their_options_take_them(tmp_path: Path):
         "model_kwargs: {a: &a {x: 1, y: 2}, b: {<<: *a, y: '3'}, c: off, d: '1e-3', e: 0x1F, f: ~}\n"
         "model_kwargs.g.h: 1_000\nloss: {class_weights: balanced}\n"
     )
-    config, _ = parse_train(["--config", str(tmp_path / "a.yaml"), "--data.val_split", "1e3", "--name", "null"])
+    config, _ = parse_train(["--config", str(tmp_path / "a.yaml"), "--output", "1e3", "--name", "null"])
     assert (config.name, config.precision, config.pretrained, config.seed, config.epochs) == ("null", "no", True, 7, 9)
     data = config.data
-    assert (data.root, data.train_split, data.val_split, data.img_size) == ("010", "off", "1e3", (32, 40))
+    assert (data.root, data.train_split, config.output, data.img_size) == ("010", "off", "1e3", (32, 40))
     assert config.optim.lr == 1e-3 and config.optim.betas == (0.9, 1.05) and config.freeze == ("stem", "3", "no")
     assert config.model_kwargs == {
         "a": {"x": 1, "y": 2}, "b": {"x": 1, "y": "3"}, "c": False, "d": "1e-3", "e": 31, "f": None, "g": {"h": 1000},

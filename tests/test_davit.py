@@ -77,7 +77,7 @@ def test_windows_of_a_large_map_share_their_tables(monkeypatch):
     _plan.cache_clear()
     close(layer(x), window_attention(layer, x))
     (group,) = _plan(10, 14, 3).on(torch.device("cpu")).groups
-    assert len(group.pairs) == 1 and group.tiles == 20 and not group.masked
+    assert len(group.pairs) == 1 and len(group.queries) == 20 and not group.masked
     _plan.cache_clear()
 
 

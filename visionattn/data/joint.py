@@ -55,7 +55,8 @@ class _Scale(A.RandomScale):
     """By a random factor, which leaves at least one pixel."""
 
     def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
-        return {"scale": max(self.py_random.uniform(*self.scale_limit), 1.001 / min(params["shape"][:2]))}
+        factor = 1 + self.py_random.uniform(*self.scale_limit)
+        return {"scale": max(factor, 1.001 / min(params["shape"][:2]))}
 
     def get_params(self) -> dict[str, Any]:
         return {}

@@ -71,6 +71,9 @@ class ResizedCrop:
     def __init__(self, resize: Resize | ResizeKeepRatio, crop: CenterCrop | CenterCropOrPad | FiveCrop) -> None:
         self.resize, self.crop = resize, crop
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.resize}, {self.crop})"
+
     def __call__(self, image: Image.Image) -> Image.Image | tuple[Image.Image, ...]:
         size = self._resized(image)
         if 0 < math.prod(size) <= EXTREME * math.prod(self.crop.size):

@@ -160,7 +160,8 @@ class ILLaMA(Isotropic):
                     nn.init.zeros_(module.bias)
 
     def block_arguments(self, x: Tensor, grid: tuple[int, int]) -> tuple:
-        return self.tables(x)
+        rotary, mask = (self.tables(x)[i] for i in range(2))  # which tracers cannot unpack
+        return rotary, mask
 
     def _run(self, block: int, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
         scheduled = self.blocks[block].training and self.soft_mask_epochs  # not where the block is frozen

@@ -9,27 +9,16 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
-from ..arguments import describe, fits
 from ..data.config import user_input
 from ..errors import VisionattnError
 from ..files import DESCRIPTION, place, read_checkpoint, write_checkpoint
 from ..unwrap import TRAINING_STATE
-
-STATE = {
-    **dict.fromkeys(("epoch", "update", "counted"), int),
-    "train_loss": float,
-    "ranking": Sequence[Sequence[float]],
-    "last_is_good": bool,
-    **dict.fromkeys(("schedule", "guard", "optimizer"), Mapping),
-    **dict.fromkeys(("scaler", "raw_weights", "projection"), Mapping | None),
-}
-"""Entries of a training state."""
 
 
 def save_checkpoint(
@@ -87,11 +76,7 @@ def read_training_state(path: str | Path) -> dict[str, Any]:
         raise VisionattnError(f"cannot resume from {path}: it holds weights only")
     damaged = f"cannot resume from {path}: its training state is not what train.py writes"
     with user_input(damaged, ValueError, TypeError, LookupError, AttributeError, RecursionError):
-        state = _unflatten(json.loads(metadata["training_state"]), tensors)
-        for name, kind in STATE.items():
-            if not fits(state[name], kind):
-                raise VisionattnError(f"{damaged} (entry {name}: expected {describe(kind)})")
-    return state
+        return _unflatten(json.loads(metadata["training_state"]), tensors)
 
 
 def _flatten(value: Any, key: str, tensors: dict[str, torch.Tensor]) -> Any:

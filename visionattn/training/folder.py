@@ -52,7 +52,7 @@ def remove_temporaries(folder: Path) -> None:
 
 def remove_unused(folder: Path) -> None:
     """Remove the folder of a run that has come to nothing, if it holds no more than runs begin with."""
-    begun = re.compile(r"config\.yaml|metrics\.csv|checkpoints/last\.safetensors|events\.out\.tfevents\.[^/]*")
+    begun = re.compile(r"config\.yaml|metrics\.csv|checkpoints/last\.safetensors|(.*/)?events\.out\.tfevents\.[^/]*")
     files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()]
     if all(map(begun.fullmatch, files)):
         shutil.rmtree(folder)

@@ -1,8 +1,10 @@
 """What a run takes over from its last checkpoint, whatever options have changed since that was written."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..arguments import describe, fits
 from ..data.config import user_input
 from ..description import read_description
 from ..errors import VisionattnError
@@ -15,6 +17,15 @@ if TYPE_CHECKING:
 
 POSITION = ("epoch", "update", "train_loss", "counted", "ranking", "last_is_good")
 """Attributes of a Trainer that say where the run is."""
+STATE = {
+    **dict.fromkeys(("epoch", "update", "counted"), int),
+    "train_loss": float,
+    "ranking": Sequence[Sequence[float]],
+    "last_is_good": bool,
+    **dict.fromkeys(("schedule", "guard", "optimizer"), Mapping),
+    **dict.fromkeys(("scaler", "raw_weights", "projection"), Mapping | None),
+}
+"""Entries of a training state."""
 RATES = ("lr", "initial_lr", "lr_scale", "weight_decay", "betas", "eps", "momentum", "beta1", "max_lr_snapshot")
 """What groups of an optimizer hold of the options; the rest is its state."""
 
@@ -50,6 +61,10 @@ def restore(trainer: "Trainer", path: Path) -> None:
     if not path.is_file():
         raise VisionattnError(f"cannot resume {trainer.folder}: it has no checkpoints/{path.name}")
     state = read_training_state(path)
+    for name, kind in STATE.items():
+        if not isinstance(state, dict) or not fits(state.get(name, ...), kind):
+            told = f"its training state is not what train.py writes (entry {name}: expected {describe(kind)})"
+            raise VisionattnError(f"cannot resume from {path}: {told}")
     if state.get("classes", trainer.classes) != trainer.classes:
         raise VisionattnError(f"cannot resume {trainer.folder}: its classes are not those of the data, in their order")
     load_checkpoint(trainer.bare_model, path)
