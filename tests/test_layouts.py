@@ -278,6 +278,12 @@ def test_yaml_bombs_are_text(tmp_path: Path):
     rest = "train: images/train\nval: images/val\nnames: [no, 1]\n"
     (tmp_path / "data.yaml").write_text(f"b0: &b0 {{x: 1}}\n{doubled}{rest}")
     assert load(tmp_path)[0].classes == ["no", "1"]
+    nested = "n0: &n0 [x]\n" + "".join(f"n{i + 1}: &n{i + 1} [{', '.join([f'*n{i}'] * 9)}]\n" for i in range(9))
+    for wrong in ("names: *n9\n", "names: [*n9]\n", "names: [a, b]\nnc: *n9\n", "names: [a, b]\ntrain: *n9\n"):
+        (tmp_path / "data.yaml").write_text(f"{nested}{wrong}")
+        with pytest.raises(VisionattnError, match="data.yaml has") as error:
+            load(tmp_path)
+        assert len(str(error.value)) < 400
     for bomb in ("loop: &loop [*loop]\n", f"deep: {'[' * 5000}\n", "? [1]\n: 2\n"):
         (tmp_path / "data.yaml").write_text(f"{bomb}{rest}")
         with pytest.raises(VisionattnError, match="cannot read .*data.yaml"):

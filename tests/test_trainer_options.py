@@ -191,6 +191,12 @@ def test_an_optimizer_that_cannot_serve_is_refused_before_anything_is_written(tm
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("betas", [(), (0.9,), (0.9, 0.99, 0.999)])
+def test_another_number_of_betas_is_refused(betas: tuple[float, ...]):
+    with pytest.raises(VisionattnError, match=f"optimizer adamw takes 2 betas: optim.betas has {len(betas)}"):
+        make_optimizer(OptimConfig(betas=betas), nn.Linear(2, 2))
+
+
 def rates(epochs: int = 10, updates: int = 4, scores: tuple[float, ...] = (), **options) -> list[float]:
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
     config = TrainConfig(epochs=epochs, schedule=ScheduleConfig(**{"min_lr": 0.01, "warmup_lr": 0.1} | options))

@@ -3,6 +3,7 @@
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 
+import layouts
 import numpy as np
 import pytest
 from PIL import Image
@@ -71,6 +72,8 @@ USELESS = [
     ("--guard.max_rollbacks 5", "guard.max_rollbacks is of no use without guard.on_divergence rollback"),
     ("--guard.rollback_lr_factor 0.1", "guard.rollback_lr_factor is of no use without"),
     (f"{DETECTION} --data.crop_pct 0.9", "data.crop_pct is of no use to detection"),
+    (f"{DETECTION} --data.root COCO --data.val_fraction 0.5", "data.val_fraction is of no use to data with a split"),
+    (f"{DETECTION} --data.val_fraction 0.5", "data.val_fraction is of no use to data with a split"),
     (f"{SEGMENTATION} --data.val_fraction 0.5", "data.val_fraction is of no use to segmentation"),
     (f"{DETECTION} --joint.max_size 500", "joint.max_size is of no use without joint.min_size"),
     (f"{SEGMENTATION} --joint.max_class_share 0.5", "joint.max_class_share is of no use without joint.crop"),
@@ -88,7 +91,8 @@ USELESS = [
 def test_options_without_effect_are_refused(tmp_path: Path, options: str, told: str):
     make_images(tmp_path / "images", "train", "val")
     (tmp_path / "coco" / "annotations").mkdir(parents=True)
-    (tmp_path / "coco" / "annotations" / "instances_train.json").write_text("{}")
+    for split in ("train", "val"):
+        (tmp_path / "coco" / "annotations" / f"instances_{split}.json").write_text("{}")
     argv = options.replace("ROOT", str(tmp_path / "images")).replace("COCO", str(tmp_path / "coco")).split()
     with pytest.raises(VisionattnError, match=f"option {told}.*: leave it out"):
         parse_train(argv)
@@ -103,11 +107,17 @@ def test_options_without_effect_are_refused(tmp_path: Path, options: str, told: 
         "--distill.model test_van --distill.alpha 0.2 --distill.temperature 2 --distill.features 1",
         "--augment.color_jitter 0.3 --augment.auto_augment 3a --augment.color_jitter_prob 0.5 --data.val_fraction 0.3",
         f"{SEGMENTATION} --joint.crop 64 --joint.max_class_share 0.5 --joint.eval_size 64 --joint.max_size 90",
-        f"{DETECTION} --annotations.scene_size 64 --joint.min_size [64] --joint.max_size 90",
+        f"{DETECTION} --augment.repeats 2 --annotations.scene_size 64 --joint.min_size [64] --joint.max_size 90",
     ],
 )
 def test_options_that_have_what_they_need_are_taken(options: str):
     assert list(given(parse_train(options.split())[0], TrainConfig(), "task")) == ["task"] * ("--task" in options)
+
+
+def test_a_part_is_held_out_where_annotations_are_of_all_images(tmp_path: Path):
+    layouts.cvat_coco(tmp_path)
+    argv = [*DETECTION.split(), "--data.root", str(tmp_path), "--data.val_fraction", "0.4"]
+    assert parse_train(argv)[0].data.val_fraction == 0.4
 
 
 def test_every_option_that_is_looked_at_exists():

@@ -18,7 +18,7 @@ from .cvat import find_cvat
 from .datasets import ImageSet, stratified_split
 from .dense_config import AnnotationConfig
 from .hub_objects import HubObjects, open_hub_objects
-from .objects import Wanted, known_classes
+from .objects import Found, Wanted, known_classes
 from .scenes import open_scenes
 from .voc import find_voc, find_xml
 from .yolo import find_yolo
@@ -69,8 +69,7 @@ def _open(
         if masks:
             raise VisionattnError(f"{config.name} is read without masks: take another detector or COCO's JSON")
         return open_hub_objects(config, annotations, split, classes)
-    root, splits = root_of(config), split_names(config, split)
-    found = next((found for find in LAYOUTS if (found := find(root, splits))), None)
+    root, found = root_of(config), find_layout(config, split)
     if found is None:
         raise VisionattnError(
             f"{root} has no annotations of {split}: expected annotations/instances_{split}.json, "
@@ -82,6 +81,12 @@ def _open(
         return images
     stay, held_out = stratified_split([0] * len(images), config.val_fraction)
     return replace(images, indices=held_out if validation else stay)
+
+
+def find_layout(config: DataConfig, split: str) -> Found | None:
+    """The annotations of a split in the folder of the data, or those of all its images."""
+    root, splits = root_of(config), split_names(config, split)
+    return next((found for find in LAYOUTS if (found := find(root, splits))), None)
 
 
 def _only_useful(images: ImageSet) -> ImageSet:

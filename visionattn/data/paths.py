@@ -2,6 +2,7 @@
 
 import os
 import re
+import reprlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -15,6 +16,9 @@ LEFTOVERS = {
     "thumbs.db", "ehthumbs.db", "desktop.ini",
 }  # fmt: skip
 """What archivers, file servers and desktops leave in folders."""
+QUOTED = reprlib.Repr()
+"""Writes values for errors; what aliases of YAML put into each other again and again is cut short."""
+QUOTED.maxlevel, QUOTED.maxlist, QUOTED.maxdict, QUOTED.maxstring, QUOTED.maxother = 4, 9, 9, 80, 80
 FOREIGN = re.compile(r"/|[A-Za-z]:/|[a-z]+://")
 """Begins a name that means a place of some machine."""
 
@@ -165,6 +169,6 @@ def shown(value: object) -> str:
     if isinstance(value, str) and value:
         return shortened(value, 80)
     try:
-        return shortened(repr(value), 80)
+        return shortened(QUOTED.repr(value), 80)
     except (ValueError, RecursionError):  # an integer of thousands of digits, a list in a list in ...
         return f"a {type(value).__name__}"

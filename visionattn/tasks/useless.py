@@ -15,7 +15,7 @@ FOREIGN = {
     "classification": ("head", "head_kwargs", "annotations", "joint", "loss.dice", "loss.auxiliary"),
     "detection": (
         *("data.labels", "loss", "tta", "joint.max_class_share", "distill", "fuse", "data.download"),
-        *("data.crop_pct", "data.val_fraction"),
+        "data.crop_pct",
     ),
     "segmentation": (
         "data.labels",
@@ -27,6 +27,8 @@ FOREIGN = {
 """Options that a task has no use for."""
 INSTEAD_OF_JOINT = ("augment", "data.img_size", "data.eval_img_size", "data.interpolation", "data.crop_mode")
 """Those that classification has where the other tasks have joint."""
+FOR_ALL = ("augment.repeats",)
+"""What is of use to all tasks nevertheless."""
 
 
 class Rule(NamedTuple):
@@ -56,6 +58,21 @@ def _lacks_folder(config: TaskConfig, split: str) -> bool:
     )
 
 
+def _brings_validation(config: TaskConfig) -> bool:
+    """Whether the data say themselves which images are validated on."""
+    kind = _kind(config)
+    if kind != "folder":
+        return kind in ("torch", "hfds", "scenes")
+    if config.task == "detection":
+        from ..data.detection import find_layout
+
+        found = find_layout(config.data, config.data.val_split)
+        return found is not None and not found.whole
+    if config.data.labels:
+        return not any(Path(folder, config.data.labels).is_file() for folder in (config.data.root or "", ""))
+    return not _lacks_folder(config, config.data.val_split)
+
+
 def _is_coco(config: TaskConfig) -> bool:
     root = Path(config.data.root or "")
     files = (pattern for pattern in ("annotations/*.json", "*/_annotations.coco.json"))
@@ -81,14 +98,7 @@ RULES = (
     Rule(("data.train_split", "data.val_split"), lambda c: _kind(c) in ("digits", "scenes"), "without data.root"),
     Rule(("data.train_split",), lambda c: _lacks_folder(c, c.data.train_split), "to a data.root without that folder"),
     Rule(("data.val_split",), lambda c: _lacks_folder(c, c.data.val_split), "to a data.root without that folder"),
-    Rule(
-        ("data.val_fraction",),
-        lambda c: (
-            _kind(c) in ("torch", "hfds")
-            or (_kind(c) == "folder" and not c.data.labels and not _lacks_folder(c, c.data.val_split))
-        ),
-        "to data with a split to validate on",
-    ),
+    Rule(("data.val_fraction",), _brings_validation, "to data with a split to validate on"),
     Rule(("data.download",), lambda c: _kind(c) != "torch", "without a data.name of torch/"),
     Rule(
         tuple(f"annotations.{name}" for name in ("scene_size", "scene_objects", "scene_count", "fashion")),
@@ -184,7 +194,7 @@ def useless(config: TaskConfig, brought: TaskConfig) -> dict[str, str]:
     found = {}
     for name in (*FOREIGN[config.task], *others):
         hint = " (sizes and augmentation are options of joint)" if name in others else ""
-        found |= dict.fromkeys(given(config, brought, name), f"to {config.task}{hint}")
+        found |= {each: f"to {config.task}{hint}" for each in given(config, brought, name) if each not in FOR_ALL}
     for rule in RULES:
         for name in rule.options:
             if any(given(config, brought, name)) and rule.applies(config):

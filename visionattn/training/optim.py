@@ -5,7 +5,7 @@ import math
 from fnmatch import fnmatch
 
 import torch
-from timm.optim import create_optimizer_v2, list_optimizers
+from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
@@ -19,6 +19,10 @@ UNFIT = {
     "kron": "compiles for minutes at each shape of a weight, and draws what a resumed run cannot draw again",
 }
 """What the loop cannot serve, by the beginning of the name, and why."""
+
+
+UNFIT_OPTIONS = (ValueError, TypeError, ArithmeticError, LookupError, RuntimeError, ImportError, AssertionError)
+"""What optimizers raise for want of a GPU or a package, or of betas in their number and range."""
 
 
 def make_optimizer(
@@ -43,9 +47,11 @@ def make_optimizer(
     for prefix, why in UNFIT.items():
         if name.startswith(prefix):
             raise VisionattnError(f"optimizer {config.name} {why}: give another --optim.name")
+    takes = get_optimizer_info(name)
+    if config.betas is not None and takes.has_betas and len(config.betas) != takes.num_betas:
+        raise VisionattnError(f"optimizer {name} takes {takes.num_betas} betas: optim.betas has {len(config.betas)}")
     options = {"betas": config.betas, "eps": config.eps, "layer_decay": config.layer_decay}
-    # They check what they need (a GPU, a package, betas in their range) by assertions too.
-    with user_input(f"optimizer {config.name}", ValueError, TypeError, RuntimeError, ImportError, AssertionError):
+    with user_input(f"optimizer {config.name}", *UNFIT_OPTIONS):
         optimizer = create_optimizer_v2(
             model,
             config.name,

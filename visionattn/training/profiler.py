@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import torch
-import yaml
 
 from ..errors import VisionattnError
+from .yaml_text import read_file, resolved
 
 
 def check_window(window: str, last: int, resumed_at: int, folder: Path | None) -> None:
@@ -23,7 +23,10 @@ def check_window(window: str, last: int, resumed_at: int, folder: Path | None) -
     first, end = map(int, window.split("-"))
     if first >= last:
         raise VisionattnError(f"option profile is of no use: {window} is past the end, the run has {last} updates")
-    if folder and end <= resumed_at and yaml.safe_load((folder / "config.yaml").read_text()).get("profile") != window:
+    if folder is None or end > resumed_at:
+        return
+    began_with = read_file(folder / "config.yaml", f"cannot resume {folder}").get("profile")
+    if resolved(began_with) != window:
         raise VisionattnError(f"option profile is of no use: {window} is over, the run goes on at update {resumed_at}")
 
 
