@@ -9,6 +9,7 @@ import yaml
 
 import visionattn
 from visionattn.cli import main as visionattn_main
+from visionattn.data.datasets import load_datasets
 from visionattn.errors import VisionattnError
 from visionattn.training import yaml_text
 from visionattn.training.checkpoint import save_checkpoint
@@ -294,6 +295,16 @@ def test_names_that_are_no_text_are_told_and_written(tmp_path: Path, monkeypatch
     assert out.buffer.getvalue() == b"runs/caf\\udce9\n"
     ResultFile(tmp_path / "r.csv").add({"model": "m", "weights": "caf\udce9.safetensors"})
     assert (tmp_path / "r.csv").read_text() == "model,weights\nm,caf\\udce9.safetensors\n"
+
+
+@pytest.mark.parametrize("option", ["--data.root", "--config", "--resume"])
+def test_paths_that_no_system_has_are_one_line(option: str, monkeypatch, capsys):
+    def main(argv: list[str]) -> None:
+        load_datasets(parse_train([option, "x" * 5000])[0].data)
+
+    assert run(main) == 2
+    out, err = capsys.readouterr()
+    assert not out and err.startswith("error: cannot ") and err.count("\n") == 1, err
 
 
 def test_errors_of_scripts_are_one_line(monkeypatch, capsys):

@@ -109,6 +109,13 @@ def test_files_of_another_kind_are_told(tmp_path: Path, text: str, told: str):
     told_in_one_line(tmp_path, f"instances_train2017.json.*{told}|{told}.*instances_train2017.json")
 
 
+def test_a_name_that_no_system_has_is_told(tmp_path: Path):
+    changed(tmp_path, "images", "file_name", "x" * 300)
+    images = load(tmp_path)
+    with pytest.raises(VisionattnError, match="cannot read .*File name too long"):
+        images.load(0)
+
+
 def test_two_images_or_categories_of_one_id_are_told(tmp_path: Path):
     layouts.coco(tmp_path)
     content = json.loads((tmp_path / TRAIN).read_text())

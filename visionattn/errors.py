@@ -1,11 +1,14 @@
 """What visionattn raises when it was asked for something it cannot do. The message is one line."""
 
+import errno
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 
+UNUSABLE = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ELOOP)
+"""What the system says of paths that somebody gave, where there is nothing to be looked for."""
 LONGEST = 300
 """Characters that are shown of a name, a path or an address that somebody gave."""
 
@@ -125,6 +128,11 @@ def run(main: Callable[[list[str]], int | None]) -> int:
             return main(sys.argv[1:]) or 0
     except VisionattnError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in UNUSABLE or error.filename is None:
+            raise
+        print(f"error: cannot use {shortened(error.filename)}: {error.strerror}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

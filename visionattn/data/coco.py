@@ -1,6 +1,7 @@
 """COCO's JSON, as COCO publishes it and as Roboflow, CVAT, Label Studio and others export it."""
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
@@ -165,7 +166,7 @@ def _paths(images: list[dict[str, Any]], root: Path, file: Path, split: str) -> 
     folders = [file.parent, *named, root / "images", root, root / "data"]
     plain = [image["file_name"] for image in images if is_plain(image["file_name"])]
     few = [(folder, name) for name in plain[:20] for folder in folders]
-    folder = next((folder for folder, name in few if (folder / name).is_file()), None)
+    folder = next((folder for folder, name in few if os.path.isfile(folder / name)), None)
     paths, meant = [], {}
     for image in images:
         name = image["file_name"]
