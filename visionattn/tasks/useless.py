@@ -3,6 +3,7 @@
 Only what was given counts: options that a checkpoint or the run to resume brings along may be of no use now.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -49,10 +50,11 @@ def _kind(config: TaskConfig) -> str:
 
 
 def _lacks_folder(config: TaskConfig, split: str) -> bool:
-    """Whether the classes' folders are not in a folder of the split."""
+    """Whether the folder of the data, if it is there, has none of the split."""
     from ..data.annotations import split_names
 
     is_folder = config.task == "classification" and _kind(config) == "folder" and not config.data.labels
+    is_folder = is_folder and os.path.isdir(config.data.root or "")  # one that is not there is told where it is opened
     return is_folder and not any(
         Path(config.data.root or "", name).is_dir() for name in split_names(config.data, split)
     )
@@ -63,6 +65,8 @@ def _brings_validation(config: TaskConfig) -> bool:
     kind = _kind(config)
     if kind != "folder":
         return kind in ("torch", "hfds", "scenes")
+    if not os.path.isdir(config.data.root or ""):
+        return False
     if config.task == "detection":
         from ..data.detection import find_layout
 
