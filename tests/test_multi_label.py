@@ -94,6 +94,8 @@ def test_a_column_or_the_folders_tell_the_splits(tmp_path: Path):
         [("0.png", ["dog", "cat"]), ("2.png", ["cat"])],
         [("1.png", [])],
     ]
+    for part in (load_labelled(config)[1], load_labelled_validation(config)):
+        assert len(part) == len(part.source)  # validate.py tells no share of data.val_fraction
     save(tmp_path / "two" / "train", BLANK, FLAGS, "_classes.csv")
     save(tmp_path / "two" / "valid", BLANK, [["file", "cat", "dog"], ["2.png", "1", "0"]], "_classes.csv")
     config = DataConfig(root=str(tmp_path / "two"), labels="_classes.csv")

@@ -153,7 +153,11 @@ def _load_tables(config: DataConfig, only_validation: bool = False) -> tuple[Ima
     for split, part in ((config.train_split, stay), (config.val_split, held_out)):
         if not part and not (only_validation and split == config.train_split):
             raise VisionattnError(f"{table.path} leaves no images for the split {split}")
-    return replace(images, indices=stay), replace(images, indices=held_out)
+    if not any(table.splits):
+        return replace(images, indices=stay), replace(images, indices=held_out)
+    # A split of its own, not a part that data.val_fraction chose, which is what a part of a source says.
+    val = replace(table, paths=[table.paths[i] for i in held_out], labels=[table.labels[i] for i in held_out])
+    return replace(images, indices=stay), _image_set(val, table.classes)
 
 
 def _image_set(table: _Table, classes: list[str]) -> ImageSet:
