@@ -3,13 +3,18 @@
 import inspect
 import math
 import reprlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from .errors import UnknownArgumentError
+from .errors import UnknownArgumentError, VisionattnError
+from .files import one_line
+
+UNFIT = (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError)
+"""What layers raise that are asked for what cannot be: 0 heads, or other numbers of stages than of dilations."""
 
 
 @cache
@@ -116,6 +121,23 @@ def check_values(arguments: Mapping[str, Any], function: Callable, told: Callabl
     for name, value in arguments.items():
         if name in types and not fits(value, types[name]):
             raise UnknownArgumentError(f"{told(name)} as {describe(types[name])}, got {reprlib.repr(value)}")
+
+
+@contextmanager
+def made_with(name: str, arguments: Mapping[str, Any]) -> Iterator[None]:
+    """Makes one line of what layers raise that do not go together.
+
+    Args:
+        name: of what is made.
+        arguments: that somebody chose for it.
+    """
+    try:
+        yield
+    except VisionattnError:
+        raise
+    except UNFIT as e:
+        told = ", ".join(f"{key}={reprlib.repr(value)}" for key, value in arguments.items())
+        raise VisionattnError(f"{name} cannot be made with {told or 'its arguments'} ({one_line(e)})") from e
 
 
 def describe(hint: Any) -> str:

@@ -1,5 +1,6 @@
 """Creating models: by names, by files and by repositories."""
 
+import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -16,7 +17,11 @@ FILE_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt")
 
 
 def create_model(
-    name: str, pretrained: bool | None = None, checkpoint_path: str = "", checkpoint_prefix: str = "", **kwargs
+    name: str | os.PathLike,
+    pretrained: bool | None = None,
+    checkpoint_path: str = "",
+    checkpoint_prefix: str = "",
+    **kwargs,
 ) -> nn.Module:
     """Create a model.
 
@@ -51,7 +56,7 @@ def create_model(
     """
     if checkpoint_prefix and not checkpoint_path:
         raise UnknownArgumentError("checkpoint_prefix chooses from what checkpoint_path holds: give both")
-    if not is_place(name):
+    if not is_place(name := os.fspath(name)):
         base, tag, entry = find(name)
         if tag:
             kwargs["pretrained_cfg"] = tagged(base, tag, entry.cfgs)

@@ -16,7 +16,7 @@ from timm.models import PretrainedCfg, build_model_with_cfg, generate_default_cf
 from timm.models import register_model as register_with_timm
 from torch import nn
 
-from .arguments import check_values, hints, with_meaning
+from .arguments import check_values, hints, made_with, with_meaning
 from .backbone import Backbone, Isotropic
 from .download import HUB, fetch
 from .errors import UnknownArgumentError, UnknownModelError, VisionattnError, check_arguments
@@ -285,9 +285,11 @@ def _builder(
         feature_cfg |= {key: kwargs.pop(key) for key in FEATURE_ARGUMENTS & kwargs.keys()}
         feature_cfg["feature_cls"] = extractor_class(feature_cfg["feature_cls"])
         output_stride = kwargs.pop("output_stride", None)
+        chosen = set(kwargs)
 
         def construct(**kwargs) -> nn.Module:
-            model = cls(**kwargs)
+            with made_with(name, {key: value for key, value in kwargs.items() if key in chosen}):
+                model = cls(**kwargs)
             model.pretrained_cfg = cfg
             model.check.name = name
             if output_stride is not None:

@@ -17,7 +17,7 @@ from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxPool, LastLevelP6P7
 from torchvision.ops.poolers import initLevelMapper
 
-from ..arguments import check_values
+from ..arguments import check_values, made_with
 from ..errors import VisionattnError, check_arguments
 from ..layers.norm import allow_single_values
 from .features import STRIDES, FeatureMaps, OverBackbone, by_size, create_feature_maps
@@ -216,6 +216,8 @@ def create_detector(
     sizes = tuple(anchor_sizes or spec.anchor_sizes)
     if len(sizes) != len(spec.anchor_sizes):
         raise VisionattnError(f"expected anchor_sizes of {len(spec.anchor_sizes)} levels, got {len(sizes)}")
+    if fpn_channels < 1:
+        raise VisionattnError(f"expected fpn_channels from 1 up, got {fpn_channels}")
     if head == "fcos" and (fpn_channels % 32 or fpn_channels == 32):  # its norms have 32 groups
         raise VisionattnError(f"expected fpn_channels of 64, 96, 128, ... for fcos, got {fpn_channels}")
     anchors = Anchors(
@@ -223,18 +225,19 @@ def create_detector(
         (spec.aspect_ratios,) * len(sizes),
     )
     maps = create_feature_maps(backbone, pretrained_backbone, backbone_kwargs, spec.strides)
-    if head == "retinanet":
-        extra: ExtraFPNBlock = LastLevelP6P7(maps.channels[-1], fpn_channels)  # from the backbone, as published
-    elif head == "fcos":
-        extra = LastLevelP6P7(fpn_channels, fpn_channels)
-    else:
-        extra = LastLevelMaxPool()
     options = {spec.anchor_argument: anchors, "image_mean": [0.0], "image_std": [1.0]} | kwargs
     classes = num_classes + spec.model.offset
-    model = spec.model(PyramidBackbone(maps, fpn_channels, extra), classes, **options)
-    if head == "mask_rcnn":  # torchvision's has 256 channels whatever the pyramid's
-        model.roi_heads.mask_head = MaskRCNNHeads(fpn_channels, (fpn_channels,) * 4, dilation=1)
-        model.roi_heads.mask_predictor = MaskRCNNPredictor(fpn_channels, fpn_channels, classes)
+    with made_with(head, own | kwargs):
+        if head == "retinanet":
+            extra: ExtraFPNBlock = LastLevelP6P7(maps.channels[-1], fpn_channels)  # from the backbone, as published
+        elif head == "fcos":
+            extra = LastLevelP6P7(fpn_channels, fpn_channels)
+        else:
+            extra = LastLevelMaxPool()
+        model = spec.model(PyramidBackbone(maps, fpn_channels, extra), classes, **options)
+        if head == "mask_rcnn":  # torchvision's has 256 channels whatever the pyramid's
+            model.roi_heads.mask_head = MaskRCNNHeads(fpn_channels, (fpn_channels,) * 4, dilation=1)
+            model.roi_heads.mask_predictor = MaskRCNNPredictor(fpn_channels, fpn_channels, classes)
     for name, module in model.named_modules():
         if isinstance(module, MultiScaleRoIAlign):
             _set_scales(module)

@@ -1,6 +1,7 @@
 """Maps of several resolutions from any backbone, and what a model over a backbone passes on to it."""
 
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -106,7 +107,7 @@ class FeatureMaps(nn.Module):
 
 
 def create_feature_maps(
-    name: str, pretrained: bool | None, kwargs: dict[str, Any] | None, strides: Sequence[int]
+    name: str | os.PathLike, pretrained: bool | None, kwargs: dict[str, Any] | None, strides: Sequence[int]
 ) -> FeatureMaps:
     """`FeatureMaps` of a backbone by name.
 
@@ -119,7 +120,7 @@ def create_feature_maps(
     Raises:
         VisionattnError: if there is no such backbone, or it has no such maps.
     """
-    kwargs = dict(kwargs or {})
+    name, kwargs = os.fspath(name), dict(kwargs or {})
     if headed := sorted({"num_classes", "features_only", "out_indices"} & kwargs.keys()):
         raise UnknownArgumentError(f"{name} as a backbone takes no {', '.join(headed)}")
     checkpoint, prefix, load = kwargs.pop("checkpoint_path", None), kwargs.pop("checkpoint_prefix", ""), None

@@ -9,9 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import Conv2dNormActivation
 
-from ..arguments import check_values
+from ..arguments import check_values, made_with
 from ..errors import VisionattnError, check_arguments, optional
-from ..files import one_line
 from ..layers.norm import allow_single_values
 from .features import STRIDES, FeatureMaps, OverBackbone, create_feature_maps
 
@@ -128,10 +127,8 @@ def create_segmenter(
         check_values(given, takes, lambda argument: f"{head} takes {argument}")
     encoder = create_feature_maps(backbone, pretrained_backbone, backbone_kwargs, STRIDES)
     options = {name: parameters[name].default for name in accepted} | spec.options | kwargs
-    try:
+    with made_with(head, kwargs):
         decoder = spec.decoder([encoder.backbone.in_chans, 0, *encoder.channels], **options)
-    except (ValueError, TypeError) as e:  # of layers that cannot have such widths
-        raise VisionattnError(f"{head} with {kwargs}: {one_line(e)}") from e
     if head == "upernet":
         decoder.feature_norms = nn.ModuleList(nn.Identity() for _ in STRIDES)  # the backbone has those of its paper
     model = Segmenter(encoder, decoder, spec.channels(options), spec.stride, num_classes, auxiliary)

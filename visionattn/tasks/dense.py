@@ -41,7 +41,7 @@ class DenseTask(Task):
             **config.head_kwargs,
         )
         if config.checkpoint:
-            load_over(model, config.checkpoint)
+            load_over(model, config.checkpoint, config.model_kwargs.get("checkpoint_prefix", ""))
         return model
 
     def describe(self, num_classes: int) -> dict[str, Any]:

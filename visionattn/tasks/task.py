@@ -5,7 +5,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from PIL import Image
@@ -15,6 +15,7 @@ from ..create import describe_place, is_place
 from ..data.datasets import ImageSet
 from ..data.loader import Collate
 from ..entries import EXECUTION
+from ..errors import VisionattnError
 from ..registry import find
 from .config import TaskConfig
 
@@ -73,13 +74,24 @@ class Task(ABC):
     Attributes:
         metric: Name of the metric that says which epoch is best.
         shown: Names of the metrics for which a line on the screen has room.
+        otherwise: Arguments of `create_model` that options of other names stand for, or none, and what to do.
     """
 
     metric: str
     shown: tuple[str, ...]
+    otherwise: ClassVar[dict[str, str]] = {
+        "name": "give --model",
+        "pretrained": "give --pretrained",
+        "features_only": "a task takes the whole model",
+        "start": "give --checkpoint",
+        "device": "accelerate says where it runs",
+        "dtype": "give --precision",
+    }
 
     def __init__(self, config: TaskConfig) -> None:
         self.config = config
+        for key in config.model_kwargs.keys() & self.otherwise.keys():
+            raise VisionattnError(f"model_kwargs.{key} is no way to say that: {self.otherwise[key]}")
 
     @cached_property
     def made(self) -> tuple[str, dict[str, Any]]:

@@ -139,11 +139,13 @@ def validate(config: ValidateConfig, output: ResultFile | None = None) -> dict[s
     named = not config.checkpoint and is_place(config.model)
     if named and (of := describe_place(config.model, weights=False).task) != "classification":
         raise VisionattnError(f"{config.model} is of {of}: give it as --checkpoint")
-    task = make_task(replace(config, checkpoint=""))
+    kwargs = dict(config.model_kwargs)
+    prefix = kwargs.pop("checkpoint_prefix", "") if config.checkpoint else ""
+    task = make_task(replace(config, checkpoint="", model_kwargs=kwargs))
     images = task.load_validation(classes)
     model = task.create_model(None if config.task == "classification" else len(images.classes))
     if config.checkpoint:
-        load_checkpoint(model, config.checkpoint)
+        load_checkpoint(model, config.checkpoint, prefix)
     elif named:
         classes = model.pretrained_cfg.get("label_names")
     parameters = sum(p.numel() for p in model.parameters())

@@ -1,0 +1,84 @@
+"""Arguments that cannot be met together, or that a script takes under another name: one line each."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import visionattn
+from visionattn.errors import VisionattnError
+from visionattn.files import DESCRIPTION, write_checkpoint
+from visionattn.tasks import make_task
+from visionattn.training.config import parse_train, parse_validate
+from visionattn.training.evaluation import options_of, validate
+
+
+@pytest.mark.parametrize(
+    "name, kwargs",
+    [
+        ("test_dinat", {"depths": (3, 3, 3, 3)}),
+        ("test_dinat", {"num_heads": None}),
+        ("test_halonet", {"num_heads": 0}),
+        ("test_van", {"embed_dims": (0, 0, 0, 0)}),
+        ("test_davit", {"embed_dims": (8, 8)}),
+        ("test_illama", {"num_heads": 5}),
+        ("test_convit", {"patch_size": 0}),
+        ("test_hornet", {"base_dim": -8}),
+    ],
+)
+def test_arguments_that_do_not_go_together(name, kwargs):
+    key = next(iter(kwargs))
+    with pytest.raises(VisionattnError, match=rf"^{name} cannot be made with {key}=.*, num_classes=3 \("):
+        visionattn.create_model(name, **kwargs, num_classes=3)
+    with pytest.raises(VisionattnError, match=rf"^{name} cannot be made with {key}="):
+        visionattn.create_detector(name, "fcos", 3, backbone_kwargs=kwargs)
+
+
+@pytest.mark.parametrize("head", ["fcos", "faster_rcnn"])
+def test_pyramids_have_channels(head):
+    with pytest.raises(VisionattnError, match="fpn_channels from 1 up, got 0"):
+        visionattn.create_detector("test_van", head, 3, fpn_channels=0)
+
+
+@pytest.mark.parametrize(
+    "key, told",
+    [
+        ("name", "--model"),
+        ("pretrained", "--pretrained"),
+        ("features_only", "the whole model"),
+        ("checkpoint_path", "--checkpoint"),
+        ("device", "accelerate"),
+        ("dtype", "--precision"),
+    ],
+)
+def test_arguments_that_options_stand_for(key, told):
+    with pytest.raises(VisionattnError, match=rf"^model_kwargs\.{key} .*{told}"):
+        make_task(parse_train(["--model_kwargs", f'{{"{key}": "1"}}'])[0])
+
+
+def test_scripts_choose_among_the_weights_of_a_file(tmp_path):
+    student, teacher = (visionattn.create_model("test_van", num_classes=10).state_dict() for _ in range(2))
+    path = tmp_path / "both.pth"
+    torch.save({"student": student, "teacher": teacher}, path)
+    options = ["--model", "test_van", "--checkpoint", str(path), "--model_kwargs.checkpoint_prefix"]
+    for task, rest in (("classification", []), ("segmentation", ["--head", "fpn"])):
+        for prefix, weights in (("student", student), ("teacher", teacher)):
+            task_of = make_task(parse_train(["--task", task, *rest, *options, prefix])[0])
+            model = task_of.create_model(10)
+            assert torch.equal(getattr(model, "inner", model).stem.proj.weight, weights["stem.proj.weight"])
+            assert task_of.made == ("test_van", {})
+    figures = [
+        validate(parse_validate([*options, prefix, "--model_kwargs.num_classes", "10"], options_of))["loss"]
+        for prefix in ("student", "teacher")
+    ]
+    assert figures[0] != figures[1]
+
+
+def test_files_may_be_given_as_paths(tmp_path):
+    model = visionattn.create_model("test_van", num_classes=3)
+    header = {DESCRIPTION: json.dumps({"model": "test_van", "model_kwargs": {"num_classes": 3}})}
+    write_checkpoint(path := Path(tmp_path, "w.safetensors"), model.state_dict(), header)
+    assert torch.equal(visionattn.create_model(path).head.weight, model.head.weight)
+    detector = visionattn.create_detector(path, "fcos", 2, fpn_channels=64)
+    assert torch.equal(detector.inner.stem.proj.weight, model.stem.proj.weight)
