@@ -82,3 +82,15 @@ def test_files_may_be_given_as_paths(tmp_path):
     assert torch.equal(visionattn.create_model(path).head.weight, model.head.weight)
     detector = visionattn.create_detector(path, "fcos", 2, fpn_channels=64)
     assert torch.equal(detector.inner.stem.proj.weight, model.stem.proj.weight)
+
+
+def test_headers_ask_for_images_that_can_be_made(tmp_path):
+    model = visionattn.create_model("test_van", num_classes=10)
+    header = {
+        "model": "test_van",
+        "model_kwargs": {"num_classes": 10},
+        "data": {"name": "digits", "img_size": 2**14 - 1},
+    }
+    write_checkpoint(path := tmp_path / "w.safetensors", model.state_dict(), {DESCRIPTION: json.dumps(header)})
+    with pytest.raises(VisionattnError, match="entry data.img_size is 16383, more than its tensors allow"):
+        parse_validate(["--checkpoint", str(path)], options_of)

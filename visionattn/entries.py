@@ -23,7 +23,9 @@ EXECUTION = {
 SOURCES = ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source")
 """Entries of timm's configuration that say where weights are, and no repository's business."""
 LARGEST = 2**14
-"""Pixels of an image's side, and anything else that is counted, where the tensors of a file allow no more."""
+"""Anything that is counted, where the tensors of a file allow no more."""
+LONGEST_SIDE = 2**13
+"""Pixels of an image's side: Pillow takes the square of twice that for a bomb."""
 MOST, MOST_ROWS, MOST_TENSORS = 2**33, 2**20, 50_000
 """Elements of the parameters of a model, of a side of one of these, and such parameters, where no tensors tell."""
 DEEPEST = 32
@@ -161,7 +163,7 @@ def _check_options(entries: Mapping[str, Any], place: str) -> None:
                 expected = describe(types[key])
                 raise VisionattnError(f"{place}: entry {group}.{key}: expected {expected}, got {_shown(value)}")
             if "size" in key and "batch" not in key or key == "crop":
-                check_sizes(value, f"{place}: entry {group}.{key}", LARGEST)
+                check_sizes(value, f"{place}: entry {group}.{key}", LONGEST_SIDE)
 
 
 def check_types(entries: Mapping[str, Any], types: Mapping[str, Any], place: str, prefix: str = "") -> None:
@@ -196,7 +198,7 @@ def check_preparation(entries: Mapping[str, Any], place: str, prefix: str) -> No
     check_types(stated, PREPARATION, place, prefix)
     for key, value in stated.items():
         if key.endswith(("_size", "num_classes")):
-            check_sizes(value, f"{place}: entry {prefix}{key}", LARGEST if key.endswith("_size") else MOST_ROWS)
+            check_sizes(value, f"{place}: entry {prefix}{key}", LONGEST_SIDE if key.endswith("_size") else MOST_ROWS)
         if (key.endswith("_pct") and value <= 0) or (key == "std" and min(value, default=0) <= 0):
             raise VisionattnError(f"{place}: entry {prefix}{key}: expected what is above 0, got {_shown(value)}")
         if key == "input_size" and min(value) < 1:
