@@ -70,14 +70,14 @@ def no_grad(model):
     return call
 
 
+@pytest.mark.parametrize("calls", [64, pytest.param(1000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("make, name", MODELS)
-def test_threads_get_what_one_thread_gets(make, name):
-    """18 models, 64 calls each."""
+def test_threads_get_what_one_thread_gets(make, name, calls):
     model = make(name).eval()
     images = [torch.randn(1, 3, *size) for size in ((32, 64), (64, 32), (64, 64), (32, 64), (33, 47), (64, 32))]
     call = no_grad(model)
     expected = [call(image) for image in images]
-    chosen = [i % len(images) for i in range(64)]
+    chosen = [i % len(images) for i in range(calls)]
     for i, found in zip(chosen, in_threads(call, [images[i] for i in chosen]), strict=True):
         torch.testing.assert_close(found, expected[i], rtol=0, atol=0)
 

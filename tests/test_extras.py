@@ -29,8 +29,10 @@ sys.path.insert(0, str(root))
 import train, validate
 
 def script(module, *argv):
-    sys.argv = ["script", *argv]
-    return lambda: run(module.main)
+    def made():
+        sys.argv = ["script", *argv]
+        return run(module.main)
+    return made
 
 def call(name, *arguments):
     def made():

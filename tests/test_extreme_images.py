@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 import visionattn
@@ -120,15 +119,17 @@ def test_images_and_their_annotations_of_any_shape_are_cheap(shape: tuple[int, i
         tracemalloc.stop()
 
 
-def test_ordinary_images_draw_as_ever_with_detr_crops():
-    """The step that bounds the resizing draws no more and no other numbers than albumentations' own."""
+def test_ordinary_images_draw_as_ever():
+    """The steps that bound the resizing draw no more and no other numbers than albumentations' own."""
     import albumentations as A
 
-    from visionattn.data.joint import RESAMPLING, _Shorter
+    from visionattn.data.joint import RESAMPLING, _Scale, _Shorter
 
-    image, seen = np.asarray(noise((90, 70))), []
-    for kind in (_Shorter, A.SmallestMaxSize):
-        steps = A.Compose([kind([40, 50, 60], **RESAMPLING), A.HorizontalFlip(p=0.5)], seed=3)
-        seen.append([steps(image=image)["image"] for _ in range(6)])
-    assert all(np.array_equal(a, b) for a, b in zip(*seen, strict=True))
-    assert torch.tensor([a.shape[0] for a in seen[0]]).unique().numel() > 1
+    image = np.asarray(noise((90, 70)))
+    for ours, theirs, size in ((_Shorter, A.SmallestMaxSize, [40, 50, 60]), (_Scale, A.RandomScale, (-0.5, 1.0))):
+        seen = []
+        for kind in (ours, theirs):
+            steps = A.Compose([kind(size, **RESAMPLING, p=1), A.HorizontalFlip(p=0.5)], seed=3)
+            seen.append([steps(image=image)["image"] for _ in range(6)])
+        assert all(np.array_equal(a, b) for a, b in zip(*seen, strict=True))
+        assert len({a.shape for a in seen[0]}) > 1

@@ -38,7 +38,11 @@ class Everything(nn.Module):
         return self.model.forward_head(final), maps[0], maps[-1]
 
 
-@pytest.mark.parametrize("name", TESTS)
+QUICK = ("test_convit", "test_dinat", "test_focalnet", "test_illama", "test_patnet", "test_van")
+"""An export takes seconds; the layers of the other families are exported alone, below."""
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in TESTS])
 def test_onnx(name, tmp_path):
     runtime = pytest.importorskip("onnxruntime")
     torch.manual_seed(0)
