@@ -323,3 +323,10 @@ def test_errors_of_scripts_are_one_line(monkeypatch, capsys):
         assert visionattn_main(argv) == 2
         out, err = capsys.readouterr()
         assert not out and err.startswith("error: ") and err.count("\n") == 1 and err.strip().isprintable(), err
+
+
+def test_help_tells_what_compiling_many_sizes_does(capsys):
+    with pytest.raises(SystemExit):
+        parse_train(["--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert "torch goes on uncompiled (torch._dynamo.config.recompile_limit)" in told

@@ -163,7 +163,7 @@ def test_kill_leaves_loadable_checkpoints(tmp_path: Path):
         [*command, "--save_every", "1"], stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
     last = tmp_path / "test_dinat-digits" / "checkpoints" / "last.safetensors"
-    deadline = time.time() + 60
+    deadline = time.time() + 300
     while not (last.exists() and read_training_state(last)["epoch"]) and time.time() < deadline:
         time.sleep(0.1)
     process.send_signal(signal.SIGKILL)
@@ -343,7 +343,10 @@ def test_unreadable_image_stops_the_script_in_one_line(tmp_path: Path):
     done = script("train.py", "--data.root", str(tmp_path / "images"), *output)
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: cannot read {broken}") and done.stderr.count("\n") == 1, done.stderr
-    assert tree(tmp_path) == before and not list((tmp_path / "runs").iterdir())
+    (folder,) = (tmp_path / "runs").iterdir()  # it is one to validate on: what was trained until then is kept
+    assert read_training_state(folder / "checkpoints" / "last.safetensors")["counted"] > 0
+    after = tree(tmp_path)
+    assert {path: after[path] for path in before} == before
 
 
 def test_diverging_loss_stops_the_run(tmp_path: Path):
