@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 
 import visionattn
 from visionattn.errors import VisionattnError
+from visionattn.files import write_checkpoint
 from visionattn.weights import convert_state_dict, load_checkpoint, read_checkpoint
 
 TESTS = visionattn.list_models("test_*")
@@ -96,6 +97,20 @@ def test_a_header_whose_length_looks_like_a_pickle(tmp_path, length):
             break
     assert found == length
     assert torch.equal(read_checkpoint(path)[0]["w"], torch.ones(2))
+
+
+def test_a_file_that_a_run_replaces_while_it_is_read(tmp_path, monkeypatch):
+    path, newer, from_file = tmp_path / "last.safetensors", tmp_path / "new", torch.UntypedStorage.from_file
+    for name, epoch in ((path, 1), (newer, 2)):
+        write_checkpoint(name, {"w": torch.full((9,), float(epoch))}, {"epoch": str(epoch)})
+
+    def replaced_first(name, *args, **kwargs):  # safetensors has read the header and comes for the tensors
+        newer.replace(path)
+        return from_file(name, *args, **kwargs)
+
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", replaced_first)
+    tensors, metadata = read_checkpoint(path)
+    assert not newer.exists() and metadata == {"epoch": "1"} and torch.equal(tensors["w"], torch.full((9,), 1.0))
 
 
 class Malicious:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -61,9 +62,9 @@ def read_checkpoint(path: str | PathLike) -> tuple[dict[str, Tensor], dict[str, 
             head = file.read(9)  # of safetensors: the length of a JSON header, and its brace
             pickled = head[:1] in (b"P", b"\x80") and head[8:] != b"{"
             header = int.from_bytes(head[:8], "little")
-            if not pickled and head[8:] == b"{" and MOST_HEADER < header < path.stat().st_size:
+            if not pickled and head[8:] == b"{" and MOST_HEADER < header < os.fstat(file.fileno()).st_size:
                 raise VisionattnError(f"is refused: its header of {header} bytes is longer than {MOST_HEADER}")
-            content, metadata = (read_pickled(file), {}) if pickled else _read_safetensors(path)
+            content, metadata = (read_pickled(file), {}) if pickled else _read_safetensors(file)
     except VisionattnError as e:
         raise VisionattnError(f"checkpoint {path} {e}") from e
     except Exception as e:  # damaged bytes cause whatever they like
@@ -116,13 +117,14 @@ def _read_parts(path: Path) -> dict[str, Tensor]:
     return {key: tensors[key] for key in parts}
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _read_safetensors(file: BinaryIO) -> tuple[dict[str, Tensor], dict[str, str]]:
+    opened = f"/dev/fd/{file.fileno()}"  # safetensors opens it twice: its name may be another file by then
     try:
-        with safe_open(path, framework="pt") as file:
-            if len(keys := file.keys()) > MOST_TENSORS:
+        with safe_open(opened if os.path.exists(opened) else file.name, framework="pt") as content:
+            if len(keys := content.keys()) > MOST_TENSORS:
                 raise VisionattnError(f"is refused: it has {len(keys)} tensors, more than {MOST_TENSORS}")
-            tensors = {key: file.get_tensor(key) for key in keys}
-            metadata = file.metadata() or {}
+            tensors = {key: content.get_tensor(key) for key in keys}
+            metadata = content.metadata() or {}
     except SafetensorError as e:
         raise VisionattnError(f"is damaged, or neither safetensors nor of torch.save ({one_line(e)})") from e
     expected = metadata.pop(CONTENT_HASH, None)
