@@ -21,7 +21,7 @@ from sklearn.datasets import load_sample_images
 from timm.data import create_dataset, create_loader
 
 from visionattn.data.config import AugmentConfig, DataConfig
-from visionattn.data.datasets import load_validation
+from visionattn.data.images import load_validation
 from visionattn.data.loader import TrainSampler, read_batches, train_loader
 from visionattn.data.transforms import OnImage, train_transform
 

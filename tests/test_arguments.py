@@ -8,10 +8,10 @@ import torch
 
 import visionattn
 from visionattn.errors import VisionattnError
-from visionattn.files import DESCRIPTION, write_checkpoint
 from visionattn.tasks import make_task
 from visionattn.training.config import parse_train, parse_validate
 from visionattn.training.evaluation import options_of, validate
+from visionattn.weights.files import DESCRIPTION, write_checkpoint
 
 
 @pytest.mark.parametrize(

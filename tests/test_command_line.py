@@ -9,7 +9,7 @@ import yaml
 
 import visionattn
 from visionattn.cli import main as visionattn_main
-from visionattn.data.datasets import load_datasets
+from visionattn.data.images import load_datasets
 from visionattn.errors import VisionattnError
 from visionattn.training import yaml_text
 from visionattn.training.checkpoint import save_checkpoint

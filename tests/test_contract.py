@@ -12,7 +12,9 @@ from timm.layers.format import get_channel_dim, get_spatial_dim, nchw_to
 from timm.optim import param_groups_layer_decay
 
 import visionattn
-from visionattn.backbone import FORMATS, POOLS, Hierarchical, Isotropic
+from visionattn.backbone import Hierarchical, Isotropic
+from visionattn.backbone.base import FORMATS
+from visionattn.backbone.hierarchical import POOLS
 from visionattn.errors import UnknownArgumentError, VisionattnError
 from visionattn.registry import timm_name
 

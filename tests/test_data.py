@@ -15,7 +15,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from visionattn.data.config import AugmentConfig, DataConfig
-from visionattn.data.datasets import ImageSet, load_datasets, load_validation, stratified_split
+from visionattn.data.images import ImageSet, load_datasets, load_validation, stratified_split
 from visionattn.data.loader import Batch, TrainSampler, eval_loader, read_batches, train_loader
 from visionattn.data.transforms import OnImage, eval_transform, train_transform
 from visionattn.errors import VisionattnError
@@ -442,7 +442,7 @@ def test_label_spaces_must_agree(monkeypatch, classes: list[str], targets: list[
     def create_dataset(name: str, split: str, **kwargs) -> Dataset:
         return Dataset(["cat", "dog"], [0, 1]) if split == "train" else Dataset(classes, targets)
 
-    monkeypatch.setattr("visionattn.data.datasets.create_dataset", create_dataset)
+    monkeypatch.setattr("visionattn.data.images.create_dataset", create_dataset)
     with pytest.raises(VisionattnError, match=message):
         load_datasets(DataConfig(name="torch/cifar10", root="."))
 

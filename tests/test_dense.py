@@ -13,7 +13,7 @@ from torchvision.models import detection
 
 import visionattn
 from visionattn.errors import UnknownArgumentError, VisionattnError
-from visionattn.weights import load_pretrained
+from visionattn.weights.layouts import load_pretrained
 
 smp = pytest.importorskip("segmentation_models_pytorch")
 

@@ -11,13 +11,13 @@ from safetensors.torch import save_file
 
 import visionattn
 from visionattn.cli import main as command
-from visionattn.description import describe_file
 from visionattn.errors import VisionattnError
-from visionattn.files import DESCRIPTION, write_checkpoint
 from visionattn.training.checkpoint import read_training_state, save_checkpoint
 from visionattn.training.config import parse_train, parse_validate
 from visionattn.training.evaluation import options_of, validate
 from visionattn.training.trainer import Trainer, train
+from visionattn.weights.description import describe_file
+from visionattn.weights.files import DESCRIPTION, write_checkpoint
 
 GOOD = {"model": "test_van", "model_kwargs": {"num_classes": 10}}
 QUICK = ["--epochs", "1", "--data.batch_size", "256", "--data.num_workers", "0", "--augment.mixup", "0"]
@@ -181,9 +181,10 @@ def test_repositories_are_checked_too(tmp_path, van, nothing_is_made, monkeypatc
     text = config if isinstance(config, str) else json.dumps(known | config)
     (tmp_path / "config.json").write_text(text)
     save_file(van.state_dict(), tmp_path / "model.safetensors")
-    monkeypatch.setattr("visionattn.description.check_hub", lambda: None)
-    monkeypatch.setattr("visionattn.description.download_from_hf", lambda *args, **kwargs: tmp_path / "config.json")
-    monkeypatch.setattr("visionattn.description.fetch", lambda *args, **kwargs: tmp_path / "model.safetensors")
+    description = "visionattn.weights.description"
+    monkeypatch.setattr(f"{description}.check_hub", lambda: None)
+    monkeypatch.setattr(f"{description}.download_from_hf", lambda *args, **kwargs: tmp_path / "config.json")
+    monkeypatch.setattr(f"{description}.fetch", lambda *args, **kwargs: tmp_path / "model.safetensors")
     for place in (f"local-dir:{tmp_path}", "hf-hub:me/model"):
         with pytest.raises(VisionattnError) as error:
             visionattn.create_model(place)

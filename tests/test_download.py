@@ -23,12 +23,12 @@ from safetensors.torch import save
 import visionattn
 from visionattn import registry
 from visionattn.cli import main
-from visionattn.download import HUB, MIRROR, fetch
 from visionattn.errors import VisionattnError
 from visionattn.models.van import VAN
+from visionattn.publish import convert_file, push
 from visionattn.registry import Family, Variant, Weights, register_family
-from visionattn.sharing import convert_file, push
 from visionattn.weights import load_checkpoint
+from visionattn.weights.download import HUB, MIRROR, fetch
 
 NAME = "test_van"
 
@@ -290,12 +290,12 @@ def deaf():
 
 
 def test_who_does_not_answer_is_asked_once(server, deaf, weights, cache, monkeypatch):
-    monkeypatch.setattr("visionattn.download.PATIENCE", 0.2)
+    monkeypatch.setattr("visionattn.weights.download.PATIENCE", 0.2)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", deaf)
     asked = Counter()
     request = get_session().request
     monkeypatch.setattr(
-        "visionattn.download.get_session",
+        "visionattn.weights.download.get_session",
         lambda: SimpleNamespace(
             request=lambda m, url, **kw: (asked.update([urlsplit(url).netloc]), request(m, url, **kw))[1]
         ),
@@ -422,7 +422,7 @@ def test_a_full_disk(server, cache, monkeypatch):
         file.write(b"PK")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("visionattn.download.http_get", write_part)
+    monkeypatch.setattr("visionattn.weights.download.http_get", write_part)
     with pytest.raises(VisionattnError, match="cannot fetch w: .*No space left on device"):
         fetch(["w"], [f"{server.url}/plain/w.pth"], "w")
     assert listing(cache) == []
@@ -436,7 +436,7 @@ def test_a_read_only_cache(server, weights, cache, monkeypatch):
     def refuse(path: Path) -> None:
         raise OSError(errno.EROFS, "Read-only file system")
 
-    monkeypatch.setattr("visionattn.download._lock", refuse)
+    monkeypatch.setattr("visionattn.weights.download._lock", refuse)
     create(weights, url=f"{server.url}/plain/w.pth")
 
 

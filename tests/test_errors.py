@@ -1,9 +1,14 @@
 """Errors are one line, whatever names and addresses are in them."""
 
+import importlib
+import inspect
+import sys
+
 import pytest
 
 import visionattn
 from visionattn.errors import LONGEST, UnknownModelError, VisionattnError, printable, shortened
+from visionattn.moved import MOVED
 
 ODD = "line\nbreaks\r\n\x1b[31m \u2028\u202e\udc80"
 
@@ -41,3 +46,13 @@ def test_one_line_in_the_scripts(capsys):
     assert r"unknown model line\nbreaks" in line
     with pytest.raises(UnknownModelError):
         visionattn.create_model(ODD)
+
+
+@pytest.mark.parametrize("old", MOVED)
+def test_modules_are_found_by_the_names_that_they_had(old):
+    name, new = f"visionattn.{old}", f"visionattn.{MOVED[old]}"
+    with pytest.warns(FutureWarning, match=f"^{name} is called {new} now$"):
+        sys.modules.pop(name, None)
+        named = vars(importlib.import_module(name))
+    public = {key: value for key, value in vars(importlib.import_module(new)).items() if key[0] != "_"}
+    assert all(named[key] is value for key, value in public.items() if not inspect.ismodule(value))

@@ -8,11 +8,11 @@ import torch
 
 import visionattn
 from visionattn.arguments import fits, hints
-from visionattn.description import describe_file
 from visionattn.errors import VisionattnError
 from visionattn.registry import _entries
 from visionattn.training.checkpoint import save_checkpoint
 from visionattn.training.config import parse_train
+from visionattn.weights.description import describe_file
 
 TESTS = visionattn.list_models("test_*")
 CLASSES = {entry.takes: name for name, entry in reversed(_entries.items()) if entry.variant}

@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 
 import visionattn
 from visionattn.errors import VisionattnError
-from visionattn.files import write_checkpoint
-from visionattn.weights import load_pretrained
+from visionattn.weights import write_checkpoint
+from visionattn.weights.layouts import load_pretrained
 
 CASES, PARTS = 2000, 8
 

@@ -11,13 +11,13 @@ import pytest
 from PIL import Image
 from pycocotools import mask as reference_rle
 
+from visionattn.data.boxes import load_detection
 from visionattn.data.config import DataConfig
-from visionattn.data.datasets import ImageSet
 from visionattn.data.dense_config import AnnotationConfig
-from visionattn.data.detection import load_detection
+from visionattn.data.images import ImageSet
 from visionattn.data.labels import load_labelled
+from visionattn.data.maps import load_segmentation
 from visionattn.data.masks import check_mask, decode
-from visionattn.data.segmentation import load_segmentation
 from visionattn.errors import VisionattnError
 
 TRAIN = "annotations/instances_train2017.json"

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from visionattn.data.config import DataConfig
-from visionattn.data.datasets import load_datasets, load_validation
+from visionattn.data.images import load_datasets, load_validation
 from visionattn.errors import VisionattnError
 from visionattn.training.config import parse_train, parse_validate
 from visionattn.training.evaluation import options_of, validate

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from visionattn.data.boxes import load_detection
 from visionattn.data.config import DataConfig
-from visionattn.data.datasets import ImageSet, load_datasets, load_validation
 from visionattn.data.dense_config import AnnotationConfig
-from visionattn.data.detection import load_detection
-from visionattn.data.segmentation import load_segmentation
+from visionattn.data.images import ImageSet, load_datasets, load_validation
+from visionattn.data.maps import load_segmentation
 from visionattn.errors import VisionattnError
 
 

@@ -14,9 +14,8 @@ from torchmetrics.functional.classification import multilabel_average_precision
 
 from visionattn.cli import main
 from visionattn.data.config import AugmentConfig, DataConfig
-from visionattn.data.datasets import ImageSet
+from visionattn.data.images import ImageSet
 from visionattn.data.labels import Labelled, labels_of, load_labelled, load_labelled_validation
-from visionattn.description import read_description
 from visionattn.errors import VisionattnError
 from visionattn.tasks.classification import ClassificationLoss, MultiLabelMetrics
 from visionattn.tasks.config import LossConfig
@@ -24,6 +23,7 @@ from visionattn.tasks.views import Predictor
 from visionattn.training.config import parse_train, parse_validate
 from visionattn.training.evaluation import options_of, validate
 from visionattn.training.trainer import train
+from visionattn.weights.description import read_description
 
 
 def pairs(count: int) -> tuple[list[Image.Image], list[list[str]]]:

@@ -21,10 +21,10 @@ from safetensors.torch import save_file
 
 import visionattn
 from visionattn.errors import VisionattnError
-from visionattn.files import read_checkpoint, write_checkpoint
-from visionattn.pickled import LEAST_STEPS, MOST_TENSORS
 from visionattn.training.checkpoint import link, write_file
 from visionattn.training.results import ResultFile
+from visionattn.weights import read_checkpoint, write_checkpoint
+from visionattn.weights.pickled import LEAST_STEPS, MOST_TENSORS
 
 DTYPES = [
     *("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"),

@@ -10,11 +10,11 @@ import torch
 from timm.models import adapt_input_conv
 
 import visionattn
-from visionattn.download import MIRROR
 from visionattn.errors import VisionattnError
-from visionattn.files import read_checkpoint
-from visionattn.sharing import convert_file
-from visionattn.weights import convert_state_dict, fit_state_dict
+from visionattn.publish import convert_file
+from visionattn.weights import read_checkpoint
+from visionattn.weights.download import MIRROR
+from visionattn.weights.layouts import convert_state_dict, fit_state_dict
 
 GOLDENS = Path(__file__).parent / "goldens"
 FILES = [

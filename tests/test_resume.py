@@ -18,7 +18,6 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import visionattn.training.trainer as trainer_module
-from visionattn.description import read_description
 from visionattn.errors import VisionattnError
 from visionattn.training.checkpoint import read_training_state, save_checkpoint
 from visionattn.training.config import parse_train
@@ -26,6 +25,7 @@ from visionattn.training.folder import make_folder, remove_unused
 from visionattn.training.logging import RunLog
 from visionattn.training.results import ResultFile
 from visionattn.training.trainer import Trainer, train
+from visionattn.weights.description import read_description
 
 QUICK = ["--data.num_workers", "0", "--data.batch_size", "4", "--epochs", "2", "--save_every", "1", "--trackers", "[]"]
 QUICK += ["--schedule.warmup_epochs", "0"]

@@ -12,7 +12,7 @@ from visionattn.data.config import DataConfig
 from visionattn.data.dense_config import AnnotationConfig, JointConfig
 from visionattn.data.joint import MapTransform
 from visionattn.data.loader import Stream, seeded
-from visionattn.data.segmentation import load_segmentation
+from visionattn.data.maps import load_segmentation
 from visionattn.errors import VisionattnError
 
 MEAN, STD = (0.5,) * 3, (0.5,) * 3

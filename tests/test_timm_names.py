@@ -12,9 +12,9 @@ from timm.models import save_for_hf
 
 import visionattn
 from visionattn.errors import UnknownModelError
-from visionattn.files import DESCRIPTION, write_checkpoint
+from visionattn.publish import push
 from visionattn.registry import timm_name
-from visionattn.sharing import push
+from visionattn.weights.files import DESCRIPTION, write_checkpoint
 
 OWNED = [name for name in visionattn.list_models() if timm_name(name) != name]
 

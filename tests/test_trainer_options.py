@@ -14,7 +14,7 @@ from torch import nn
 
 import visionattn
 from visionattn.data.config import AugmentConfig, DataConfig
-from visionattn.data.datasets import ImageSet, load_datasets
+from visionattn.data.images import ImageSet, load_datasets
 from visionattn.data.transforms import eval_transform
 from visionattn.errors import VisionattnError
 from visionattn.tasks.classification import ClassificationLoss

@@ -6,7 +6,7 @@ from torch.nn.functional import cross_entropy
 
 import visionattn
 from visionattn.data.config import DataConfig
-from visionattn.data.datasets import load_datasets
+from visionattn.data.images import load_datasets
 from visionattn.data.transforms import eval_transform, resolve_preprocessing
 from visionattn.training.config import OptimConfig
 from visionattn.training.optim import make_optimizer

@@ -220,7 +220,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path: Path):
 def test_a_checkpoint_that_reads_back_otherwise_is_not_put_in_place(tmp_path: Path, monkeypatch):
     path = tmp_path / "c.safetensors"
     save_checkpoint(path, {"w": torch.ones(2)}, {})
-    import visionattn.files as files
+    import visionattn.weights.files as files
 
     save_file = files.save_file
 

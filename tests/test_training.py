@@ -17,13 +17,13 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import visionattn
-from visionattn.description import read_description
 from visionattn.errors import VisionattnError
 from visionattn.training.checkpoint import read_training_state, save_checkpoint
 from visionattn.training.config import parse_train, parse_validate, run
 from visionattn.training.evaluation import options_of, validate
 from visionattn.training.trainer import Trainer, train
 from visionattn.weights import load_checkpoint
+from visionattn.weights.description import read_description
 
 ROOT = Path(__file__).parents[1]
 QUICK = ["--data.val_fraction", "0.8", "--data.num_workers", "0", "--epochs", "2", "--data.batch_size", "32"]

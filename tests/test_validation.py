@@ -18,7 +18,7 @@ from torchvision.transforms.functional import five_crop, resize
 import visionattn
 from visionattn.data.class_maps import match_classes
 from visionattn.data.config import DataConfig
-from visionattn.data.datasets import ImageSet
+from visionattn.data.images import ImageSet
 from visionattn.errors import VisionattnError
 from visionattn.tasks.classification import ClassificationMetrics
 from visionattn.tasks.config import TtaConfig

@@ -8,8 +8,7 @@ from safetensors.torch import save_file
 
 import visionattn
 from visionattn.errors import VisionattnError
-from visionattn.files import write_checkpoint
-from visionattn.weights import convert_state_dict, load_checkpoint, read_checkpoint
+from visionattn.weights import convert_state_dict, load_checkpoint, read_checkpoint, write_checkpoint
 
 TESTS = visionattn.list_models("test_*")
 

@@ -16,9 +16,9 @@ from torch import nn
 import visionattn
 from visionattn.cli import main
 from visionattn.errors import VisionattnError
-from visionattn.files import read_checkpoint
-from visionattn.sharing import convert_file
-from visionattn.weights import convert_state_dict, load_checkpoint, load_pretrained
+from visionattn.publish import convert_file
+from visionattn.weights import read_checkpoint
+from visionattn.weights.layouts import convert_state_dict, load_checkpoint, load_pretrained
 
 NAME, CLASSES = "test_van", 3
 

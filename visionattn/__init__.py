@@ -5,6 +5,7 @@ from typing import Any
 
 from . import data as data
 from . import models as models
+from . import moved as moved
 from .create import create_model
 from .errors import optional as _optional
 from .registry import list_models, model_info, register_model
@@ -12,7 +13,7 @@ from .registry import list_models, model_info, register_model
 __version__ = "0.1.0"
 __all__ = ["create_model", "list_models", "model_info", "register_model"]
 
-_HEAVY = {"create_detector": ".dense.detection", "create_segmenter": ".dense.segmentation"}
+_HEAVY = {"create_detector": ".heads.detector", "create_segmenter": ".heads.segmenter"}
 
 
 def __getattr__(name: str) -> Any:

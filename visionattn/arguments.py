@@ -10,8 +10,7 @@ from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from .errors import UnknownArgumentError, VisionattnError
-from .files import one_line
+from .errors import UnknownArgumentError, VisionattnError, one_line
 
 UNFIT = (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError)
 """What layers raise that are asked for what cannot be: 0 heads, or other numbers of stages than of dilations."""

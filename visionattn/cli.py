@@ -69,7 +69,7 @@ def _info(args: argparse.Namespace) -> None:
 
 
 def _convert(args: argparse.Namespace) -> None:
-    from .sharing import convert_file
+    from .publish import convert_file
 
     made = convert_file(
         args.file, args.out, args.model, dict(args.kwargs), args.source, args.replace, args.checkpoint_prefix
@@ -81,7 +81,7 @@ def _convert(args: argparse.Namespace) -> None:
 
 
 def _push(args: argparse.Namespace) -> None:
-    from .sharing import push
+    from .publish import push
 
     if args.place.startswith("local-dir:") and (args.private or args.message is not None):
         option = "--private" if args.private else "--message"
@@ -90,7 +90,7 @@ def _push(args: argparse.Namespace) -> None:
 
 
 def _predict(args: argparse.Namespace) -> None:
-    from .predict import predict
+    from .training.predict import predict
 
     predict(args.checkpoint, args.images, args.output, args.threshold, args.overwrite)
 

@@ -8,9 +8,9 @@ from typing import Any
 from torch import nn
 
 from .arguments import with_meaning
-from .description import Described, check_made, describe_file, describe_repository, load_described
 from .errors import UnknownArgumentError, UnknownModelError, optional
 from .registry import Entry, find, tagged
+from .weights.description import Described, check_made, describe_file, describe_repository, load_described
 
 REPOSITORIES = ("hf-hub", "hf_hub", "local-dir")
 FILE_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt")
@@ -66,7 +66,7 @@ def create_model(
     described = describe_place(name, kwargs.get("cache_dir"), pretrained is not False)
     if described.task != "classification" and not kwargs.get("features_only"):
         with optional():
-            from .dense.trained import create_trained  # whose libraries are heavy
+            from .heads.trained import create_trained  # whose libraries are heavy
 
         return create_trained(described, pretrained is not False, checkpoint_path, checkpoint_prefix, **kwargs)
     return create_described(described, pretrained, checkpoint_path, checkpoint_prefix, **kwargs)
@@ -143,7 +143,7 @@ def check_described(described: Described) -> None:
         check_made(described, lambda: make_described(described, None))
     else:
         with optional():
-            from .dense.trained import make_trained
+            from .heads.trained import make_trained
 
         check_made(described, lambda: make_trained(described))
 

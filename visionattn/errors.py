@@ -137,3 +137,8 @@ def run(main: Callable[[list[str]], int | None]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, cut to its first line."""
+    return printable((str(error).strip() or type(error).__name__).split("\n")[0])[:200]

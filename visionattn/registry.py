@@ -18,11 +18,11 @@ from torch import nn
 
 from .arguments import check_values, hints, made_with, with_meaning
 from .backbone import Backbone, Isotropic
-from .download import HUB, fetch
+from .backbone.extractors import extractor_class
 from .errors import UnknownArgumentError, UnknownModelError, VisionattnError, check_arguments
-from .extractors import extractor_class
-from .files import find_file
-from .weights import load_pretrained
+from .weights.download import HUB, fetch
+from .weights.files import find_file
+from .weights.layouts import load_pretrained
 
 BUILDER_ARGUMENTS = {
     *("features_only", "cache_dir"),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import VisionattnError, optional
 from .config import DataConfig, user_input
-from .datasets import ImageSet
+from .images import ImageSet
 from .loader import collate_tensors
 from .paths import SYNONYMS, regular
 

@@ -1,138 +1,109 @@
-"""How annotations write boxes, and signs that they write them otherwise than they are read."""
+"""Images with boxes: COCO's JSON, Pascal VOC's XML, YOLO's text files, Hugging Face datasets, and scenes.
 
+As COCO defines it, crowds (and objects that VOC calls difficult) are not learnt from, and detections on them count
+neither for nor against a model. What of a box lies outside the image is cut off in training, where boxes of less than a
+pixel and images without any box are left out; validation takes all boxes as they are, and all images.
+"""
+
+import json
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 from ..errors import VisionattnError
-from .paths import shown
+from .annotations import kind_of, not_empty, root_of, split_names
+from .coco import find_coco
+from .config import DataConfig
+from .cvat import find_cvat
+from .dense_config import AnnotationConfig
+from .hub_objects import HubObjects, open_hub_objects
+from .images import ImageSet, stratified_split
+from .objects import Found, Wanted, known_classes
+from .scenes import open_scenes
+from .voc import find_voc, find_xml
+from .yolo import find_yolo
 
-LARGEST = 1e9
-"""No coordinate of a picture is beyond, and sums of such are exact enough."""
-MANY = 0.2
-"""Share of the boxes that leave their images if read the wrong way; rightly read ones hardly ever do."""
-NEARLY_ALL = 0.95
-
-
-def is_number(value: Any) -> bool:
-    """Whether a value of a file may be a coordinate: finite, of a sensible size, neither text nor true or false."""
-    return type(value) in (int, float) and -LARGEST <= value <= LARGEST
-
-
-def number_of(text: str | None) -> float | None:
-    """The number that a text says, if it says one."""
-    try:
-        return float(text or "")
-    except ValueError:
-        return None
+LAYOUTS = (find_voc, find_coco, find_yolo, find_cvat, find_xml)
+"""Each finds annotations of one kind in a folder."""
 
 
-def is_box(value: Any) -> bool:
-    """Whether a value is a list of four coordinates."""
-    return isinstance(value, list | tuple) and len(value) == 4 and all(map(is_number, value))
-
-
-def to_xywh(box: Sequence[float], box_format: str, size: Sequence[int] | None) -> list[float]:
-    """Left, top, width and height in pixels.
+def load_detection(config: DataConfig, annotations: AnnotationConfig, masks: bool) -> tuple[ImageSet, ImageSet]:
+    """Images with `Objects` to train on and to validate on.
 
     Args:
-        box: Four numbers.
-        box_format: One of annotations.box_format.
-        size: Height and width of the image, which relative boxes need.
-    """
-    x, y, width, height = box
-    if box_format.endswith("xyxy"):
-        width, height = width - x, height - y
-    elif box_format.endswith("cxcywh"):
-        x, y = x - width / 2, y - height / 2
-    if box_format.startswith("relative"):
-        x, y, width, height = x * size[1], y * size[0], width * size[1], height * size[0]
-    return [x, y, width, height]
-
-
-def check_box(box: Sequence[float], written: Sequence[float], where: str) -> None:
-    """Raise an error if a box (x, y, width, height) has a negative side.
-
-    Args:
-        box: To check.
-        written: As the annotations have it.
-        where: They are.
-    """
-    if box[2] < 0 or box[3] < 0:
-        raise VisionattnError(
-            f"{where} has the bbox {shown(list(written))}: expected finite numbers, width and height not below 0"
-        )
-
-
-def check_format(
-    boxes: Sequence[Sequence[float]],
-    sizes: Sequence[Sequence[int] | None],
-    box_format: str | None,
-    default: str,
-    where: object,
-) -> str:
-    """The format of boxes: the one that is asked for, or the default if nothing speaks against it.
-
-    Args:
-        boxes: Four numbers each, as they are written.
-        sizes: Height and width of the image of each, where known.
-        box_format: What annotations.box_format says.
-        default: What such annotations are.
-        where: They are, for errors.
+        config: Where they are.
+        annotations: How they are annotated.
+        masks: Whether masks are needed.
 
     Raises:
-        VisionattnError: Many boxes leave their images, or all lie between 0 and 1, and another format fits.
+        VisionattnError: If there are none, or an annotation is wrong, whose file and id it names.
     """
-    if box_format is not None or not len(boxes):
-        return box_format or default
-    given = np.asarray(boxes, np.float64)
-    known = np.array([size or (np.inf, np.inf) for size in sizes], np.float64).reshape(-1, 2)
-    relative = default.startswith("relative")
-    if relative:
-        limits, looks_other = np.ones_like(known), (given > 1.5).any(1).mean() >= MANY
-    else:
-        limits, looks_other = known, ((given >= 0) & (given <= 1)).all(1).mean() >= NEARLY_ALL and known.min() > 2
-    kinds = ["xywh", "xyxy", "cxcywh"]
-    if looks_other:
-        limits, relative = known if relative else np.ones_like(known), not relative
-        kinds.sort(key=lambda kind: not default.endswith(kind))
-    elif _leaving(given, default.removeprefix("relative_"), limits).mean() < MANY:
-        return default
-    kinds = [f"{'relative_' * relative}{kind}" for kind in kinds]
-    fitting = [kind for kind in kinds if _fits(given, kind.removeprefix("relative_"), limits)]
-    fitting = [kind for kind in fitting if kind != default] or (kinds if looks_other else [])
-    if not fitting:
-        return default
-    if looks_other:
-        what = "relative, from 0 to 1" if relative else "in pixels, not from 0 to 1"
-        others = ", ".join(kind for kind in kinds if kind != fitting[0])
+    train = _open(config, annotations, masks, False, None)
+    train = train if kind_of(config) == "scenes" else _only_useful(train)
+    return not_empty(train, "object to train on"), load_detection_validation(config, annotations, masks, train.classes)
+
+
+def load_detection_validation(
+    config: DataConfig, annotations: AnnotationConfig, masks: bool, classes: list[str] | None
+) -> ImageSet:
+    """Images with `Objects` to validate on, labelled as in `classes`, of which there need not be all.
+
+    Args:
+        config: Where they are.
+        annotations: How they are annotated.
+        masks: Whether masks are needed.
+        classes: Names of the model's classes.
+    """
+    return not_empty(_open(config, annotations, masks, True, classes), "image to validate on")
+
+
+def _open(
+    config: DataConfig, annotations: AnnotationConfig, masks: bool, validation: bool, classes: list[str] | None
+) -> ImageSet:
+    kind, split = kind_of(config), config.val_split if validation else config.train_split
+    if kind == "scenes":
+        images = open_scenes(annotations, validation, semantic=False)
+        known_classes(images.classes, classes, "scenes")
+        return images
+    if kind == "hfds":
+        if masks:
+            raise VisionattnError(f"{config.name} is read without masks: take another detector or COCO's JSON")
+        return open_hub_objects(config, annotations, split, classes)
+    root, found = root_of(config), find_layout(config, split)
+    if found is None:
         raise VisionattnError(
-            f"{where}: the boxes look {what}: give --annotations.box_format {fitting[0]} ({others} if they are that), "
-            f"or {default} if they are right"
+            f"{root} has no annotations of {split}: expected annotations/instances_{split}.json, "
+            f"{split}/_annotations.coco.json, VOC's JPEGImages/ and Annotations/, images with XML files, CVAT's "
+            f"annotations.xml, or YOLO's data.yaml or images/{split}/ and labels/{split}/"
         )
-    count = int(_leaving(given, default.removeprefix("relative_"), limits).sum())
-    raise VisionattnError(
-        f"{where}: {count} of {len(given)} boxes leave their images if read as {default}, and fit as {fitting[0]}: "
-        f"give --annotations.box_format {fitting[0]}, or {default} if they are right"
-    )
+    images = found.read(Wanted(annotations, masks, classes))
+    if not found.whole:
+        return images
+    stay, held_out = stratified_split([0] * len(images), config.val_fraction)
+    return replace(images, indices=held_out if validation else stay)
 
 
-def _corners(boxes: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray]:
-    first, second = boxes[:, :2], boxes[:, 2:]
-    if kind == "xyxy":
-        return first, second
-    return (first, first + second) if kind == "xywh" else (first - second / 2, first + second / 2)
+def find_layout(config: DataConfig, split: str) -> Found | None:
+    """The annotations of a split in the folder of the data, or those of all its images."""
+    root, splits = root_of(config), split_names(config, split)
+    return next((found for find in LAYOUTS if (found := find(root, splits))), None)
 
 
-def _leaving(boxes: np.ndarray, kind: str, limits: np.ndarray) -> np.ndarray:
-    """Which boxes leave their images by more than a sloppy hand would let them."""
-    near, far = _corners(boxes, kind)
-    edges = limits[:, ::-1]
-    slack = np.where(np.isfinite(edges), 0.02 * edges + (edges > 1), 0)
-    return ((far > edges + slack) | (near < -slack)).any(1)
+def _only_useful(images: ImageSet) -> ImageSet:
+    """Those images that have an object to learn, or cannot be read, which is for the loader to tell."""
+    source = images.source
+    if isinstance(source, HubObjects):
+        rows = source.dataset.select_columns([source.objects])
+        useful = [any(_is_learnt(o, None) for o in source.read(rows[i][source.objects], None)) for i in images.indices]
+    else:
+        records = [json.loads(source.records[i]) for i in images.indices]
+        useful = [r["size"] is None or any(_is_learnt(o, r["size"]) for o in r["objects"]) for r in records]
+    return replace(images, indices=[i for i, use in zip(images.indices, useful, strict=True) if use])
 
 
-def _fits(boxes: np.ndarray, kind: str, limits: np.ndarray) -> bool:
-    near, far = _corners(boxes, kind)
-    return (~_leaving(boxes, kind, limits) & (far >= near).all(1)).mean() >= NEARLY_ALL
+def _is_learnt(item: dict[str, Any], size: Sequence[int] | None) -> bool:
+    x, y, width, height = item["bbox"]
+    right, bottom = x + width, y + height
+    if size is not None:
+        x, y, right, bottom = max(x, 0), max(y, 0), min(right, size[1]), min(bottom, size[0])
+    return not item.get("iscrowd", 0) and right - x >= 1 and bottom - y >= 1

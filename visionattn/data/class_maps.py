@@ -5,7 +5,7 @@ import re
 from timm.data import ImageNetInfo
 
 from ..errors import VisionattnError
-from .datasets import ImageSet
+from .images import ImageSet
 
 WNID = re.compile(r"n\d{8}")
 """Name of a WordNet synset, as folders of ImageNet and its variants are called."""

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import VisionattnError
-from .boxes import check_box, is_box, is_number
+from .box_formats import check_box, is_box, is_number
 from .config import user_input
-from .datasets import ImageSet
+from .images import ImageSet
 from .masks import check_mask
 from .objects import Found, Wanted, image_set, known_classes, place_boxes, refuse_classes, size_of_file
 from .paths import SPLITS, child, find_files, is_plain, locate, refuse_outside, shown

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import VisionattnError
-from .boxes import is_box, is_number, number_of
+from .box_formats import is_box, is_number, number_of
 from .config import user_input
-from .datasets import ImageSet
+from .images import ImageSet
 from .masks import check_mask
 from .objects import Found, Wanted, image_set, known_classes, place_boxes, refuse_classes, size_of_file
 from .paths import child, locate, refuse_outside, shown

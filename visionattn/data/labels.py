@@ -15,7 +15,7 @@ from torch import Tensor
 from ..errors import VisionattnError
 from .annotations import open_hub, root_of, split_names
 from .config import DataConfig, user_input
-from .datasets import ImageSet, check_classes, dataset_name, stratified_split
+from .images import ImageSet, check_classes, dataset_name, stratified_split
 from .paths import EXTENSIONS, is_plain, locate, regular, shown
 
 LAYOUT = (

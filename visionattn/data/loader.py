@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_worker_info
 
 from ..errors import VisionattnError
-from .datasets import ImageSet
+from .images import ImageSet
 
 _logger = logging.getLogger(__name__)
 

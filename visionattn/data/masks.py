@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import VisionattnError
-from .boxes import LARGEST, is_number
+from .box_formats import LARGEST, is_number
 from .paths import shown
 
 CODED = re.compile(r"[0-o]*")

@@ -10,9 +10,9 @@ from PIL import ExifTags, Image
 
 from ..errors import VisionattnError
 from .annotations import Objects, check_size, open_upright, read_names
-from .boxes import check_box, check_format, to_xywh
-from .datasets import ImageSet
+from .box_formats import check_box, check_format, to_xywh
 from .dense_config import AnnotationConfig
+from .images import ImageSet
 from .masks import decode
 from .paths import child, regular
 

@@ -17,8 +17,8 @@ from PIL import Image, ImageDraw
 from ..errors import optional
 from .annotations import Objects, tight_boxes
 from .config import user_input
-from .datasets import ImageSet, stratified_split
 from .dense_config import AnnotationConfig
+from .images import ImageSet, stratified_split
 
 FASHION = ("T-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 MARGIN = 2  # empty pixels around a source, into which its edges fade

@@ -9,9 +9,9 @@ from typing import Any
 
 from ..errors import VisionattnError
 from .annotations import read_names
-from .boxes import is_box, number_of
+from .box_formats import is_box, number_of
 from .config import user_input
-from .datasets import ImageSet
+from .images import ImageSet
 from .objects import Found, Wanted, image_set, known_classes, named_classes, place_boxes, size_of_file
 from .paths import EXTENSIONS, SPLITS, child, find_files, is_plain, locate, refuse_outside, shown
 

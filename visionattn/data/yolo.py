@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 from ..errors import VisionattnError
 from .annotations import read_names
-from .boxes import is_number, number_of
+from .box_formats import is_number, number_of
 from .config import user_input
-from .datasets import ImageSet
+from .images import ImageSet
 from .masks import check_mask
 from .objects import Found, Wanted, image_set, known_classes, named_classes, place_boxes, refuse_classes, size_of_file
 from .paths import SPLITS, child, find_files, locate, refuse_outside, shown

@@ -17,7 +17,7 @@ from ..layers.block import Block
 from ..layers.patch import PatchMerging, PatchStem
 from ..layers.pointwise import Mlp
 from ..registry import Family, Variant, Weights, register_family
-from ..weights import renumber
+from ..weights.layouts import renumber
 
 # Hugging Face's names, then the official ones.
 HF_RULES = [

@@ -15,7 +15,7 @@ from ..layers.focal_modulation import fit_tensor
 from ..layers.patch import PatchConv2d
 from ..layers.pointwise import Mlp
 from ..registry import Family, Variant, Weights, register_family
-from ..weights import renumber
+from ..weights.layouts import renumber
 
 # Hugging Face's names, then the official ones.
 HF_RULES = [

@@ -23,7 +23,7 @@ from ..layers.layout import ChannelsLast
 from ..layers.patch import PatchStem
 from ..layers.precision import without_autocast
 from ..registry import Family, Variant, Weights, register_family
-from ..weights import renumber
+from ..weights.layouts import renumber
 
 RULES = [
     (r"^patch_embed\.", "stem."),

@@ -15,7 +15,7 @@ from ..layers.depthwise_mlp import DepthwiseMlp
 from ..layers.fuse import is_batch_norm, scale_and_shift, scale_input, scale_output
 from ..layers.pointwise import Pointwise
 from ..registry import Family, Variant, Weights, register_family
-from ..weights import renumber
+from ..weights.layouts import renumber
 
 # Hugging Face's names, then the official ones.
 HF_RULES = [

@@ -15,17 +15,10 @@ from torch.nn import functional as F
 from ..create import create_described, create_model, describe_place, is_place
 from ..data.class_maps import match_classes
 from ..data.config import AugmentConfig
-from ..data.datasets import ImageSet, dataset_name, load_datasets, load_validation
+from ..data.images import ImageSet, dataset_name, load_datasets, load_validation
 from ..data.labels import labels_of, load_labelled, load_labelled_validation
 from ..data.loader import Collate, Stream, collate_tensors, seeded
-from ..data.transforms import (
-    OnImage,
-    eval_transform,
-    input_size,
-    preprocessing,
-    resolve_preprocessing,
-    train_transform,
-)
+from ..data.transforms import OnImage, eval_transform, input_size, preprocessing, resolve_preprocessing, train_transform
 from ..errors import VisionattnError
 from .config import LossConfig, TaskConfig
 from .task import Metrics, Task, Validation

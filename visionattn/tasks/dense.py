@@ -10,11 +10,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..data.annotations import kind_of
-from ..data.datasets import ImageSet
 from ..data.drawing import to_image
+from ..data.images import ImageSet
 from ..data.joint import MapTransform, ObjectTransform
 from ..data.preprocessing import model_preprocessing
-from ..dense.trained import load_over
+from ..heads.trained import load_over
 from .config import TaskConfig
 from .task import Task, Validation, autocast
 

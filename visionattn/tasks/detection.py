@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..data.annotations import collate_lists
-from ..data.datasets import ImageSet
-from ..data.detection import load_detection, load_detection_validation
+from ..data.boxes import load_detection, load_detection_validation
 from ..data.drawing import draw_objects
+from ..data.images import ImageSet
 from ..data.joint import ObjectTransform
 from ..data.loader import Collate
-from ..dense.detection import create_detector
 from ..errors import require
+from ..heads.detector import create_detector
 from .config import TaskConfig
 from .dense import DenseTask
 from .task import Metrics

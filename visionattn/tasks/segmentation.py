@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..data.annotations import IGNORED, collate_crops, collate_lists
-from ..data.datasets import ImageSet
 from ..data.drawing import draw_map
+from ..data.images import ImageSet
 from ..data.joint import MapTransform
 from ..data.loader import Collate
-from ..data.segmentation import load_segmentation, load_segmentation_validation
-from ..dense.features import by_size
-from ..dense.segmentation import create_segmenter
+from ..data.maps import load_segmentation, load_segmentation_validation
 from ..errors import VisionattnError
+from ..heads.pyramid import by_size
+from ..heads.segmenter import create_segmenter
 from .config import LossConfig, TtaConfig
 from .dense import DenseTask
 from .task import Metrics, finite

@@ -12,11 +12,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..create import describe_place, is_place
-from ..data.datasets import ImageSet
+from ..data.images import ImageSet
 from ..data.loader import Collate
-from ..entries import EXECUTION
 from ..errors import VisionattnError
 from ..registry import find
+from ..weights.entries import EXECUTION
 from .config import TaskConfig
 
 DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -68,7 +68,7 @@ def _brings_validation(config: TaskConfig) -> bool:
     if not os.path.isdir(config.data.root or ""):
         return False
     if config.task == "detection":
-        from ..data.detection import find_layout
+        from ..data.boxes import find_layout
 
         found = find_layout(config.data, config.data.val_split)
         return found is not None and not found.whole

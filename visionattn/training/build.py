@@ -10,13 +10,13 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from ..data.config import user_input
-from ..data.datasets import ImageSet
+from ..data.images import ImageSet
 from ..data.loader import Stream, TrainSampler, derive_seed, eval_loader, train_loader
-from ..description import Described, check_made, read_described
-from ..entries import check_model, longest_side
 from ..errors import VisionattnError
 from ..tasks import make_task
 from ..tasks.task import Task
+from ..weights.description import Described, check_made, read_described
+from ..weights.entries import check_model, longest_side
 from .config import TrainConfig
 from .evaluation import image_mode
 from .freeze import freeze

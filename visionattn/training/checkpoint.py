@@ -17,8 +17,8 @@ import torch
 
 from ..data.config import user_input
 from ..errors import VisionattnError
-from ..files import DESCRIPTION, place, read_checkpoint, write_checkpoint
-from ..unwrap import TRAINING_STATE
+from ..weights.files import DESCRIPTION, place, read_checkpoint, write_checkpoint
+from ..weights.unwrap import TRAINING_STATE
 
 
 def save_checkpoint(

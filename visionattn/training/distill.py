@@ -11,10 +11,10 @@ from torch.nn import functional as F
 
 from ..create import create_model
 from ..data.config import DataConfig, user_input
-from ..description import read_description
 from ..errors import UnknownModelError, VisionattnError
 from ..tasks.useless import given
 from ..weights import load_checkpoint
+from ..weights.description import read_description
 from .config import DistillConfig
 
 

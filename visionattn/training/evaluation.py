@@ -18,13 +18,13 @@ from ..backbone import Backbone
 from ..create import describe_place, is_place
 from ..data.config import user_input
 from ..data.loader import eval_loader, read_batches
-from ..description import read_description
 from ..errors import VisionattnError, printable
 from ..registry import list_models
 from ..tasks import make_task
 from ..tasks.task import Metrics
 from ..tasks.useless import refuse, useless
 from ..weights import load_checkpoint
+from ..weights.description import read_description
 from .config import ValidateConfig, parse_validate
 from .measure import Stopwatch, peak_memory, reset_peak_memory
 from .results import ResultFile

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..arguments import describe, fits
 from ..data.config import user_input
-from ..description import read_description
 from ..errors import VisionattnError
 from ..weights import load_checkpoint
+from ..weights.description import read_description
 from .checkpoint import read_training_state
 from .sharding import whole
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from ..backbone import Backbone
 from ..data.loader import Batch, Stream, derive_seed, read_batches
-from ..dense.features import OverBackbone
 from ..errors import VisionattnError
+from ..heads.pyramid import OverBackbone
 from ..tasks import make_task
 from .build import check_resumable, make_loaders, make_model, memory_format
 from .checkpoint import link, save_checkpoint, without_nan, write_file

@@ -9,15 +9,15 @@ import torch
 from accelerate.utils import send_to_device
 from PIL import Image
 
-from .create import create_model
-from .data.config import user_input
-from .data.datasets import to_mode
-from .description import read_description
-from .errors import VisionattnError, printable
-from .tasks import make_task
-from .training.checkpoint import write_file
-from .training.config import parse_validate
-from .training.evaluation import image_mode, make_accelerator, options_of
+from ..create import create_model
+from ..data.config import user_input
+from ..data.images import to_mode
+from ..errors import VisionattnError, printable
+from ..tasks import make_task
+from ..weights.description import read_description
+from .checkpoint import write_file
+from .config import parse_validate
+from .evaluation import image_mode, make_accelerator, options_of
 
 
 def predict(

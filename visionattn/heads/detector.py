@@ -20,7 +20,7 @@ from torchvision.ops.poolers import initLevelMapper
 from ..arguments import check_values, made_with
 from ..errors import VisionattnError, check_arguments
 from ..layers.norm import allow_single_values
-from .features import STRIDES, FeatureMaps, OverBackbone, by_size, create_feature_maps
+from .pyramid import STRIDES, FeatureMaps, OverBackbone, by_size, create_feature_maps
 
 
 class PyramidBackbone(nn.Module):

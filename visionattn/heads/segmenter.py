@@ -12,7 +12,7 @@ from torchvision.ops import Conv2dNormActivation
 from ..arguments import check_values, made_with
 from ..errors import VisionattnError, check_arguments, optional
 from ..layers.norm import allow_single_values
-from .features import STRIDES, FeatureMaps, OverBackbone, create_feature_maps
+from .pyramid import STRIDES, FeatureMaps, OverBackbone, create_feature_maps
 
 with optional():
     from segmentation_models_pytorch.base import SegmentationHead

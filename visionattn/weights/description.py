@@ -19,6 +19,8 @@ from timm.models._hub import _parse_model_cfg, download_from_hf
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from ..errors import VisionattnError, one_line
+from ..registry import Entry, find
 from .download import HUB, check_hub, fetch
 from .entries import (
     CONFIG,
@@ -35,11 +37,9 @@ from .entries import (
     parse,
     told_of,
 )
-from .errors import VisionattnError
-from .files import DESCRIPTION, find_file, one_line, read_checkpoint
-from .registry import Entry, find
+from .files import DESCRIPTION, find_file, read_checkpoint
+from .layouts import check_held, load_pretrained
 from .unwrap import flatten
-from .weights import check_held, load_pretrained
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import WeakFileLock, get_session
 from torch.hub import get_dir
 
-from .errors import VisionattnError, shortened
-from .files import HUB_FILES, one_line, place, read_checkpoint
+from ..errors import VisionattnError, one_line, shortened
+from .files import HUB_FILES, place, read_checkpoint
 
 MIRROR = "VISIONATTN_WEIGHTS"
 """Environment variable: a folder, or the address of one, where every file is looked for first."""

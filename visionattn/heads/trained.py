@@ -6,12 +6,12 @@ from typing import Any
 from torch import nn
 
 from ..create import check_described
-from ..description import Described, made_for, read_described
 from ..errors import VisionattnError
-from ..weights import load_pretrained
-from .detection import create_detector
-from .features import OverBackbone
-from .segmentation import create_segmenter
+from ..weights.description import Described, made_for, read_described
+from ..weights.layouts import load_pretrained
+from .detector import create_detector
+from .pyramid import OverBackbone
+from .segmenter import create_segmenter
 
 CREATE = {"detection": create_detector, "segmentation": create_segmenter}
 

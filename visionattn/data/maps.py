@@ -26,8 +26,8 @@ from .annotations import (
     split_names,
 )
 from .config import DataConfig
-from .datasets import ImageSet
 from .dense_config import AnnotationConfig
+from .images import ImageSet
 from .paths import child, find_files, regular
 from .scenes import open_scenes
 from .voc import VOC_CLASSES, image_beside, need_list, read_list

@@ -11,11 +11,11 @@ from timm.models import push_to_hf_hub, save_for_hf
 
 from .create import create_model
 from .data.preprocessing import model_preprocessing
-from .description import describe_file, made_for
-from .errors import VisionattnError
-from .files import DESCRIPTION, find_file, one_line, read_checkpoint, write_checkpoint
+from .errors import VisionattnError, one_line
 from .registry import find, model_info, timm_name
-from .weights import find_widths, fit_state_dict, naming
+from .weights.description import describe_file, made_for
+from .weights.files import DESCRIPTION, find_file, read_checkpoint, write_checkpoint
+from .weights.layouts import find_widths, fit_state_dict, naming
 
 
 def convert_file(

@@ -15,7 +15,7 @@ import torch
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
-from .errors import VisionattnError, printable
+from ..errors import VisionattnError, printable
 from .files import read_checkpoint
 from .unwrap import flatten, some, unwrap
 

@@ -8,8 +8,10 @@ from timm.models._features import FeatureDictNet, FeatureGetterNet, FeatureHookN
 from timm.models._features_fx import FeatureGraphNet
 from torch import Tensor
 
-from .backbone import Backbone, Isotropic, Stage, check_output_format
-from .errors import VisionattnError
+from ..errors import VisionattnError
+from .base import Backbone, check_output_format
+from .hierarchical import Stage
+from .isotropic import Isotropic
 
 
 class _Extractor:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from ..backbone import Backbone, Hierarchical, Isotropic
 from ..create import check_described, create_model, describe_place, is_place, make_described
-from ..description import load_described
 from ..errors import UnknownArgumentError, VisionattnError
+from ..weights.description import load_described
 
 STRIDES = (4, 8, 16, 32)
 

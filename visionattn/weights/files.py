@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .errors import VisionattnError, printable, shortened
+from ..errors import VisionattnError, one_line, shortened
 from .pickled import MOST_TENSORS, read_pickled
 
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -192,8 +192,3 @@ def place(temporary: Path, path: Path) -> None:
     folder = os.open(path.parent, os.O_RDONLY)
     os.fsync(folder)
     os.close(folder)
-
-
-def one_line(error: Exception) -> str:
-    """What an error says, cut to its first line."""
-    return printable((str(error).strip() or type(error).__name__).split("\n")[0])[:200]

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from .errors import VisionattnError, shortened
+from ..errors import VisionattnError, shortened
 
 MOST_TENSORS = 1 << 15
 """In a file, and entries of an archive: several times as many as the largest training checkpoints hold."""

@@ -12,7 +12,7 @@ from itertools import compress, islice
 import torch
 from torch import Tensor
 
-from .errors import VisionattnError, shortened
+from ..errors import VisionattnError, shortened
 
 TRAINING_STATE = "training_state."
 """Prefix of what a training checkpoint holds besides the model."""

@@ -8,10 +8,9 @@ from typing import Any, Literal
 
 from timm.models import PretrainedCfg
 
-from .arguments import check_values, describe, fits, hints
-from .errors import VisionattnError
-from .files import one_line
-from .registry import BUILDER_ARGUMENTS, FEATURE_ARGUMENTS, MODEL_ARGUMENTS, find
+from ..arguments import check_values, describe, fits, hints
+from ..errors import VisionattnError, one_line
+from ..registry import BUILDER_ARGUMENTS, FEATURE_ARGUMENTS, MODEL_ARGUMENTS, find
 from .unwrap import flatten
 
 EXECUTION = {
@@ -149,8 +148,8 @@ def _is_plain(value: Any) -> bool:
 def _check_options(entries: Mapping[str, Any], place: str) -> None:
     """Refuse what cannot be options of train.py, where these are installed."""
     try:
-        from .data.config import DataConfig
-        from .data.dense_config import AnnotationConfig, JointConfig
+        from ..data.config import DataConfig
+        from ..data.dense_config import AnnotationConfig, JointConfig
     except ModuleNotFoundError:  # what cannot be read is not used either
         return
     for group, options in (("data", DataConfig), ("annotations", AnnotationConfig), ("joint", JointConfig)):

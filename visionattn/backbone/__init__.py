@@ -1,0 +1,10 @@
+"""The two scaffolds every family fills in: `Hierarchical` (stages on maps) and `Isotropic` (one sequence of tokens).
+
+They hold what every backbone repeats: timm's model contract (features, intermediates, heads, gradient checkpointing,
+parameter groups), input checks and position tables that follow the input size.
+"""
+
+from .base import Backbone as Backbone
+from .hierarchical import Hierarchical as Hierarchical
+from .hierarchical import Stage as Stage
+from .isotropic import Isotropic as Isotropic

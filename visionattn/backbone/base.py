@@ -1,0 +1,207 @@
+"""What both scaffolds share: timm's model contract, input checks and the hooks of the training loop."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any, ClassVar
+
+import torch
+from timm.layers import Format
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..errors import VisionattnError
+from ..layers.fuse import fuse_modules
+from ..layers.position import resize_table
+from ..layers.symbolic import ceil_div
+
+FORMATS = tuple(fmt.value for fmt in Format)
+"""Layouts of features."""
+
+
+def check_output_format(output_fmt: str) -> None:
+    """Refuse a layout of features that is none of `FORMATS`."""
+    if output_fmt not in FORMATS:
+        raise VisionattnError(f"expected output_fmt one of {', '.join(FORMATS)}, got {output_fmt!r}")
+
+
+class InputCheck(nn.Module):
+    """Passes images on, and refuses those that are too small.
+
+    Args:
+        size: smallest height and width in pixels.
+        name: of the model, for the message.
+    """
+
+    def __init__(self, size: int, name: str) -> None:
+        super().__init__()
+        self.size, self.name = size, name
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _checked(x, self.size, self.name)
+
+
+@torch.fx.wrap
+def _checked(x: Tensor, size: int, name: str) -> Tensor:
+    H, W = x.shape[-2:]
+    if not torch.compiler.is_compiling() and min(H, W) < size:
+        raise VisionattnError(f"{name} expects at least {size} x {size} input, got {H} x {W}")
+    return x
+
+
+class Backbone(nn.Module):
+    """What both scaffolds share.
+
+    Attributes:
+        layouts: published layouts of the family's checkpoints, name to rules (see `weights.Rule`).
+        first_conv: name of the convolution that takes the image.
+        classifier: name of the head, or names where there are several.
+        feature_cfg: how timm's builder makes a feature extractor of the model.
+        optional: beginnings of the names of what models for dense prediction do without, or have besides.
+        averaged_weights: whether the published figures are those of averaged weights, where a checkpoint holds both.
+        dilates: whether `dilate` can keep the resolution of the last stages.
+    """
+
+    layouts: ClassVar[dict[str, list]] = {}
+    first_conv: ClassVar[str] = "stem.proj"
+    classifier: ClassVar[str | tuple[str, ...]] = "head"
+    feature_cfg: ClassVar[dict]
+    optional: ClassVar[tuple[str, ...]] = ("norm.", "feature_norms.", "hidden.", "cls_token")
+    averaged_weights: ClassVar[bool] = True
+    dilates: ClassVar[bool] = False
+
+    def __init__(
+        self, num_features: int, num_classes: int, in_chans: int, drop_rate: float, min_input_size: int
+    ) -> None:
+        super().__init__()
+        self.check = InputCheck(min_input_size, type(self).__name__)
+        self.num_features = self.head_hidden_size = num_features
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.drop_rate = drop_rate
+        self.grad_checkpointing = False
+        self.feature_info: list[dict] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    @staticmethod
+    def map_size(length: int, reduction: int) -> int:
+        """Length of an axis of the feature map of that reduction, for `length` pixels of the image."""
+        return ceil_div(length, reduction)
+
+    def pool_size(self, img_size: tuple[int, int]) -> tuple[int, int]:
+        """(height, width) of what is pooled, the last map or the grid of the patches, for that of the image."""
+        reduction = self.feature_info[-1]["reduction"]
+        return self.map_size(img_size[0], reduction), self.map_size(img_size[1], reduction)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters without weight decay, besides those with one dimension."""
+        return set()
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute activations in the backward pass instead of keeping them."""
+        self.grad_checkpointing = enable
+
+    def adapt_state_dict(self, state_dict: dict[str, Tensor], made_for: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Last step of a conversion: makes a state dict in our layout fit this model's configuration, where it can.
+
+        Tables of biases by relative position are resampled for windows of another size.
+
+        Args:
+            state_dict: in our layout, of any model of the family (or of another; then whatever is returned).
+            made_for: arguments of the model that it was made for, as far as they are known.
+        """
+        tables = {k: tuple(v.shape[1:]) for k, v in self.state_dict().items() if k.endswith(".rpb") and v.ndim == 3}
+        return state_dict | {
+            k: resize_table(state_dict[k], size)
+            for k, size in tables.items()
+            if k in state_dict and state_dict[k].ndim == 3
+        }
+
+    @torch.jit.ignore
+    def fuse(self) -> "Backbone":
+        """Merge batch norms into the products next to them, in place, for faster inference.
+
+        Returns:
+            This model, whose output is the same up to rounding and whose parameters are others.
+
+        Raises:
+            VisionattnError: in training mode.
+        """
+        if self.training:
+            raise VisionattnError("expected a model in eval mode to fuse, got one in training mode: call eval() first")
+        fuse_modules(self)
+        return self
+
+    @torch.jit.ignore
+    def advance(self, epoch: float) -> None:
+        """Follow the paper's own schedules. Called before every update of a training run.
+
+        Args:
+            epoch: time since the start of the run in epochs, 2.5 in the middle of the third.
+        """
+
+    @torch.jit.ignore
+    def learning_rates(self) -> dict[str, float]:
+        """Factors on the peak learning rate for parameters that the paper trains at another one, by pattern of names.
+
+        Warm-up and end of the schedule are as for the others.
+        """
+        return {}
+
+    @torch.jit.ignore
+    def learn_from(self, teacher: nn.Module) -> None:
+        """Take a teacher, for `training_loss`. It is not a part of the model, nor trained, moved or saved with it.
+
+        Args:
+            teacher: a model of what the paper distils from, on the device of this one.
+
+        Raises:
+            VisionattnError: if the model has no use for a teacher, or not for this one.
+        """
+        raise VisionattnError(f"{self.check.name} learns from no teacher")
+
+    @torch.jit.ignore
+    def training_loss(self, loss: Tensor, images: Tensor, logits: Tensor) -> Tensor:
+        """Add the paper's own terms to the loss of a task. Called after a forward pass in training mode.
+
+        Args:
+            loss: of the task.
+            images: what the model was called with.
+            logits: what it returned.
+
+        Returns:
+            The loss to minimise.
+        """
+        return loss
+
+    def _placement(self) -> dict:
+        parameter = next(self.parameters())
+        return {"device": parameter.device, "dtype": parameter.dtype}
+
+
+def recomputed(block: nn.Module, *args) -> Tensor:
+    """`block(*args)` with activations recomputed in the backward pass, which must not count for batch norm twice."""
+    norms = [m for m in block.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+
+    @contextmanager
+    def frozen_statistics() -> Iterator[None]:
+        momenta, counts = [norm.momentum for norm in norms], [norm.num_batches_tracked for norm in norms]
+        for norm in norms:
+            norm.momentum, norm.num_batches_tracked = 0.0, None
+        try:
+            yield
+        finally:
+            for norm, momentum, count in zip(norms, momenta, counts, strict=True):
+                norm.momentum, norm.num_batches_tracked = momentum, count
+
+    # Compiled graphs write to buffers once, at the end of the forward pass, whatever is recomputed.
+    if norms and block.training and not torch.compiler.is_compiling():
+        return checkpoint(block, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), frozen_statistics()))
+    return checkpoint(block, *args, use_reentrant=False)

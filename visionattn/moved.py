@@ -1,0 +1,48 @@
+"""Modules by the names that they had: these still work, with a line of warning."""
+
+import sys
+import warnings
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+MOVED = {
+    "extractors": "backbone.extractors",
+    "files": "weights.files",
+    "pickled": "weights.pickled",
+    "download": "weights.download",
+    "unwrap": "weights.unwrap",
+    "description": "weights.description",
+    "entries": "weights.entries",
+    "sharing": "publish",
+    "dense": "heads",
+    "dense.features": "heads.pyramid",
+    "dense.detection": "heads.detector",
+    "dense.segmentation": "heads.segmenter",
+    "dense.trained": "heads.trained",
+    "data.datasets": "data.images",
+    "data.detection": "data.boxes",
+    "data.segmentation": "data.maps",
+    "predict": "training.predict",
+}
+"""Old names within the package, and those of today."""
+
+
+class Moved(MetaPathFinder, Loader):
+    """Finds modules by their old names."""
+
+    def find_spec(self, name: str, path=None, target=None) -> ModuleSpec | None:
+        package, _, old = name.partition(".")
+        if package != __package__ or old not in MOVED:
+            return None
+        return ModuleSpec(name, self, is_package=any(each.startswith(f"{old}.") for each in MOVED))
+
+    def exec_module(self, module: ModuleType) -> None:
+        new = f"{__package__}.{MOVED[module.__name__.partition('.')[2]]}"
+        warnings.warn(f"{module.__name__} is called {new} now", FutureWarning, stacklevel=2)
+        own = import_module(new).__dict__
+        module.__dict__.update({name: value for name, value in own.items() if not name.startswith("__")})
+
+
+sys.meta_path.insert(0, Moved())  # before what finds a folder that an older version left
