@@ -82,6 +82,25 @@ def check_arguments(name: str, given: Iterable[str], accepted: Iterable[str]) ->
 
 
 @contextmanager
+def user_input(what: str, *kinds: type[Exception]) -> Iterator[None]:
+    """Turn what a library raises about something that the user gave into one clear line.
+
+    Args:
+        what: cannot be done, with the name of what was given.
+        kinds: of errors that are the user's to mend.
+
+    Raises:
+        VisionattnError: in place of those.
+    """
+    try:
+        yield
+    except VisionattnError:
+        raise
+    except kinds as error:
+        raise VisionattnError(f"{what}: {' '.join(str(error).split()) or type(error).__name__}") from error
+
+
+@contextmanager
 def optional() -> Iterator[None]:
     """Around what imports libraries that a base install lacks: says in one line what to install.
 

@@ -9,8 +9,8 @@ import numpy as np
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from ..errors import VisionattnError, optional
-from .config import DataConfig, user_input
+from ..errors import VisionattnError, optional, user_input
+from .config import DataConfig
 from .images import ImageSet
 from .loader import collate_tensors
 from .paths import SYNONYMS, regular

@@ -9,9 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..errors import VisionattnError
+from ..errors import VisionattnError, user_input
 from .box_formats import check_box, is_box, is_number
-from .config import user_input
 from .images import ImageSet
 from .masks import check_mask
 from .objects import Found, Wanted, image_set, known_classes, place_boxes, refuse_classes, size_of_file

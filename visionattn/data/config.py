@@ -1,13 +1,9 @@
 """Options of the images."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-
-from ..errors import VisionattnError
 
 
 @dataclass
@@ -107,14 +103,3 @@ class AugmentConfig:
     """Probability of CutMix rather than mixup, where both are on."""
     mix_mode: Literal["batch", "pair", "elem"] = "batch"
     """Draw the mixture once for each batch, pair or image."""
-
-
-@contextmanager
-def user_input(what: str, *kinds: type[Exception]) -> Iterator[None]:
-    """Turn what a library raises about `what` the user gave into one clear line."""
-    try:
-        yield
-    except VisionattnError:
-        raise
-    except kinds as error:
-        raise VisionattnError(f"{what}: {' '.join(str(error).split()) or type(error).__name__}") from error

@@ -15,8 +15,8 @@ from timm.data import create_dataset
 from timm.utils.misc import natural_key
 from torchvision.datasets import DatasetFolder
 
-from ..errors import VisionattnError, optional, require
-from .config import DataConfig, user_input
+from ..errors import VisionattnError, optional, require, user_input
+from .config import DataConfig
 from .paths import EXTENSIONS, SYNONYMS, child, class_files, find_files, is_data, regular
 
 IDX_FOLDERS = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "kmnist": "KMNIST"}

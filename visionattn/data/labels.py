@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import VisionattnError
+from ..errors import VisionattnError, user_input
 from .annotations import open_hub, root_of, split_names
-from .config import DataConfig, user_input
+from .config import DataConfig
 from .images import ImageSet, check_classes, dataset_name, stratified_split
 from .paths import EXTENSIONS, is_plain, locate, regular, shown
 

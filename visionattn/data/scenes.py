@@ -14,9 +14,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from ..errors import optional
+from ..errors import optional, user_input
 from .annotations import Objects, tight_boxes
-from .config import user_input
 from .dense_config import AnnotationConfig
 from .images import ImageSet, stratified_split
 

@@ -11,8 +11,8 @@ from timm.data.transforms import str_to_interp_mode
 from torch import Tensor, nn
 from torchvision.transforms import Compose, InterpolationMode, TrivialAugmentWide
 
-from ..errors import VisionattnError
-from .config import AugmentConfig, DataConfig, user_input
+from ..errors import VisionattnError, user_input
+from .config import AugmentConfig, DataConfig
 from .preprocessing import EXTREME, bounded, is_extreme, model_preprocessing
 
 

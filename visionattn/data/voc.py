@@ -7,10 +7,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..errors import VisionattnError
+from ..errors import VisionattnError, user_input
 from .annotations import read_names
 from .box_formats import is_box, number_of
-from .config import user_input
 from .images import ImageSet
 from .objects import Found, Wanted, image_set, known_classes, named_classes, place_boxes, size_of_file
 from .paths import EXTENSIONS, SPLITS, child, find_files, is_plain, locate, refuse_outside, shown

@@ -7,10 +7,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import VisionattnError
+from ..errors import VisionattnError, user_input
 from .annotations import read_names
 from .box_formats import is_number, number_of
-from .config import user_input
 from .images import ImageSet
 from .masks import check_mask
 from .objects import Found, Wanted, image_set, known_classes, named_classes, place_boxes, refuse_classes, size_of_file

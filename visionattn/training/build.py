@@ -9,10 +9,9 @@ from timm.layers import convert_sync_batchnorm
 from torch import nn
 from torch.utils.data import DataLoader
 
-from ..data.config import user_input
 from ..data.images import ImageSet
 from ..data.loader import Stream, TrainSampler, derive_seed, eval_loader, train_loader
-from ..errors import VisionattnError
+from ..errors import VisionattnError, user_input
 from ..tasks import make_task
 from ..tasks.task import Task
 from ..weights.description import Described, check_made, read_described

@@ -15,8 +15,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from ..data.config import user_input
-from ..errors import VisionattnError
+from ..errors import VisionattnError, user_input
 from ..weights.files import DESCRIPTION, place, read_checkpoint, write_checkpoint
 from ..weights.unwrap import TRAINING_STATE
 

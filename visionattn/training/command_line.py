@@ -18,8 +18,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 import yaml
 from jsonargparse import ArgumentParser, set_loader, set_parsing_settings
 
-from ..data.config import user_input
-from ..errors import VisionattnError
+from ..errors import VisionattnError, user_input
 from .yaml_text import MAX_DEPTH, Plain, checked, explain, read, read_file, resolved, to_yaml
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)  # --help shows the text under each field

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..create import create_model
-from ..data.config import DataConfig, user_input
-from ..errors import UnknownModelError, VisionattnError
+from ..data.config import DataConfig
+from ..errors import UnknownModelError, VisionattnError, user_input
 from ..tasks.useless import given
 from ..weights import load_checkpoint
 from ..weights.description import read_description

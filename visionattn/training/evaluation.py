@@ -16,9 +16,8 @@ from torch.utils.data import DataLoader
 
 from ..backbone import Backbone
 from ..create import describe_place, is_place
-from ..data.config import user_input
 from ..data.loader import eval_loader, read_batches
-from ..errors import VisionattnError, printable
+from ..errors import VisionattnError, printable, user_input
 from ..registry import list_models
 from ..tasks import make_task
 from ..tasks.task import Metrics

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..create import plain_name
-from ..data.config import user_input
+from ..errors import user_input
 from .checkpoint import link, write_file
 from .config import TrainConfig, to_yaml
 

@@ -17,8 +17,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from ..data.config import user_input
-from ..errors import VisionattnError, require
+from ..errors import VisionattnError, require, user_input
 from ..tasks.task import Task
 from .checkpoint import write_file
 from .config import TrainConfig, plain

@@ -10,8 +10,7 @@ from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
-from ..data.config import user_input
-from ..errors import VisionattnError
+from ..errors import VisionattnError, user_input
 from .config import OptimConfig, TrainConfig
 
 UNFIT = {

@@ -10,9 +10,8 @@ from accelerate.utils import send_to_device
 from PIL import Image
 
 from ..create import create_model
-from ..data.config import user_input
 from ..data.images import to_mode
-from ..errors import VisionattnError, printable
+from ..errors import VisionattnError, printable, user_input
 from ..tasks import make_task
 from ..weights.description import read_description
 from .checkpoint import write_file

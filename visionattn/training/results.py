@@ -9,8 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from ..data.config import user_input
-from ..errors import VisionattnError
+from ..errors import VisionattnError, user_input
 from .checkpoint import without_nan, write_file
 
 

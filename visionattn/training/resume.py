@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..arguments import describe, fits
-from ..data.config import user_input
-from ..errors import VisionattnError
+from ..errors import VisionattnError, user_input
 from ..weights import load_checkpoint
 from ..weights.description import read_description
 from .checkpoint import read_training_state

@@ -11,8 +11,7 @@ from typing import Any
 
 import yaml
 
-from ..data.config import user_input
-from ..errors import VisionattnError
+from ..errors import VisionattnError, user_input
 
 MAX_BYTES = 1 << 18
 """Largest file; the longest of options, a weight for each of 22,000 classes, take less."""
