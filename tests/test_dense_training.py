@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 import visionattn
 from visionattn.cli import main as command
-from visionattn.data.dense_config import AnnotationConfig
+from visionattn.data.config import AnnotationConfig
 from visionattn.data.scenes import Scenes
 from visionattn.errors import VisionattnError
 from visionattn.tasks import make_task

@@ -11,8 +11,7 @@ from pycocotools import mask as reference_rle
 
 from visionattn.data.annotations import Objects, collate_crops, collate_lists, tight_boxes
 from visionattn.data.boxes import load_detection
-from visionattn.data.config import DataConfig
-from visionattn.data.dense_config import AnnotationConfig, JointConfig
+from visionattn.data.config import AnnotationConfig, DataConfig, JointConfig
 from visionattn.data.joint import ObjectTransform
 from visionattn.data.loader import Stream, seeded
 from visionattn.data.scenes import Scenes

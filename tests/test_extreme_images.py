@@ -10,8 +10,7 @@ from PIL import Image
 import visionattn
 from visionattn.data import preprocessing
 from visionattn.data.annotations import Objects
-from visionattn.data.config import AugmentConfig, DataConfig
-from visionattn.data.dense_config import JointConfig
+from visionattn.data.config import AugmentConfig, DataConfig, JointConfig
 from visionattn.data.joint import MapTransform, ObjectTransform
 from visionattn.data.transforms import eval_transform, train_transform
 from visionattn.tasks.config import TtaConfig

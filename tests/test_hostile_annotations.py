@@ -12,8 +12,7 @@ from PIL import Image
 from pycocotools import mask as reference_rle
 
 from visionattn.data.boxes import load_detection
-from visionattn.data.config import DataConfig
-from visionattn.data.dense_config import AnnotationConfig
+from visionattn.data.config import AnnotationConfig, DataConfig
 from visionattn.data.images import ImageSet
 from visionattn.data.labels import load_labelled
 from visionattn.data.maps import load_segmentation

@@ -13,8 +13,7 @@ import pytest
 from PIL import Image
 
 from visionattn.data.boxes import load_detection
-from visionattn.data.config import DataConfig
-from visionattn.data.dense_config import AnnotationConfig
+from visionattn.data.config import AnnotationConfig, DataConfig
 from visionattn.data.images import ImageSet, load_datasets, load_validation
 from visionattn.data.maps import load_segmentation
 from visionattn.errors import VisionattnError

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from visionattn.data.dense_config import AnnotationConfig
+from visionattn.data.config import AnnotationConfig
 from visionattn.data.scenes import Scenes, open_scenes
 from visionattn.errors import VisionattnError
 from visionattn.tasks.detection import DetectionMetrics

@@ -8,8 +8,7 @@ import torch
 from PIL import Image
 
 from visionattn.data.annotations import IGNORED
-from visionattn.data.config import DataConfig
-from visionattn.data.dense_config import AnnotationConfig, JointConfig
+from visionattn.data.config import AnnotationConfig, DataConfig, JointConfig
 from visionattn.data.joint import MapTransform
 from visionattn.data.loader import Stream, seeded
 from visionattn.data.maps import load_segmentation

@@ -22,6 +22,7 @@ MOVED = {
     "dense.segmentation": "heads.segmenter",
     "dense.trained": "heads.trained",
     "data.datasets": "data.images",
+    "data.dense_config": "data.config",
     "data.detection": "data.boxes",
     "data.segmentation": "data.maps",
     "predict": "training.predict",

@@ -13,9 +13,8 @@ from typing import Any
 from ..errors import VisionattnError
 from .annotations import kind_of, not_empty, root_of, split_names
 from .coco import find_coco
-from .config import DataConfig
+from .config import AnnotationConfig, DataConfig
 from .cvat import find_cvat
-from .dense_config import AnnotationConfig
 from .hub_objects import HubObjects, open_hub_objects
 from .images import ImageSet, stratified_split
 from .objects import Found, Wanted, known_classes

@@ -10,8 +10,7 @@ from PIL import Image
 from ..errors import VisionattnError
 from .annotations import Objects, column, open_hub
 from .box_formats import check_box, check_format, is_box, to_xywh
-from .config import DataConfig
-from .dense_config import AnnotationConfig
+from .config import AnnotationConfig, DataConfig
 from .images import ImageSet
 from .objects import known_classes, named_classes, size_of_file, to_objects
 from .paths import shown

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from .annotations import IGNORED, Objects, tight_boxes
-from .dense_config import JointConfig
+from .config import JointConfig
 from .preprocessing import EXTREME
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # importing it would ask the network for a newer version

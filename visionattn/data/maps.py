@@ -25,8 +25,7 @@ from .annotations import (
     root_of,
     split_names,
 )
-from .config import DataConfig
-from .dense_config import AnnotationConfig
+from .config import AnnotationConfig, DataConfig
 from .images import ImageSet
 from .paths import child, find_files, regular
 from .scenes import open_scenes

@@ -11,7 +11,7 @@ from PIL import ExifTags, Image
 from ..errors import VisionattnError
 from .annotations import Objects, check_size, open_upright, read_names
 from .box_formats import check_box, check_format, to_xywh
-from .dense_config import AnnotationConfig
+from .config import AnnotationConfig
 from .images import ImageSet
 from .masks import decode
 from .paths import child, regular

@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 
 from ..errors import optional, user_input
 from .annotations import Objects, tight_boxes
-from .dense_config import AnnotationConfig
+from .config import AnnotationConfig
 from .images import ImageSet, stratified_split
 
 FASHION = ("T-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")

@@ -5,8 +5,7 @@ from typing import Any, Literal
 
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveFloat
 
-from ..data.config import DataConfig
-from ..data.dense_config import AnnotationConfig, JointConfig
+from ..data.config import AnnotationConfig, DataConfig, JointConfig
 from ..errors import VisionattnError
 
 HEADS = {"detection": "fcos", "segmentation": "fpn"}

@@ -148,8 +148,7 @@ def _is_plain(value: Any) -> bool:
 def _check_options(entries: Mapping[str, Any], place: str) -> None:
     """Refuse what cannot be options of train.py, where these are installed."""
     try:
-        from ..data.config import DataConfig
-        from ..data.dense_config import AnnotationConfig, JointConfig
+        from ..data.config import AnnotationConfig, DataConfig, JointConfig
     except ModuleNotFoundError:  # what cannot be read is not used either
         return
     for group, options in (("data", DataConfig), ("annotations", AnnotationConfig), ("joint", JointConfig)):
