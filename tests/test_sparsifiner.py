@@ -377,7 +377,7 @@ def test_unfit_teachers_are_refused():
     model = visionattn.create_model("test_sparsifiner", phase="recon")
     with pytest.raises(VisionattnError, match="learns from a teacher with 4 attention layers, got 0"):
         model.learn_from(visionattn.create_model("test_van"))
-    with pytest.raises(VisionattnError, match="test_van learns from no teacher"):
+    with pytest.raises(VisionattnError, match="VAN learns from no teacher"):
         visionattn.create_model("test_van").learn_from(model)
 
 

@@ -8,3 +8,4 @@ from .base import Backbone as Backbone
 from .hierarchical import Hierarchical as Hierarchical
 from .hierarchical import Stage as Stage
 from .isotropic import Isotropic as Isotropic
+from .mechanics import Mechanics as Mechanics

@@ -1,4 +1,4 @@
-"""What both scaffolds share: timm's model contract, input checks and the hooks of the training loop."""
+"""What both scaffolds share: timm's model contract and input checks."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -13,6 +13,7 @@ from ..errors import VisionattnError
 from ..layers.fuse import fuse_modules
 from ..layers.position import resize_table
 from ..layers.symbolic import ceil_div
+from .mechanics import Mechanics
 
 FORMATS = tuple(fmt.value for fmt in Format)
 """Layouts of features."""
@@ -48,7 +49,7 @@ def _checked(x: Tensor, size: int, name: str) -> Tensor:
     return x
 
 
-class Backbone(nn.Module):
+class Backbone(Mechanics, nn.Module):
     """What both scaffolds share.
 
     Attributes:
@@ -138,48 +139,6 @@ class Backbone(nn.Module):
             raise VisionattnError("expected a model in eval mode to fuse, got one in training mode: call eval() first")
         fuse_modules(self)
         return self
-
-    @torch.jit.ignore
-    def advance(self, epoch: float) -> None:
-        """Follow the paper's own schedules. Called before every update of a training run.
-
-        Args:
-            epoch: time since the start of the run in epochs, 2.5 in the middle of the third.
-        """
-
-    @torch.jit.ignore
-    def learning_rates(self) -> dict[str, float]:
-        """Factors on the peak learning rate for parameters that the paper trains at another one, by pattern of names.
-
-        Warm-up and end of the schedule are as for the others.
-        """
-        return {}
-
-    @torch.jit.ignore
-    def learn_from(self, teacher: nn.Module) -> None:
-        """Take a teacher, for `training_loss`. It is not a part of the model, nor trained, moved or saved with it.
-
-        Args:
-            teacher: a model of what the paper distils from, on the device of this one.
-
-        Raises:
-            VisionattnError: if the model has no use for a teacher, or not for this one.
-        """
-        raise VisionattnError(f"{self.check.name} learns from no teacher")
-
-    @torch.jit.ignore
-    def training_loss(self, loss: Tensor, images: Tensor, logits: Tensor) -> Tensor:
-        """Add the paper's own terms to the loss of a task. Called after a forward pass in training mode.
-
-        Args:
-            loss: of the task.
-            images: what the model was called with.
-            logits: what it returned.
-
-        Returns:
-            The loss to minimise.
-        """
-        return loss
 
     def _placement(self) -> dict:
         parameter = next(self.parameters())

@@ -10,7 +10,7 @@ import torch
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
-from ..backbone import Backbone, Hierarchical, Isotropic
+from ..backbone import Backbone, Hierarchical, Isotropic, Mechanics
 from ..create import check_described, create_model, describe_place, is_place, make_described
 from ..errors import UnknownArgumentError, VisionattnError
 from ..weights.description import load_described
@@ -142,7 +142,7 @@ def create_feature_maps(
     return FeatureMaps(backbone, strides)
 
 
-class OverBackbone:
+class OverBackbone(Mechanics):
     """What a training script asks of a model, answered by the backbone inside.
 
     Attributes:
@@ -193,9 +193,9 @@ class OverBackbone:
         self.inner.set_grad_checkpointing(enable)
 
     def learning_rates(self) -> dict[str, float]:
-        """Factors on the peak learning rate by pattern of names; see `Backbone.learning_rates`."""
+        """Factors on the peak learning rate by pattern of names; see `Mechanics.learning_rates`."""
         return {f"{self.backbone_name}.{name}": factor for name, factor in self.inner.learning_rates().items()}
 
     def advance(self, epoch: float) -> None:
-        """Follow the backbone's own schedules; see `Backbone.advance`."""
+        """Follow the backbone's own schedules; see `Mechanics.advance`."""
         self.inner.advance(epoch)

@@ -129,7 +129,7 @@ class ClassificationLoss(nn.Module):
         augment: Options of the augmentation, for mixup and cutmix.
         images: The images to train on, for their classes and, if these are to be balanced, their labels.
         seed: Seed of the mixtures.
-        training_loss: What the model makes of the loss, from (loss, images, logits); see `Backbone.training_loss`.
+        training_loss: What the model makes of the loss, from (loss, images, logits); see `Mechanics.training_loss`.
 
     Raises:
         VisionattnError: If the class weights do not fit the classes.

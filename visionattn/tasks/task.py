@@ -138,7 +138,7 @@ class Task(ABC):
 
         Args:
             images: To train on.
-            training_loss: What a classifier makes of the loss, from (loss, images, logits); `Backbone.training_loss`.
+            training_loss: What a classifier makes of the loss, from (loss, images, logits); `Mechanics.training_loss`.
         """
 
     @abstractmethod

@@ -32,7 +32,7 @@ def make_optimizer(
     Args:
         config: Options of the optimizer.
         model: What it optimizes.
-        rates: Factors on the peak learning rate by pattern of names; see `Backbone.learning_rates`.
+        rates: Factors on the peak learning rate by pattern of names; see `Mechanics.learning_rates`.
 
     Raises:
         VisionattnError: If the optimizer is unknown or refuses the options.

@@ -14,10 +14,9 @@ from accelerate.utils import broadcast_object_list, send_to_device
 from timm.utils import ModelEmaV3, dispatch_clip_grad
 from torch import Tensor, nn
 
-from ..backbone import Backbone
+from ..backbone import Mechanics
 from ..data.loader import Batch, Stream, derive_seed, read_batches
 from ..errors import VisionattnError
-from ..heads.pyramid import OverBackbone
 from ..tasks import make_task
 from .build import check_resumable, make_loaders, make_model, memory_format
 from .checkpoint import link, save_checkpoint, without_nan, write_file
@@ -69,18 +68,18 @@ class Trainer:
         )
         self.updates = self.sampler.updates
 
-        # What a paper adds to the loop is the model's own. Any module can be registered; a bare Backbone adds nothing.
-        self.mechanics = model if isinstance(model, (Backbone, OverBackbone)) else Backbone(0, 0, 0, 0.0, 0)
+        # What a paper adds to the loop is the model's own. Any module can be registered.
+        self.mechanics = model if isinstance(model, Mechanics) else Mechanics()
         self.bare_model = self.student = model
-        training_loss = getattr(self.mechanics, "training_loss", None)
+        training_loss = self.mechanics.training_loss
         if config.distill.model:
             teacher = make_teacher(config.distill, len(self.classes)).to(accelerator.device)
-            if type(self.mechanics).learn_from is Backbone.learn_from:
-                distillation = Distillation(config.distill, teacher, config.data, len(self.classes), model, accelerator)
-                self.student, training_loss = distillation.student or model, distillation.loss
-            else:
+            if self.mechanics.learns_from_teacher:
                 check_own(config.distill, config.model)
                 self.mechanics.learn_from(teacher)
+            else:
+                distillation = Distillation(config.distill, teacher, config.data, len(self.classes), model, accelerator)
+                self.student, training_loss = distillation.student or model, distillation.loss
         self.loss = self.task.make_loss(images[0], training_loss).to(accelerator.device)
         optimizer = make_optimizer(config.optim, model, self.mechanics.learning_rates())
         if self.student is not model:
