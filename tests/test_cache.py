@@ -11,8 +11,8 @@ from torch.func import functional_call, stack_module_state, vmap
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 
 import visionattn
-from visionattn.heads.detector import Anchors, create_detector
-from visionattn.heads.segmenter import create_segmenter
+from visionattn import create_detector, create_segmenter
+from visionattn.heads.detector import Anchors
 from visionattn.layers import NeighborhoodAttention2d
 from visionattn.layers.cache import ParameterCache
 

@@ -50,9 +50,10 @@ def test_one_line_in_the_scripts(capsys):
 
 @pytest.mark.parametrize("old", MOVED)
 def test_modules_are_found_by_the_names_that_they_had(old):
-    name, new = f"visionattn.{old}", f"visionattn.{MOVED[old]}"
-    with pytest.warns(FutureWarning, match=f"^{name} is called {new} now$"):
+    name, today = f"visionattn.{old}", [f"visionattn.{new}" for new in MOVED[old].split()]
+    with pytest.warns(FutureWarning, match=f"^{name} is called {' and '.join(today)} now$"):
         sys.modules.pop(name, None)
         named = vars(importlib.import_module(name))
-    public = {key: value for key, value in vars(importlib.import_module(new)).items() if key[0] != "_"}
+    modules = [vars(importlib.import_module(new)) for new in today]
+    public = {key: value for module in modules for key, value in module.items() if key[0] != "_"}
     assert all(named[key] is value for key, value in public.items() if not inspect.ismodule(value))

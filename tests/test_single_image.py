@@ -10,8 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
 import visionattn
-from visionattn.heads.detector import create_detector
-from visionattn.heads.segmenter import create_segmenter
+from visionattn import create_detector, create_segmenter
 from visionattn.training.config import parse_train
 from visionattn.training.trainer import Trainer
 

@@ -1,19 +1,36 @@
-"""Creating models: by names, by files and by repositories."""
+"""Making models: the one place that knows names and places, backbones, weights and heads.
+
+A name is looked up in the registry; a file or repository says itself which model it is of, and is checked first. What
+makes a variant is what timm calls too.
+"""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+from timm.models import PretrainedCfg, build_model_with_cfg
 from torch import nn
 
-from .arguments import with_meaning
-from .errors import UnknownArgumentError, UnknownModelError, optional
-from .registry import Entry, find, tagged
-from .weights.description import Described, check_made, describe_file, describe_repository, load_described
+from .arguments import check_values, hints, made_with, with_meaning
+from .backbone import Backbone, Hierarchical
+from .backbone.extractors import extractor_class
+from .errors import UnknownArgumentError, VisionattnError, check_arguments, optional
+from .registry import (
+    BUILDER_ARGUMENTS,
+    FEATURE_ARGUMENTS,
+    MODEL_ARGUMENTS,
+    find,
+    list_models,
+    makes_variants,
+    tagged,
+)
+from .weights.description import Described, check_made, describe_place, is_place, load_described
+from .weights.download import find_published
+from .weights.layouts import load_pretrained
 
-REPOSITORIES = ("hf-hub", "hf_hub", "local-dir")
-FILE_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt")
+Loads = Sequence[Callable[[nn.Module], None]]
+"""What loads weights to start from, one after the other."""
 
 
 def create_model(
@@ -57,19 +74,11 @@ def create_model(
     if checkpoint_prefix and not checkpoint_path:
         raise UnknownArgumentError("checkpoint_prefix chooses from what checkpoint_path holds: give both")
     if not is_place(name := os.fspath(name)):
-        base, tag, entry = find(name)
-        if tag:
-            kwargs["pretrained_cfg"] = tagged(base, tag, entry.cfgs)
-        load = partial(load_described, path=checkpoint_path, checkpoint_prefix=checkpoint_prefix)
-        load = load if checkpoint_path else None
-        return _make(entry, bool(pretrained), load, kwargs)
+        return _make(name, kwargs, bool(pretrained), _loads(None, checkpoint_path, checkpoint_prefix))
     described = describe_place(name, kwargs.get("cache_dir"), pretrained is not False)
-    if described.task != "classification" and not kwargs.get("features_only"):
-        with optional():
-            from .heads.trained import create_trained  # whose libraries are heavy
-
-        return create_trained(described, pretrained is not False, checkpoint_path, checkpoint_prefix, **kwargs)
-    return create_described(described, pretrained, checkpoint_path, checkpoint_prefix, **kwargs)
+    headed = described.task != "classification" and not kwargs.get("features_only")
+    create = _create_trained if headed else create_described
+    return create(described, pretrained, checkpoint_path, checkpoint_prefix, **kwargs)
 
 
 def create_described(
@@ -89,86 +98,269 @@ def create_described(
         **kwargs: in place of the arguments that the place says.
     """
     check_described(described)
-
-    def start(model: nn.Module) -> None:
-        if pretrained is not False:
-            described.load(model)
-        if checkpoint_path:
-            load_described(model, checkpoint_path, checkpoint_prefix)
-
-    return make_described(described, start if pretrained is not False or checkpoint_path else None, **kwargs)
+    loads = _loads(None if pretrained is False else described, checkpoint_path, checkpoint_prefix)
+    return _make_described(described, kwargs, loads)
 
 
-def is_place(name: str) -> bool:
-    """Whether a name is that of a file or a repository, which say themselves which model they are of.
+def create_detector(
+    backbone: str | os.PathLike,
+    head: str,
+    num_classes: int,
+    pretrained_backbone: bool | None = None,
+    backbone_kwargs: dict[str, Any] | None = None,
+    fpn_channels: int = 256,
+    anchor_sizes: Sequence[int] | None = None,
+    **kwargs,
+) -> nn.Module:
+    """Create a detector: a head of torchvision's over a backbone of any family.
+
+    It is called as torchvision's are, `detector(images, targets)` in training and `detector(images)` in evaluation; see
+    `Detector`. Images come normalised and at the size to look at them; with `min_size` and `max_size` they are resized
+    as in torchvision, with `image_mean` and `image_std` normalised. torchvision has no Cascade R-CNN, and so neither is
+    there one here.
 
     Args:
-        name: what `create_model` takes.
-    """
-    return ":" in name or name.endswith(FILE_SUFFIXES)
+        backbone: name of the backbone, as for `create_model`.
+        head: "faster_rcnn", "mask_rcnn", "retinanet" or "fcos".
+        num_classes: classes of objects, without the background; labels count from 1.
+        pretrained_backbone: load the backbone's weights. None: as `create_model` does, for files and repositories only.
+        backbone_kwargs: arguments of the backbone; `checkpoint_path` may also name a file of a published detector.
+        fpn_channels: channels of the feature pyramid and the head of masks.
+        anchor_sizes: side of the smallest anchor, in pixels, of each of the five levels: strides 4 to 64 for R-CNNs, 8
+            to 128 for the others. For FCOS they set the sizes of the objects that a level finds. None: torchvision's.
+        **kwargs: further options of torchvision's model (`box_score_thresh`, `box_detections_per_img`, ...).
 
-
-def describe_place(name: str, cache_dir: str | None = None, weights: bool = True) -> Described:
-    """What a file or a repository says of its model.
-
-    Args:
-        name: of the file or repository.
-        cache_dir: folder for downloads; None for the usual ones.
-        weights: read the weights of a repository too.
+    Returns:
+        The detector, an instance of torchvision's class.
 
     Raises:
-        UnknownModelError: if it is neither.
-        VisionattnError: if it cannot be read, or what it says cannot be.
+        UnknownModelError: if there is no such backbone.
+        UnknownArgumentError: if backbone or head do not take one of the arguments.
+        VisionattnError: if there is no such head.
     """
-    kind = name.partition(":")[0]
-    if kind in REPOSITORIES:
-        return describe_repository(name, cache_dir, weights)
-    if name.endswith(FILE_SUFFIXES):
-        return describe_file(name)
-    raise UnknownModelError(f"unknown model {name}: expected a name, a file, hf-hub:... or local-dir:...")
+    with optional():  # whose libraries are heavy
+        from .heads.detector import make_detector
+
+    maps = partial(_make_maps, backbone, pretrained_backbone, backbone_kwargs)
+    return make_detector(maps, head, num_classes, fpn_channels, anchor_sizes, **kwargs)
 
 
-def plain_name(name: str) -> str:
-    """The registered name of a model that a file or a repository is of; other names as they are.
+def create_segmenter(
+    backbone: str | os.PathLike,
+    head: str,
+    num_classes: int,
+    pretrained_backbone: bool | None = None,
+    backbone_kwargs: dict[str, Any] | None = None,
+    auxiliary: bool = False,
+    **kwargs,
+) -> nn.Module:
+    """Create a segmenter: a decoder of segmentation_models_pytorch over a backbone of any family.
 
     Args:
-        name: what `create_model` takes.
+        backbone: name of the backbone, as for `create_model`.
+        head: "upernet", "fpn" (semantic FPN), "segformer" or "unet".
+        num_classes: number of classes, with the background if that is one.
+        pretrained_backbone: load the backbone's weights. None: as `create_model` does, for files and repositories only.
+        backbone_kwargs: arguments of the backbone; `checkpoint_path` may also name a file of a published segmenter.
+        auxiliary: add a second, convolutional head on the map of stride 16. In training the model then returns the
+            logits of both, for the published UPerNets' loss.
+        **kwargs: options of the decoder (`decoder_channels`, `dropout`, `segmentation_channels`, ...).
+
+    Raises:
+        UnknownModelError: if there is no such backbone.
+        UnknownArgumentError: if backbone or head do not take one of the arguments.
+        VisionattnError: if there is no such head, or it cannot have such options.
     """
-    return describe_place(name, weights=False).name if is_place(name) else name
+    with optional():
+        from .heads.segmenter import make_segmenter
+
+    maps = partial(_make_maps, backbone, pretrained_backbone, backbone_kwargs)
+    return make_segmenter(maps, head, num_classes, auxiliary, **kwargs)
+
+
+CREATE = {"detection": create_detector, "segmentation": create_segmenter}
+"""What makes the models that are a head over a backbone, by the tasks of their checkpoints."""
 
 
 def check_described(described: Described) -> None:
     """Refuse a place that holds other tensors than those of the model that it describes; see `check_made`."""
     if described.task == "classification":
-        check_made(described, lambda: make_described(described, None))
+        check_made(described, lambda: _make_described(described, {}))
+    elif described.task in CREATE:
+        check_made(described, lambda: _make_trained(described))
     else:
-        with optional():
-            from .heads.trained import make_trained
-
-        check_made(described, lambda: make_trained(described))
+        known = f"expected one of classification, {', '.join(CREATE)}, got {described.task!r}"
+        raise VisionattnError(f"{described.place}: entry task: {known}: name the model, with this as checkpoint_path")
 
 
-def make_described(described: Described, start: Callable[[nn.Module], None] | None, **kwargs) -> nn.Module:
-    """The classifier or backbone that a place describes, without its weights.
+def _loads(described: Described | None, checkpoint_path: str | os.PathLike, checkpoint_prefix: str) -> Loads:
+    loads: list[Callable[[nn.Module], None]] = [] if described is None else [described.load]
+    if checkpoint_path:
+        loads.append(partial(load_described, path=checkpoint_path, checkpoint_prefix=checkpoint_prefix))
+    return loads
+
+
+def _make_described(described: Described, kwargs: dict[str, Any], loads: Loads = ()) -> nn.Module:
+    overlay = described.cfg | (kwargs.get("pretrained_cfg_overlay") or {})
+    return _make(described.name, described.kwargs | kwargs | {"pretrained_cfg_overlay": overlay}, False, loads)
+
+
+def _make(name: str, kwargs: dict[str, Any], pretrained: bool, loads: Loads = ()) -> nn.Module:
+    """A model by its name, with its published weights if they are asked for, and then with what else is loaded."""
+    base, tag, entry = find(name)
+    if tag:
+        kwargs = kwargs | {"pretrained_cfg": tagged(base, tag, entry.cfgs)}
+    if entry.variant is not None:
+        return make_variant(base, kwargs, pretrained, loads)
+    model = entry.build(pretrained=pretrained, **with_meaning(kwargs, entry.takes))
+    for load in loads:
+        load(model)
+    return model
+
+
+@makes_variants
+def make_variant(name: str, kwargs: dict[str, Any], pretrained: bool = False, loads: Loads = ()) -> nn.Module:
+    """A model of a family, by timm's builder.
 
     Args:
-        described: what the place says.
-        start: loads weights.
-        **kwargs: in place of the arguments that the place says.
+        name: registered name.
+        kwargs: arguments of the model's class and of the builder.
+        pretrained: load the published weights.
+        loads: what else is loaded, after these.
     """
-    base, tag, entry = find(described.name)
-    if tag:
-        kwargs["pretrained_cfg"] = tagged(base, tag, entry.cfgs)
-    overlay = described.cfg | (kwargs.get("pretrained_cfg_overlay") or {})
-    return _make(entry, False, start, described.kwargs | kwargs | {"pretrained_cfg_overlay": overlay})
+    _, _, entry = find(name)
+    cls, variant, cfgs = entry.takes, entry.variant, entry.cfgs
+    kwargs = with_meaning(kwargs, cls)
+    features = kwargs.get("features_only")
+    own = kwargs.keys() - BUILDER_ARGUMENTS - (FEATURE_ARGUMENTS if features else set())
+    check_arguments(name, own, hints(cls).keys() | MODEL_ARGUMENTS)
+    check_values(kwargs, cls, lambda argument: f"{name} takes {argument}")
+    cfg = kwargs.pop("pretrained_cfg", None) or next(iter(cfgs))
+    cfg = tagged(name, cfg, cfgs) if isinstance(cfg, str) else cfg
+    cfg = cfg if isinstance(cfg, dict) else cfg.to_dict()
+    overlay = dict(kwargs.pop("pretrained_cfg_overlay", None) or {})
+    published = find_published(name, cfg, overlay, variant, kwargs.get("cache_dir")) if pretrained else None
+    if (pretrained or loads) and features:
+        kwargs["num_classes"] = 0  # whatever the file's classes
+    if size := kwargs.get("img_size"):
+        overlay = {"input_size": (cfg["input_size"][0], *_checked_size(size))} | overlay
+        if "img_size" not in hints(cls):
+            del kwargs["img_size"]
+    feature_cfg = {"feature_cls": "list"} | cls.feature_cfg
+    feature_cfg |= {key: kwargs.pop(key) for key in FEATURE_ARGUMENTS & kwargs.keys()}
+    feature_cfg["feature_cls"] = extractor_class(feature_cfg["feature_cls"])
+    output_stride = kwargs.pop("output_stride", None)
+    chosen, pooled = set(kwargs), {}
 
+    def construct(**kwargs) -> nn.Module:
+        with made_with(name, {key: value for key, value in kwargs.items() if key in chosen}):
+            model = cls(**kwargs)
+        model.pretrained_cfg = cfg
+        model.check.name = name
+        if output_stride is not None:
+            _dilate(model, output_stride)
+        if published is not None:
+            load_pretrained(model, published)
+        for load in loads:
+            load(model)
+        size = overlay.get("input_size") or cfg.get("input_size") or PretrainedCfg.input_size
+        pooled["pool_size"] = model.pool_size(size[1:])
+        return model
 
-def _make(
-    entry: Entry, pretrained: bool, start: Callable[[nn.Module], None] | None, kwargs: dict[str, Any]
-) -> nn.Module:
-    if entry.variant is not None:
-        return entry.build(pretrained=pretrained, start=start, **kwargs)
-    model = entry.build(pretrained=pretrained, **with_meaning(kwargs, entry.takes))
-    if start is not None:
-        start(model)
+    model = build_model_with_cfg(
+        construct,
+        name,
+        False,  # timm's own loading knows one source and none of the layouts
+        pretrained_cfg=cfg,
+        pretrained_cfg_overlay=overlay,
+        feature_cfg=feature_cfg,
+        **variant.kwargs | kwargs,
+    )
+    model.pretrained_cfg["pool_size"] = overlay.get("pool_size") or pooled["pool_size"]
     return model
+
+
+def _dilate(model: Backbone, output_stride: int) -> None:
+    strides = [info["reduction"] for info in model.feature_info]
+    if output_stride == strides[-1]:
+        return
+    if not model.dilates:
+        entries = [find(name)[2] for name in list_models()]
+        able = sorted({entry.family.name for entry in entries if getattr(entry.takes, "dilates", False)})
+        raise VisionattnError(
+            f"{model.check.name} has maps of strides {strides} and no others: output_stride {output_stride} needs a "
+            f"pyramid of one of the families {', '.join(able)}"
+        )
+    model.dilate(output_stride)
+
+
+def _checked_size(size: int | tuple[int, int]) -> tuple[int, int]:
+    sizes = (size, size) if isinstance(size, int) else tuple(size)
+    if len(sizes) != 2 or any(not isinstance(s, int) or s < 1 for s in sizes):
+        raise UnknownArgumentError(f"expected img_size in pixels, one number or (height, width), got {size!r}")
+    return sizes
+
+
+def _make_maps(
+    name: str | os.PathLike, pretrained: bool | None, kwargs: dict[str, Any] | None, strides: Sequence[int]
+) -> nn.Module:
+    """`FeatureMaps` of a backbone by what `create_model` takes; its `checkpoint_path` may be of a model with a head."""
+    from .heads.pyramid import FeatureMaps
+
+    name, kwargs = os.fspath(name), dict(kwargs or {})
+    if headed := sorted({"num_classes", "features_only", "out_indices"} & kwargs.keys()):
+        raise UnknownArgumentError(f"{name} as a backbone takes no {', '.join(headed)}")
+    checkpoint, prefix = kwargs.pop("checkpoint_path", ""), kwargs.pop("checkpoint_prefix", "")
+    described, kwargs["num_classes"] = None, 0
+    if is_place(name):
+        described = describe_place(name, kwargs.get("cache_dir"), pretrained is not False)
+        check_described(described)
+        backbone = _make_described(described, kwargs)
+    else:
+        backbone = _make(name, kwargs, bool(pretrained))
+    if not isinstance(backbone, Backbone):
+        raise VisionattnError(f"expected a backbone of visionattn's families, got {name}, a {type(backbone).__name__}")
+    if isinstance(backbone, Hierarchical):
+        backbone.add_feature_norms([i for i, info in enumerate(backbone.feature_info) if info["reduction"] in strides])
+    for load in _loads(None if pretrained is False else described, checkpoint, prefix):
+        load(backbone)  # after the norms of features, which the file may have
+    return FeatureMaps(backbone, strides)
+
+
+def _create_trained(
+    described: Described, pretrained: bool | None, checkpoint_path: str, checkpoint_prefix: str, **kwargs
+) -> nn.Module:
+    """The detector or segmenter of a checkpoint of train.py.
+
+    Under another head only the backbone's weights are its own; the classifier of other `num_classes` is new.
+    """
+    check_described(described)
+    entries, model = described.entries, _make_trained(described, **kwargs)
+    if pretrained is not False:
+        described.load(model if kwargs.get("head") in (None, entries["head"]) else model.inner)
+    if checkpoint_path:
+        load_described(model, checkpoint_path, checkpoint_prefix)
+    own = {key: entries["data"][key] for key in ("mean", "std") if entries["data"].get(key)}
+    if kwargs.get("num_classes") in (None, len(entries["classes"])):
+        own["label_names"] = entries["classes"]
+    model.inner.pretrained_cfg = model.inner.pretrained_cfg | own
+    return model
+
+
+def _make_trained(
+    described: Described,
+    head: str | None = None,
+    num_classes: int | None = None,
+    backbone_kwargs: dict[str, Any] | None = None,
+    **kwargs,
+) -> nn.Module:
+    """The model of a checkpoint without its weights; arguments are in place of its own, which hold under its head."""
+    entries = described.entries
+    options = entries["head_kwargs"] if head in (None, entries["head"]) else {}
+    return CREATE[described.task](
+        described.name,
+        head or entries["head"],
+        len(entries["classes"]) if num_classes is None else num_classes,
+        backbone_kwargs=described.kwargs | (backbone_kwargs or {}),
+        **options | kwargs,
+    )

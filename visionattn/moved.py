@@ -18,16 +18,16 @@ MOVED = {
     "sharing": "publish",
     "dense": "heads",
     "dense.features": "heads.pyramid",
-    "dense.detection": "heads.detector",
-    "dense.segmentation": "heads.segmenter",
-    "dense.trained": "heads.trained",
+    "dense.detection": "heads.detector create",
+    "dense.segmentation": "heads.segmenter create",
+    "dense.trained": "create",
     "data.datasets": "data.images",
     "data.dense_config": "data.config",
     "data.detection": "data.boxes",
     "data.segmentation": "data.maps",
     "predict": "training.predict",
 }
-"""Old names within the package, and those of today."""
+"""Old names within the package, and those of today: of several modules where a part has gone elsewhere."""
 
 
 class Moved(MetaPathFinder, Loader):
@@ -40,10 +40,10 @@ class Moved(MetaPathFinder, Loader):
         return ModuleSpec(name, self, is_package=any(each.startswith(f"{old}.") for each in MOVED))
 
     def exec_module(self, module: ModuleType) -> None:
-        new = f"{__package__}.{MOVED[module.__name__.partition('.')[2]]}"
-        warnings.warn(f"{module.__name__} is called {new} now", FutureWarning, stacklevel=2)
-        own = import_module(new).__dict__
-        module.__dict__.update({name: value for name, value in own.items() if not name.startswith("__")})
+        today = [f"{__package__}.{name}" for name in MOVED[module.__name__.partition(".")[2]].split()]
+        warnings.warn(f"{module.__name__} is called {' and '.join(today)} now", FutureWarning, stacklevel=2)
+        for own in (import_module(name).__dict__ for name in today):
+            module.__dict__.update({name: value for name, value in own.items() if not name.startswith("__")})
 
 
 sys.meta_path.insert(0, Moved())  # before what finds a folder that an older version left

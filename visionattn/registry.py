@@ -7,22 +7,17 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cache
-from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import timm
 import torch
-from timm.models import PretrainedCfg, build_model_with_cfg, generate_default_cfgs
+from timm.models import PretrainedCfg, generate_default_cfgs
 from timm.models import register_model as register_with_timm
 from torch import nn
 
-from .arguments import check_values, hints, made_with, with_meaning
-from .backbone import Backbone, Isotropic
-from .backbone.extractors import extractor_class
-from .errors import UnknownArgumentError, UnknownModelError, VisionattnError, check_arguments
-from .weights.download import HUB, fetch
-from .weights.files import find_file
-from .weights.layouts import load_pretrained
+from .backbone import Isotropic
+from .errors import UnknownModelError, VisionattnError
 
 BUILDER_ARGUMENTS = {
     *("features_only", "cache_dir"),
@@ -157,6 +152,7 @@ class Entry:
 _entries: dict[str, Entry] = {}
 _aliases: dict[str, str] = {}
 _plain_in_timm: set[str] = set()
+_make: Callable[[str, dict[str, Any], bool], nn.Module]
 
 
 def register_model(build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
@@ -189,11 +185,11 @@ def register_family(
     for name, variant in variants.items():
         cls = variant.model or model
         cfgs = {tag: _pretrained_cfg(name, tag, family, variant, cls) for tag in variant.weights or {"": None}}
-        entry = _register(name, Entry(_builder(name, cls, variant, cfgs), cls, family, variant, cfgs))
+        entry = _register(name, Entry(_builder(name), cls, family, variant, cfgs))
         if not timm.is_model(name):
             _offer(module, name, entry.build, cfgs)
             _plain_in_timm.add(name)
-        _offer(module, TIMM_PREFIX + name, _called(TIMM_PREFIX + name, entry.build), cfgs)
+        _offer(module, TIMM_PREFIX + name, _builder(name, {"architecture": TIMM_PREFIX + name}), cfgs)
     _aliases.update(aliases or {})
 
 
@@ -205,14 +201,26 @@ def _offer(module: ModuleType, name: str, build: Callable[..., nn.Module], cfgs:
     register_with_timm(build)
 
 
-def _called(name: str, build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-    """`build` for a model that says it is called `name`, so that what timm saves of it is found again."""
+def makes_variants(make: Callable[[str, dict[str, Any], bool], nn.Module]) -> Callable:
+    """Decorator of the function that makes the models of families: create.py's, as it takes weights to do so.
 
-    def build_called(pretrained_cfg_overlay: dict | None = None, **kwargs) -> nn.Module:
-        overlay = {"architecture": name} | (pretrained_cfg_overlay or {})
-        return build(pretrained_cfg_overlay=overlay, **kwargs)
+    Args:
+        make: takes registered name, arguments and whether to load the published weights.
+    """
+    global _make
+    _make = make
+    return make
 
-    return build_called
+
+def _builder(name: str, overlay: dict[str, str] | None = None) -> Callable[..., nn.Module]:
+    """What makes a variant, under another name too, so that what timm saves of it is found again."""
+
+    def build(pretrained: bool = False, **kwargs) -> nn.Module:
+        if overlay:
+            kwargs["pretrained_cfg_overlay"] = overlay | (kwargs.get("pretrained_cfg_overlay") or {})
+        return _make(name, kwargs, pretrained)
+
+    return build
 
 
 def timm_name(name: str) -> str:
@@ -256,121 +264,6 @@ def _pretrained_cfg(name: str, tag: str, family: Family, variant: Variant, cls: 
         "paper_ids": tuple(f"arXiv:{arxiv}" for _, arxiv in family.papers),
     }
     return PretrainedCfg(**facts | weights.cfg)
-
-
-def _builder(
-    name: str, cls: type[nn.Module], variant: Variant, cfgs: dict[str, PretrainedCfg]
-) -> Callable[..., nn.Module]:
-    accepted = hints(cls).keys() | MODEL_ARGUMENTS
-
-    def build(pretrained: bool = False, start: Callable[[nn.Module], None] | None = None, **kwargs) -> nn.Module:
-        kwargs = with_meaning(kwargs, cls)
-        features = kwargs.get("features_only")
-        check_arguments(name, kwargs.keys() - BUILDER_ARGUMENTS - (FEATURE_ARGUMENTS if features else set()), accepted)
-        check_values(kwargs, cls, lambda argument: f"{name} takes {argument}")
-        cfg = kwargs.pop("pretrained_cfg", None) or next(iter(cfgs))
-        if isinstance(cfg, str):
-            cfg = tagged(name, cfg, cfgs)
-        if not isinstance(cfg, dict):
-            cfg = cfg.to_dict()
-        overlay = dict(kwargs.pop("pretrained_cfg_overlay", None) or {})
-        published = find_published(name, cfg, overlay, variant, kwargs.get("cache_dir")) if pretrained else None
-        if (pretrained or start) and features:
-            kwargs["num_classes"] = 0  # whatever the file's classes
-        if size := kwargs.get("img_size"):
-            overlay = {"input_size": (cfg["input_size"][0], *_checked_size(size))} | overlay
-            if "img_size" not in hints(cls):
-                del kwargs["img_size"]
-        feature_cfg = {"feature_cls": "list"} | cls.feature_cfg
-        feature_cfg |= {key: kwargs.pop(key) for key in FEATURE_ARGUMENTS & kwargs.keys()}
-        feature_cfg["feature_cls"] = extractor_class(feature_cfg["feature_cls"])
-        output_stride = kwargs.pop("output_stride", None)
-        chosen = set(kwargs)
-
-        def construct(**kwargs) -> nn.Module:
-            with made_with(name, {key: value for key, value in kwargs.items() if key in chosen}):
-                model = cls(**kwargs)
-            model.pretrained_cfg = cfg
-            model.check.name = name
-            if output_stride is not None:
-                _dilate(model, output_stride)
-            if published is not None:
-                load_pretrained(model, published)
-            if start is not None:  # what else is loaded, after the published weights
-                start(model)
-            size = overlay.get("input_size") or cfg.get("input_size") or PretrainedCfg.input_size
-            pooled["pool_size"] = model.pool_size(size[1:])
-            return model
-
-        pooled: dict = {}
-        model = build_model_with_cfg(
-            construct,
-            name,
-            False,  # timm's own loading knows one source and none of the layouts
-            pretrained_cfg=cfg,
-            pretrained_cfg_overlay=overlay,
-            feature_cfg=feature_cfg,
-            **variant.kwargs | kwargs,
-        )
-        model.pretrained_cfg["pool_size"] = overlay.get("pool_size") or pooled["pool_size"]
-        return model
-
-    return build
-
-
-def _dilate(model: Backbone, output_stride: int) -> None:
-    strides = [info["reduction"] for info in model.feature_info]
-    if output_stride == strides[-1]:
-        return
-    if not model.dilates:
-        able = sorted({e.family.name for e in _entries.values() if getattr(e.takes, "dilates", False)})
-        raise VisionattnError(
-            f"{model.check.name} has maps of strides {strides} and no others: output_stride {output_stride} needs a "
-            f"pyramid of one of the families {', '.join(able)}"
-        )
-    model.dilate(output_stride)
-
-
-def _checked_size(size: int | tuple[int, int]) -> tuple[int, int]:
-    sizes = (size, size) if isinstance(size, int) else tuple(size)
-    if len(sizes) != 2 or any(not isinstance(s, int) or s < 1 for s in sizes):
-        raise UnknownArgumentError(f"expected img_size in pixels, one number or (height, width), got {size!r}")
-    return sizes
-
-
-def find_published(name: str, cfg: dict, overlay: dict, variant: Variant, cache_dir: str | None) -> Path | dict:
-    """The file, fetched if need be, or the state dict that `pretrained=True` asks for.
-
-    Args:
-        name: of the model.
-        cfg: timm's configuration of the weights.
-        overlay: entries in place of those.
-        variant: of the model.
-        cache_dir: folder for downloads; None for the usual ones.
-
-    Raises:
-        VisionattnError: if it is nowhere to be had.
-    """
-    places = overlay if any(overlay.get(key) for key in ("state_dict", "file", "url", "hf_hub_id")) else cfg
-    if places.get("state_dict"):
-        return places["state_dict"]
-    if places.get("file"):
-        return find_file(places["file"])
-    tag, first = cfg.get("tag") or "", next(iter(variant.weights), "")
-    published = variant.weights.get(tag, Weights())
-    sources = []
-    if hub := places.get("hf_hub_id"):
-        sources.append(f"{HUB}{hub}" + (f":{places['hf_hub_filename']}" if places.get("hf_hub_filename") else ""))
-    if url := places.get("url") or None:
-        sources += published.urls if url in published.urls else [url]
-    if places.get("hf_hub_id") != published.hf_hub_id or url not in (*published.urls, None):
-        # Somebody's own weights, which no file that goes by the model's name may stand in for.
-        return fetch([], sources, name, cache_dir=cache_dir)
-    names = [f"{name}.{tag}"] if tag else []
-    if tag == first:
-        names.append(name)
-    by_hand = f"{published.page} ({published.note})" if published.page and published.note else published.page
-    return fetch(names, sources, names[0], by_hand, cache_dir)
 
 
 def tagged(name: str, tag: str, cfgs: dict[str, PretrainedCfg]) -> PretrainedCfg:

@@ -3,7 +3,7 @@
 import inspect
 import math
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -20,7 +20,7 @@ from torchvision.ops.poolers import initLevelMapper
 from ..arguments import check_values, made_with
 from ..errors import VisionattnError, check_arguments
 from ..layers.norm import allow_single_values
-from .pyramid import STRIDES, FeatureMaps, OverBackbone, by_size, create_feature_maps
+from .pyramid import STRIDES, FeatureMaps, OverBackbone, by_size
 
 
 class PyramidBackbone(nn.Module):
@@ -160,7 +160,7 @@ class _Head:
 
 
 THIRDS = (1, 2 ** (1 / 3), 2 ** (2 / 3))
-HEADS = {
+DETECTORS = {
     "faster_rcnn": _Head(FasterRCNN, STRIDES, "rpn_anchor_generator", (32, 64, 128, 256, 512)),
     "mask_rcnn": _Head(MaskRCNN, STRIDES, "rpn_anchor_generator", (32, 64, 128, 256, 512)),
     "retinanet": _Head(RetinaNet, STRIDES[1:], "anchor_generator", (32, 64, 128, 256, 512), THIRDS),
@@ -168,50 +168,28 @@ HEADS = {
 }
 
 
-def create_detector(
-    backbone: str,
+def make_detector(
+    make_maps: Callable[[Sequence[int]], FeatureMaps],
     head: str,
     num_classes: int,
-    pretrained_backbone: bool | None = None,
-    backbone_kwargs: dict[str, Any] | None = None,
     fpn_channels: int = 256,
     anchor_sizes: Sequence[int] | None = None,
     **kwargs,
-) -> nn.Module:
-    """Create a detector: a head of torchvision's over a backbone of any family.
-
-    It is called as torchvision's are, `detector(images, targets)` in training and `detector(images)` in evaluation; see
-    `Detector`. Images come normalised and at the size to look at them; with `min_size` and `max_size` they are resized
-    as in torchvision, with `image_mean` and `image_std` normalised. torchvision has no Cascade R-CNN, and so neither is
-    there one here.
+) -> Detector:
+    """What `create_detector` gives.
 
     Args:
-        backbone: name of the backbone, as for `create_model`.
-        head: "faster_rcnn", "mask_rcnn", "retinanet" or "fcos".
-        num_classes: classes of objects, without the background; labels count from 1.
-        pretrained_backbone: load the backbone's weights. None: as `create_model` does, for files and repositories only.
-        backbone_kwargs: arguments of the backbone; `checkpoint_path` may also name a file of a published detector.
-        fpn_channels: channels of the feature pyramid and the head of masks.
-        anchor_sizes: side of the smallest anchor, in pixels, of each of the five levels: strides 4 to 64 for R-CNNs, 8
-            to 128 for the others. For FCOS they set the sizes of the objects that a level finds. None: torchvision's.
-        **kwargs: further options of torchvision's model (`box_score_thresh`, `box_detections_per_img`, ...).
-
-    Returns:
-        The detector, an instance of torchvision's class.
-
-    Raises:
-        UnknownModelError: if there is no such backbone.
-        UnknownArgumentError: if backbone or head do not take one of the arguments.
-        VisionattnError: if there is no such head.
+        make_maps: makes the backbone's maps of the head's strides, once the other arguments are known to be good.
+        head: one of `DETECTORS`; this and the others are as there.
     """
-    if head not in HEADS:
-        raise VisionattnError(f"expected head one of {', '.join(HEADS)}, got {head!r}")
-    spec = HEADS[head]
+    if head not in DETECTORS:
+        raise VisionattnError(f"expected head one of {', '.join(DETECTORS)}, got {head!r}")
+    spec = DETECTORS[head]
     accepted = {*inspect.signature(spec.model).parameters, "size_divisible", "fixed_size"}
     accepted -= {"backbone", "num_classes", "kwargs", "box_predictor", "mask_head", "mask_predictor"}
     check_arguments(head, kwargs, accepted)
     own = {"num_classes": num_classes, "fpn_channels": fpn_channels, "anchor_sizes": anchor_sizes}
-    for given, takes in ((kwargs, spec.model), (own, create_detector)):
+    for given, takes in ((kwargs, spec.model), (own, make_detector)):
         check_values(given, takes, lambda argument: f"{head} takes {argument}")
     sizes = tuple(anchor_sizes or spec.anchor_sizes)
     if len(sizes) != len(spec.anchor_sizes):
@@ -224,7 +202,7 @@ def create_detector(
         tuple(tuple(int(size * octave) for octave in spec.octaves) for size in sizes),
         (spec.aspect_ratios,) * len(sizes),
     )
-    maps = create_feature_maps(backbone, pretrained_backbone, backbone_kwargs, spec.strides)
+    maps = make_maps(spec.strides)
     options = {spec.anchor_argument: anchors, "image_mean": [0.0], "image_std": [1.0]} | kwargs
     classes = num_classes + spec.model.offset
     with made_with(head, own | kwargs):

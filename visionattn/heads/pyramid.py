@@ -1,7 +1,6 @@
 """Maps of several resolutions from any backbone, and what a model over a backbone passes on to it."""
 
 import math
-import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -10,10 +9,8 @@ import torch
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
-from ..backbone import Backbone, Hierarchical, Isotropic, Mechanics
-from ..create import check_described, create_model, describe_place, is_place, make_described
-from ..errors import UnknownArgumentError, VisionattnError
-from ..weights.description import load_described
+from ..backbone import Backbone, Isotropic, Mechanics
+from ..errors import VisionattnError
 
 STRIDES = (4, 8, 16, 32)
 
@@ -104,42 +101,6 @@ class FeatureMaps(nn.Module):
         final_norm = self.pyramid is not None
         maps = self.backbone.forward_intermediates(x, self.indices, norm=final_norm, intermediates_only=True)
         return maps if self.pyramid is None else self.pyramid(maps[0])
-
-
-def create_feature_maps(
-    name: str | os.PathLike, pretrained: bool | None, kwargs: dict[str, Any] | None, strides: Sequence[int]
-) -> FeatureMaps:
-    """`FeatureMaps` of a backbone by name.
-
-    Args:
-        name: what `create_model` takes.
-        pretrained: load its weights, as in `create_model`.
-        kwargs: arguments of the backbone. A file in `checkpoint_path` may be of a model for dense prediction.
-        strides: of the maps.
-
-    Raises:
-        VisionattnError: if there is no such backbone, or it has no such maps.
-    """
-    name, kwargs = os.fspath(name), dict(kwargs or {})
-    if headed := sorted({"num_classes", "features_only", "out_indices"} & kwargs.keys()):
-        raise UnknownArgumentError(f"{name} as a backbone takes no {', '.join(headed)}")
-    checkpoint, prefix, load = kwargs.pop("checkpoint_path", None), kwargs.pop("checkpoint_prefix", ""), None
-    if is_place(name):
-        described = describe_place(name, kwargs.get("cache_dir"), pretrained is not False)
-        check_described(described)
-        backbone = make_described(described, None, num_classes=0, **kwargs)
-        load = described.load if pretrained is not False else None
-    else:
-        backbone = create_model(name, pretrained, num_classes=0, **kwargs)
-    if not isinstance(backbone, Backbone):
-        raise VisionattnError(f"expected a backbone of visionattn's families, got {name}, a {type(backbone).__name__}")
-    if isinstance(backbone, Hierarchical):
-        backbone.add_feature_norms([i for i, info in enumerate(backbone.feature_info) if info["reduction"] in strides])
-    if load is not None:
-        load(backbone)  # after the norms of features, which it may have
-    if checkpoint:
-        load_described(backbone, checkpoint, prefix)
-    return FeatureMaps(backbone, strides)
 
 
 class OverBackbone(Mechanics):

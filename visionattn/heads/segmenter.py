@@ -1,7 +1,7 @@
 """Segmenters: segmentation_models_pytorch's decoders over any backbone."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,7 @@ from torchvision.ops import Conv2dNormActivation
 from ..arguments import check_values, made_with
 from ..errors import VisionattnError, check_arguments, optional
 from ..layers.norm import allow_single_values
-from .pyramid import STRIDES, FeatureMaps, OverBackbone, create_feature_maps
+from .pyramid import STRIDES, FeatureMaps, OverBackbone
 
 with optional():
     from segmentation_models_pytorch.base import SegmentationHead
@@ -34,7 +34,7 @@ class _Head:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-HEADS = {
+SEGMENTERS = {
     "upernet": _Head(UPerNetDecoder, lambda o: o["decoder_channels"], options={"decoder_channels": 512}),  # the papers'
     "fpn": _Head(FPNDecoder, lambda o: o["segmentation_channels"] * (4 if o["merge_policy"] == "cat" else 1)),
     "segformer": _Head(SegformerDecoder, lambda o: o["segmentation_channels"]),
@@ -90,42 +90,25 @@ class Segmenter(OverBackbone, nn.Module):
         return logits, auxiliary[..., :H, :W]
 
 
-def create_segmenter(
-    backbone: str,
-    head: str,
-    num_classes: int,
-    pretrained_backbone: bool | None = None,
-    backbone_kwargs: dict[str, Any] | None = None,
-    auxiliary: bool = False,
-    **kwargs,
+def make_segmenter(
+    make_maps: Callable[[Sequence[int]], FeatureMaps], head: str, num_classes: int, auxiliary: bool = False, **kwargs
 ) -> Segmenter:
-    """Create a segmenter: a decoder of segmentation_models_pytorch over a backbone of any family.
+    """What `create_segmenter` gives.
 
     Args:
-        backbone: name of the backbone, as for `create_model`.
-        head: "upernet", "fpn" (semantic FPN), "segformer" or "unet".
-        num_classes: number of classes, with the background if that is one.
-        pretrained_backbone: load the backbone's weights. None: as `create_model` does, for files and repositories only.
-        backbone_kwargs: arguments of the backbone; `checkpoint_path` may also name a file of a published segmenter.
-        auxiliary: add a second, convolutional head on the map of stride 16. In training the model then returns the
-            logits of both, for the published UPerNets' loss.
-        **kwargs: options of the decoder (`decoder_channels`, `dropout`, `segmentation_channels`, ...).
-
-    Raises:
-        UnknownModelError: if there is no such backbone.
-        UnknownArgumentError: if backbone or head do not take one of the arguments.
-        VisionattnError: if there is no such head, or it cannot have such options.
+        make_maps: makes the backbone's maps of some strides, once the other arguments are known to be good.
+        head: one of `SEGMENTERS`; this and the others are as there.
     """
-    if head not in HEADS:
-        raise VisionattnError(f"expected head one of {', '.join(HEADS)}, got {head!r}")
-    spec = HEADS[head]
+    if head not in SEGMENTERS:
+        raise VisionattnError(f"expected head one of {', '.join(SEGMENTERS)}, got {head!r}")
+    spec = SEGMENTERS[head]
     parameters = inspect.signature(spec.decoder).parameters
     accepted = parameters.keys() - {"encoder_channels", "encoder_depth", "n_blocks"}
     check_arguments(head, kwargs, accepted)
     own = {"num_classes": num_classes, "auxiliary": auxiliary}
-    for given, takes in ((kwargs, spec.decoder), (own, create_segmenter)):
+    for given, takes in ((kwargs, spec.decoder), (own, make_segmenter)):
         check_values(given, takes, lambda argument: f"{head} takes {argument}")
-    encoder = create_feature_maps(backbone, pretrained_backbone, backbone_kwargs, STRIDES)
+    encoder = make_maps(STRIDES)
     options = {name: parameters[name].default for name in accepted} | spec.options | kwargs
     with made_with(head, kwargs):
         decoder = spec.decoder([encoder.backbone.in_chans, 0, *encoder.channels], **options)

@@ -14,7 +14,7 @@ from ..data.drawing import to_image
 from ..data.images import ImageSet
 from ..data.joint import MapTransform, ObjectTransform
 from ..data.preprocessing import model_preprocessing
-from ..heads.trained import load_over
+from ..weights.description import load_described
 from .config import TaskConfig
 from .task import Task, Validation, autocast
 
@@ -41,7 +41,7 @@ class DenseTask(Task):
             **config.head_kwargs,
         )
         if config.checkpoint:
-            load_over(model, config.checkpoint, config.model_kwargs.get("checkpoint_prefix", ""))
+            load_described(model, config.checkpoint, config.model_kwargs.get("checkpoint_prefix", ""))
         return model
 
     def describe(self, num_classes: int) -> dict[str, Any]:

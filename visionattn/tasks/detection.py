@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..create import create_detector
 from ..data.annotations import collate_lists
 from ..data.boxes import load_detection, load_detection_validation
 from ..data.drawing import draw_objects
@@ -18,7 +19,6 @@ from ..data.images import ImageSet
 from ..data.joint import ObjectTransform
 from ..data.loader import Collate
 from ..errors import require
-from ..heads.detector import create_detector
 from .config import TaskConfig
 from .dense import DenseTask
 from .task import Metrics

@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..create import create_segmenter
 from ..data.annotations import IGNORED, collate_crops, collate_lists
 from ..data.drawing import draw_map
 from ..data.images import ImageSet
@@ -17,7 +18,6 @@ from ..data.loader import Collate
 from ..data.maps import load_segmentation, load_segmentation_validation
 from ..errors import VisionattnError
 from ..heads.pyramid import by_size
-from ..heads.segmenter import create_segmenter
 from .config import LossConfig, TtaConfig
 from .dense import DenseTask
 from .task import Metrics, finite

@@ -8,8 +8,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from ..create import plain_name
 from ..errors import user_input
+from ..weights.description import plain_name
 from .checkpoint import link, write_file
 from .config import TrainConfig, to_yaml
 

@@ -19,7 +19,7 @@ from timm.models._hub import _parse_model_cfg, download_from_hf
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from ..errors import VisionattnError, one_line
+from ..errors import UnknownModelError, VisionattnError, one_line
 from ..registry import Entry, find
 from .download import HUB, check_hub, fetch
 from .entries import (
@@ -40,6 +40,9 @@ from .entries import (
 from .files import DESCRIPTION, find_file, read_checkpoint
 from .layouts import check_held, load_pretrained
 from .unwrap import flatten
+
+REPOSITORIES = ("hf-hub", "hf_hub", "local-dir")
+FILE_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt")
 
 
 @dataclass(frozen=True)
@@ -119,13 +122,56 @@ def load_described(model: nn.Module, path: str | PathLike, checkpoint_prefix: st
     """Load weights to start from, as `load_pretrained`, with what the file's header says of what they were made for.
 
     Args:
-        model: the model to load into.
+        model: the model to load into; one that is over a backbone takes those of a backbone too.
         path: of the file.
         checkpoint_prefix: where in the file the weights are, if there are several that fit equally well.
     """
     entries, content = read_described(path)
     known = made_for(entries["model"], entries.get("model_kwargs", {})) if "model" in entries else {}
-    load_pretrained(model, content, known, path, checkpoint_prefix)
+    try:
+        load_pretrained(model, content, known, path, checkpoint_prefix)
+    except VisionattnError:
+        if not hasattr(model, "inner"):
+            raise
+        load_pretrained(model.inner, content, known, path, checkpoint_prefix)
+
+
+def is_place(name: str) -> bool:
+    """Whether a name is that of a file or a repository, which say themselves which model they are of.
+
+    Args:
+        name: what `create_model` takes.
+    """
+    return ":" in name or name.endswith(FILE_SUFFIXES)
+
+
+def describe_place(name: str, cache_dir: str | None = None, weights: bool = True) -> Described:
+    """What a file or a repository says of its model.
+
+    Args:
+        name: of the file or repository.
+        cache_dir: folder for downloads; None for the usual ones.
+        weights: read the weights of a repository too.
+
+    Raises:
+        UnknownModelError: if it is neither.
+        VisionattnError: if it cannot be read, or what it says cannot be.
+    """
+    kind = name.partition(":")[0]
+    if kind in REPOSITORIES:
+        return describe_repository(name, cache_dir, weights)
+    if name.endswith(FILE_SUFFIXES):
+        return describe_file(name)
+    raise UnknownModelError(f"unknown model {name}: expected a name, a file, hf-hub:... or local-dir:...")
+
+
+def plain_name(name: str) -> str:
+    """The registered name of a model that a file or a repository is of; other names as they are.
+
+    Args:
+        name: what `create_model` takes.
+    """
+    return describe_place(name, weights=False).name if is_place(name) else name
 
 
 def describe_file(path: str | PathLike) -> Described:

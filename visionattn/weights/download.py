@@ -16,7 +16,8 @@ from huggingface_hub.utils import WeakFileLock, get_session
 from torch.hub import get_dir
 
 from ..errors import VisionattnError, one_line, shortened
-from .files import HUB_FILES, place, read_checkpoint
+from ..registry import Variant, Weights
+from .files import HUB_FILES, find_file, place, read_checkpoint
 
 MIRROR = "VISIONATTN_WEIGHTS"
 """Environment variable: a folder, or the address of one, where every file is looked for first."""
@@ -93,6 +94,41 @@ def fetch(
     elif failures:
         failures.append(f"or {place_it}")
     raise VisionattnError(f"cannot fetch {model}: " + ("; ".join(failures) or "no weights were released"))
+
+
+def find_published(name: str, cfg: dict, overlay: dict, variant: Variant, cache_dir: str | None) -> Path | dict:
+    """The file, fetched if need be, or the state dict that `pretrained=True` asks for.
+
+    Args:
+        name: of the model.
+        cfg: timm's configuration of the weights.
+        overlay: entries in place of those.
+        variant: of the model.
+        cache_dir: folder for downloads; None for the usual ones.
+
+    Raises:
+        VisionattnError: if it is nowhere to be had.
+    """
+    places = overlay if any(overlay.get(key) for key in ("state_dict", "file", "url", "hf_hub_id")) else cfg
+    if places.get("state_dict"):
+        return places["state_dict"]
+    if places.get("file"):
+        return find_file(places["file"])
+    tag, first = cfg.get("tag") or "", next(iter(variant.weights), "")
+    published = variant.weights.get(tag, Weights())
+    sources = []
+    if hub := places.get("hf_hub_id"):
+        sources.append(f"{HUB}{hub}" + (f":{places['hf_hub_filename']}" if places.get("hf_hub_filename") else ""))
+    if url := places.get("url") or None:
+        sources += published.urls if url in published.urls else [url]
+    if places.get("hf_hub_id") != published.hf_hub_id or url not in (*published.urls, None):
+        # Somebody's own weights, which no file that goes by the model's name may stand in for.
+        return fetch([], sources, name, cache_dir=cache_dir)
+    names = [f"{name}.{tag}"] if tag else []
+    if tag == first:
+        names.append(name)
+    by_hand = f"{published.page} ({published.note})" if published.page and published.note else published.page
+    return fetch(names, sources, names[0], by_hand, cache_dir)
 
 
 class _Missing(VisionattnError):

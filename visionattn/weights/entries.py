@@ -14,7 +14,7 @@ from ..registry import BUILDER_ARGUMENTS, FEATURE_ARGUMENTS, MODEL_ARGUMENTS, fi
 from .unwrap import flatten
 
 EXECUTION = {
-    *("device", "dtype", "pretrained", "checkpoint_path", "checkpoint_prefix", "start"),
+    *("device", "dtype", "pretrained", "checkpoint_path", "checkpoint_prefix"),
     *BUILDER_ARGUMENTS,
     *FEATURE_ARGUMENTS,
 }
@@ -29,8 +29,10 @@ MOST, MOST_ROWS, MOST_TENSORS = 2**33, 2**20, 50_000
 """Elements of the parameters of a model, of a side of one of these, and such parameters, where no tensors tell."""
 DEEPEST = 32
 """Lists and mappings within each other."""
+HEADED = ("detection", "segmentation")
+"""Tasks whose models are a head over a backbone, made by `create_detector` and `create_segmenter`."""
 HEADER = {
-    "task": Literal["classification", "detection", "segmentation"],
+    "task": str,
     "model": str,
     "model_kwargs": Mapping,
     "head": str,
@@ -122,7 +124,7 @@ def check_header(entries: Mapping[str, Any], place: str, longest: int = LARGEST)
     for count in {kwargs.get("num_classes"), entries.get("num_classes")} - {None} if classes is not None else ():
         if count != len(classes):
             raise VisionattnError(f"{place}: entry classes names {len(classes)}, and num_classes says {count}")
-    if entries.get("task", "classification") != "classification":
+    if entries.get("task") in HEADED:
         _check_dense(entries, place, longest)
     _check_options(entries, place)
 
