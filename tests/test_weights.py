@@ -1,6 +1,11 @@
 """Published layouts, wrappers, and files that are not what they should be."""
 
+import builtins
+import hashlib
+import io
 import os
+from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +13,7 @@ from safetensors.torch import save_file
 
 import visionattn
 from visionattn.errors import VisionattnError
+from visionattn.publish import convert_file, push
 from visionattn.weights import convert_state_dict, load_checkpoint, read_checkpoint, write_checkpoint
 
 TESTS = visionattn.list_models("test_*")
@@ -110,6 +116,33 @@ def test_a_file_that_a_run_replaces_while_it_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.UntypedStorage, "from_file", replaced_first)
     tensors, metadata = read_checkpoint(path)
     assert not newer.exists() and metadata == {"epoch": "1"} and torch.equal(tensors["w"], torch.full((9,), 1.0))
+
+
+def test_files_are_opened_once(van, tmp_path, monkeypatch):
+    """By whatever asks for a file's model, its header, its tensors and its hash."""
+    given, out = str(tmp_path / "w.pth"), str(tmp_path / "w.safetensors")
+    torch.save(van.state_dict(), given)
+    opened, once = Counter(), builtins.open
+
+    def counting(file, mode="r", *args, **kwargs):
+        opened[str(file)] += mode == "rb"
+        return once(file, mode, *args, **kwargs)
+
+    for module in (builtins, io):
+        monkeypatch.setattr(module, "open", counting)
+    made = convert_file(given, out, "test_van")
+    assert made["sha256"] == hashlib.sha256(Path(given).read_bytes()).hexdigest()
+    assert opened.pop(given) == 2  # the test's own
+    for go in (
+        lambda: visionattn.create_model("test_van", checkpoint_path=given),
+        lambda: visionattn.create_model(out),
+        lambda: visionattn.create_model(out, features_only=True),
+        lambda: visionattn.create_detector(out, "fcos", 3, fpn_channels=64),
+        lambda: push(out, f"local-dir:{tmp_path}/repository"),
+    ):
+        opened.clear()
+        go()
+        assert opened[given] + opened[out] == 1
 
 
 class Malicious:

@@ -9,7 +9,7 @@ import torch
 from timm.data import ImageNetInfo
 from timm.models import push_to_hf_hub, save_for_hf
 
-from .create import create_model
+from .create import create_described, create_model
 from .data.preprocessing import model_preprocessing
 from .errors import VisionattnError, one_line
 from .registry import find, model_info, timm_name
@@ -50,7 +50,7 @@ def convert_file(
         raise VisionattnError(f"expected a name that ends in .safetensors, got {out}")
     if Path(out).exists() and not replace:
         raise VisionattnError(f"{out} exists: choose another name, or replace it with --replace")
-    content, _ = read_checkpoint(path := str(find_file(path)))
+    content, _ = read_checkpoint(path := str(find_file(path)), digest := hashlib.sha256())
     with torch.device("meta"):
         model = create_model(name, **model_kwargs or {})
     with naming(path):
@@ -60,15 +60,13 @@ def convert_file(
     tag, info = find(name)[1], model_info(name)
     published = info.weights.get(tag) or next(iter(info.weights.values()), None)
     urls = published.urls if published else ()
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
     imagenet = model.num_classes == 1000 and bool(published and published.num_classes == 1000)
     description = {
         "model": name,
         "model_kwargs": model_kwargs,
         "source": source or next((url for url in urls if Path(path).name in url), Path(path).name),
         "license": info.license,
-        "sha256": digest,
+        "sha256": digest.hexdigest(),
         "classes": ImageNetInfo("imagenet-1k").label_names() if imagenet else None,
         "num_classes": model.num_classes,
         "preprocessing": model_preprocessing(model),
@@ -99,7 +97,7 @@ def push(path: str, place: str, private: bool = False, message: str = "Add model
         raise VisionattnError(
             f"cannot push {path}: it is of {described.task}, and timm's format holds classifiers only"
         )
-    model = create_model(path)
+    model = create_described(described)
     # Clients of timm look the name up there.
     model.pretrained_cfg["architecture"] = timm_name(find(description["model"])[0])
     options = {

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from timm.models import PretrainedCfg
 
 from ..arguments import check_values, describe, fits, hints
-from ..errors import VisionattnError, one_line
+from ..errors import NotInstalledError, VisionattnError, one_line
 from ..registry import BUILDER_ARGUMENTS, FEATURE_ARGUMENTS, MODEL_ARGUMENTS, find
 from .unwrap import flatten
 
@@ -274,6 +274,8 @@ def told_of(place: str) -> Iterator[None]:
     """
     try:
         yield
+    except NotInstalledError:
+        raise
     except VisionattnError as e:
         raise type(e)(f"{place}: {e}") from e
     except Exception as e:  # what layers raise that are asked for what cannot be

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -32,7 +32,7 @@ CONTENT_HASH = "content_sha256"
 """Entry of a safetensors header that guards the tensors and the other entries of the header."""
 
 
-def read_checkpoint(path: str | PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_checkpoint(path: str | PathLike, digest: Any = None) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a checkpoint file, read without executing anything it holds.
 
     The checksums of torch.save's archives and the content hash of files that `write_checkpoint` made are verified.
@@ -40,6 +40,7 @@ def read_checkpoint(path: str | PathLike) -> tuple[dict[str, Tensor], dict[str, 
     Args:
         path: a safetensors file, one that torch.save wrote, the index of one in parts (`*.index.json`), or a folder
             with one of these.
+        digest: hash object of hashlib's, which takes the bytes of the file; of one in parts, those of the index.
 
     Returns:
         The (nested, where torch.save wrote it) dictionary of tensors and plain values that the file holds, and the
@@ -56,9 +57,12 @@ def read_checkpoint(path: str | PathLike) -> tuple[dict[str, Tensor], dict[str, 
     except (OSError, ValueError) as e:  # names that are too long, or hold a zero
         raise VisionattnError(f"checkpoint {shortened(path)} does not exist or is not a file") from e
     try:
-        if path.name.endswith(INDEX):
-            return _read_parts(path), {}
         with open(path, "rb") as file:
+            if digest is not None:
+                hashlib.file_digest(file, lambda: digest)
+                file.seek(0)
+            if path.name.endswith(INDEX):
+                return _read_parts(path, file.read(MOST_HEADER + 1)), {}
             head = file.read(9)  # of safetensors: the length of a JSON header, and its brace
             pickled = head[:1] in (b"P", b"\x80") and head[8:] != b"{"
             header = int.from_bytes(head[:8], "little")
@@ -101,10 +105,8 @@ def find_file(path: str | PathLike) -> Path:
     raise VisionattnError(f"{path} holds no checkpoint: expected {', '.join(HUB_FILES)} or another")
 
 
-def _read_parts(path: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint that is written in several files."""
-    with open(path, "rb") as file:
-        text = file.read(MOST_HEADER + 1)
+def _read_parts(path: Path, text: bytes) -> dict[str, Tensor]:
+    """The tensors of a checkpoint that is written in several files, by its index."""
     parts = json.loads(text)["weight_map"] if len(text) <= MOST_HEADER else {}
     names = sorted(set(parts.values()))
     if wrong := [name for name in names if Path(name).name != name or name.endswith(INDEX)]:
