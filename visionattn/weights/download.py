@@ -67,19 +67,16 @@ def fetch(
     by_name = [cache / file for file in files[: len(SUFFIXES)]]
     if found := next(filter(Path.is_file, by_name), None):
         return found
-    failures, silent, hub_is_asked = [], {}, not mirror
-    if remote:
-        try:
-            for file in mirrored:
-                address = f"{mirror.rstrip('/')}/{file}"
-                with suppress(_Missing):
-                    return _from_url(address, cache / _cached(address, names), silent)
-            failures.append(f"{MIRROR} {shortened(mirror)} has none of {', '.join(mirrored)}")
-        except Exception as e:  # what the network, the hub and the disk raise is theirs
-            hub_is_asked = bool(silent)  # a mirror that answers would have it, if it may be had
-            failures.append(f"{MIRROR} {shortened(mirror)}: {one_line(e)}")
-    elif mirror:
-        failures.append(f"{MIRROR} {shortened(mirror)} has none of {', '.join(mirrored)}")
+    failures, silent = [], {}
+    try:
+        for file in mirrored if remote else ():
+            address = f"{mirror.rstrip('/')}/{file}"
+            with suppress(_Missing):
+                return _from_url(address, cache / _cached(address, names), silent)
+        failures += [f"{MIRROR} {shortened(mirror)} has none of {', '.join(mirrored)}"] if mirror else []
+    except Exception as e:  # what the network, the hub and the disk raise is theirs
+        failures.append(f"{MIRROR} {shortened(mirror)}: {one_line(e)}")
+    hub_is_asked = bool(silent) or not mirror  # one that answers would have what may be had
     for source in sources:
         try:
             if source.startswith(HUB):
@@ -197,6 +194,8 @@ def _download(url: str, path: Path) -> None:
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
     try:
         with open(temporary, "wb") as file:
+            # torch.hub's own takes half a file for the whole where a connection is cut (1 of 2 MB, without an error),
+            # and does not go on where it was; hf_hub_download knows repositories only. This is what is below it.
             http_get(url, file, displayed_filename=path.name)
         if not _matches(temporary):
             expected = HASHED.search(path.name)[1]
