@@ -3,7 +3,7 @@
 import inspect
 import math
 import reprlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from numbers import Integral, Real
@@ -105,21 +105,41 @@ def _is_restricted(value: Any, hint: type) -> bool:
     return True
 
 
-def check_values(arguments: Mapping[str, Any], function: Callable, told: Callable[[str], str]) -> None:
-    """Refuse arguments that are not of the types in the signature of what takes them.
+def check_arguments(
+    name: str, given: Mapping[str, Any], accepted: Collection[str], types: Mapping[str, Any] | None = None
+) -> None:
+    """Refuse arguments that something does not take, or not of that type.
 
     Args:
-        arguments: by name; those that the function does not have are passed over.
-        function: the function or class.
-        told: makes the beginning of an error of an argument's name, "test_van takes depths" for one.
+        name: what takes them.
+        given: the arguments, by name.
+        accepted: names that it takes.
+        types: by name; of those that have none nothing is expected.
+
+    Raises:
+        UnknownArgumentError: says which they are and what is accepted.
+    """
+    if unknown := sorted(given.keys() - set(accepted)):
+        told = f"{name} got unknown arguments {', '.join(unknown)}; it takes {', '.join(sorted(accepted))}"
+        raise UnknownArgumentError(told)
+    check_types(given, types or {}, f"{name} takes ", " as")
+
+
+def check_types(values: Mapping[str, Any], types: Mapping[str, Any], before: str, after: str) -> None:
+    """Refuse values of another type.
+
+    Args:
+        values: by name.
+        types: by name; of those that have none nothing is expected.
+        before: what an error says before the name.
+        after: what it says between the name and the type.
 
     Raises:
         UnknownArgumentError: says which it is, what it is and what is expected.
     """
-    types = hints(function)
-    for name, value in arguments.items():
+    for name, value in values.items():
         if name in types and not fits(value, types[name]):
-            raise UnknownArgumentError(f"{told(name)} as {describe(types[name])}, got {reprlib.repr(value)}")
+            raise UnknownArgumentError(f"{before}{name}{after} {describe(types[name])}, got {reprlib.repr(value)}")
 
 
 @contextmanager

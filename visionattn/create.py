@@ -12,10 +12,10 @@ from typing import Any
 from timm.models import PretrainedCfg, build_model_with_cfg
 from torch import nn
 
-from .arguments import check_values, hints, made_with, with_meaning
+from .arguments import check_arguments, hints, made_with, with_meaning
 from .backbone import Backbone, Hierarchical
 from .backbone.extractors import extractor_class
-from .errors import UnknownArgumentError, VisionattnError, check_arguments, optional
+from .errors import UnknownArgumentError, VisionattnError, optional
 from .registry import (
     BUILDER_ARGUMENTS,
     FEATURE_ARGUMENTS,
@@ -233,8 +233,7 @@ def make_variant(name: str, kwargs: dict[str, Any], pretrained: bool = False, lo
     kwargs = with_meaning(kwargs, cls)
     features = kwargs.get("features_only")
     own = kwargs.keys() - BUILDER_ARGUMENTS - (FEATURE_ARGUMENTS if features else set())
-    check_arguments(name, own, hints(cls).keys() | MODEL_ARGUMENTS)
-    check_values(kwargs, cls, lambda argument: f"{name} takes {argument}")
+    check_arguments(name, {key: kwargs[key] for key in own}, hints(cls).keys() | MODEL_ARGUMENTS, hints(cls))
     cfg = kwargs.pop("pretrained_cfg", None) or next(iter(cfgs))
     cfg = tagged(name, cfg, cfgs) if isinstance(cfg, str) else cfg
     cfg = cfg if isinstance(cfg, dict) else cfg.to_dict()

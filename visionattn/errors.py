@@ -3,7 +3,7 @@
 import errno
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 
@@ -67,18 +67,25 @@ class UnknownModelError(VisionattnError, RuntimeError):
 
 
 class UnknownArgumentError(VisionattnError, TypeError):
-    """A model does not take an argument of that name."""
+    """A model does not take an argument of that name, or not of that type."""
 
 
-def check_arguments(name: str, given: Iterable[str], accepted: Iterable[str]) -> None:
-    """Refuse arguments that `name` does not take.
+@contextmanager
+def told_of(place: str, *kinds: type[Exception]) -> Iterator[None]:
+    """Names the place in errors.
 
-    Raises:
-        UnknownArgumentError: says which they are and what is accepted.
+    Args:
+        place: what they are about.
+        kinds: of other errors, which become one line: what layers raise that a file asks for what cannot be, for one.
     """
-    if unknown := sorted(set(given) - set(accepted)):
-        told = f"{name} got unknown arguments {', '.join(unknown)}; it takes {', '.join(sorted(accepted))}"
-        raise UnknownArgumentError(told)
+    try:
+        yield
+    except NotInstalledError:
+        raise
+    except VisionattnError as error:
+        raise type(error)(f"{place}: {error}") from error
+    except kinds as error:
+        raise VisionattnError(f"{place} cannot be met ({one_line(error)})") from error
 
 
 @contextmanager

@@ -11,11 +11,11 @@ from timm.models import push_to_hf_hub, save_for_hf
 
 from .create import create_described, create_model
 from .data.preprocessing import model_preprocessing
-from .errors import VisionattnError, one_line
+from .errors import VisionattnError, one_line, told_of
 from .registry import find, model_info, timm_name
 from .weights.description import describe_file, made_for
 from .weights.files import DESCRIPTION, find_file, read_checkpoint, write_checkpoint
-from .weights.layouts import find_widths, fit_state_dict, naming
+from .weights.layouts import find_widths, fit_state_dict
 
 
 def convert_file(
@@ -53,7 +53,7 @@ def convert_file(
     content, _ = read_checkpoint(path := str(find_file(path)), digest := hashlib.sha256())
     with torch.device("meta"):
         model = create_model(name, **model_kwargs or {})
-    with naming(path):
+    with told_of(f"checkpoint {path}"):
         widths = find_widths(content, model, checkpoint_prefix)
         model = create_model(name, **(model_kwargs := widths | (model_kwargs or {})))
         tensors, report = fit_state_dict(content, model, made_for(name, model_kwargs), checkpoint_prefix)

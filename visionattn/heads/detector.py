@@ -17,8 +17,8 @@ from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxPool, LastLevelP6P7
 from torchvision.ops.poolers import initLevelMapper
 
-from ..arguments import check_values, made_with
-from ..errors import VisionattnError, check_arguments
+from ..arguments import check_arguments, hints, made_with
+from ..errors import VisionattnError
 from ..layers.norm import allow_single_values
 from .pyramid import STRIDES, FeatureMaps, OverBackbone, by_size
 
@@ -187,10 +187,8 @@ def make_detector(
     spec = DETECTORS[head]
     accepted = {*inspect.signature(spec.model).parameters, "size_divisible", "fixed_size"}
     accepted -= {"backbone", "num_classes", "kwargs", "box_predictor", "mask_head", "mask_predictor"}
-    check_arguments(head, kwargs, accepted)
     own = {"num_classes": num_classes, "fpn_channels": fpn_channels, "anchor_sizes": anchor_sizes}
-    for given, takes in ((kwargs, spec.model), (own, make_detector)):
-        check_values(given, takes, lambda argument: f"{head} takes {argument}")
+    check_arguments(head, kwargs | own, accepted | own.keys(), hints(spec.model) | hints(make_detector))
     sizes = tuple(anchor_sizes or spec.anchor_sizes)
     if len(sizes) != len(spec.anchor_sizes):
         raise VisionattnError(f"expected anchor_sizes of {len(spec.anchor_sizes)} levels, got {len(sizes)}")

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import Conv2dNormActivation
 
-from ..arguments import check_values, made_with
-from ..errors import VisionattnError, check_arguments, optional
+from ..arguments import check_arguments, hints, made_with
+from ..errors import VisionattnError, optional
 from ..layers.norm import allow_single_values
 from .pyramid import STRIDES, FeatureMaps, OverBackbone
 
@@ -104,10 +104,8 @@ def make_segmenter(
     spec = SEGMENTERS[head]
     parameters = inspect.signature(spec.decoder).parameters
     accepted = parameters.keys() - {"encoder_channels", "encoder_depth", "n_blocks"}
-    check_arguments(head, kwargs, accepted)
     own = {"num_classes": num_classes, "auxiliary": auxiliary}
-    for given, takes in ((kwargs, spec.decoder), (own, make_segmenter)):
-        check_values(given, takes, lambda argument: f"{head} takes {argument}")
+    check_arguments(head, kwargs | own, accepted | own.keys(), hints(spec.decoder) | hints(make_segmenter))
     encoder = make_maps(STRIDES)
     options = {name: parameters[name].default for name in accepted} | spec.options | kwargs
     with made_with(head, kwargs):

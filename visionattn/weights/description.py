@@ -19,7 +19,8 @@ from timm.models._hub import _parse_model_cfg, download_from_hf
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from ..errors import UnknownModelError, VisionattnError, one_line
+from ..arguments import check_types
+from ..errors import UnknownModelError, VisionattnError, one_line, told_of
 from ..registry import Entry, find
 from .download import HUB, check_hub, fetch
 from .entries import (
@@ -32,10 +33,8 @@ from .entries import (
     check_model,
     check_preparation,
     check_sizes,
-    check_types,
     longest_side,
     parse,
-    told_of,
 )
 from .files import DESCRIPTION, find_file, read_checkpoint
 from .layouts import check_held, load_pretrained
@@ -219,10 +218,11 @@ def describe_repository(name: str, cache_dir: str | None = None, weights: bool =
     place = f"config.json of {name}"
     content = parse(text, place)
     nested = content.get("pretrained_cfg", content)
-    check_types(content, CONFIG, place)
-    check_preparation(nested, place, "pretrained_cfg." if nested is not content else "")
+    check_types(content, CONFIG, f"{place}: entry ", ": expected")
+    group, known = ("", None) if nested is content else ("pretrained_cfg.", PREPARATION)
+    check_preparation(nested, f"{place}: entry {group}", known)
     source = {"file": rest, "source": kind} if kind == "local-dir" else {"hf_hub_id": rest, "source": "hf-hub"}
-    with told_of(place):
+    with told_of(place, Exception):
         cfg, architecture, kwargs = _parse_model_cfg(content, source)
     cfg = {k: v for k, v in cfg.items() if k in PREPARATION}
     path = state_dict = None
@@ -252,10 +252,10 @@ def check_made(described: Described, make: Callable[[], nn.Module]) -> None:
     groups = [group for group in ("model_kwargs", "head_kwargs") if group in described.entries] or ["model_args"]
     what = f"{described.place}: what entry {' or '.join(groups)} asks for"
     most = MOST_TENSORS if tensors is None else 256 + 4 * len(flatten(tensors))
-    with told_of(what), torch.random.fork_rng(devices=[]), torch.device("meta"), _at_most(most):
+    with told_of(what, Exception), torch.random.fork_rng(devices=[]), torch.device("meta"), _at_most(most):
         model = make()
     if tensors is not None:
-        with told_of(what):
+        with told_of(what, Exception):
             check_held(tensors, model, described.made_for)
     elif (size := sum(p.numel() for p in model.parameters())) > MOST:
         raise VisionattnError(f"{what}: a model of {size} parameters")

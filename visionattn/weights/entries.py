@@ -1,15 +1,14 @@
 """The entries that a header or a config.json may have, and what may stand in them."""
 
 import json
-import reprlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
+from reprlib import repr as shown
 from typing import Any, Literal
 
 from timm.models import PretrainedCfg
 
-from ..arguments import check_values, describe, fits, hints
-from ..errors import NotInstalledError, VisionattnError, one_line
+from ..arguments import check_types, hints
+from ..errors import VisionattnError, one_line, told_of
 from ..registry import BUILDER_ARGUMENTS, FEATURE_ARGUMENTS, MODEL_ARGUMENTS, find
 from .unwrap import flatten
 
@@ -19,6 +18,8 @@ EXECUTION = {
     *FEATURE_ARGUMENTS,
 }
 """Arguments that say how a model is made and run, and no file's business."""
+NO_HEADS = ("num_classes", "pretrained_backbone", "backbone_kwargs", "backbone", "head")
+"""Arguments of `create_detector` and `create_segmenter` that other entries stand for."""
 SOURCES = ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source")
 """Entries of timm's configuration that say where weights are, and no repository's business."""
 LARGEST = 2**14
@@ -114,10 +115,8 @@ def check_header(entries: Mapping[str, Any], place: str, longest: int = LARGEST)
     Raises:
         VisionattnError: says which entry it is, and what is expected.
     """
-    if unknown := entries.keys() - HEADER.keys():
-        raise VisionattnError(f"{place} has an entry {min(unknown)}, which this version of visionattn does not know")
-    check_types(entries, HEADER, place)
-    check_preparation(entries.get("preprocessing", {}), place, "preprocessing.")
+    check_entries(entries, f"{place}: entry ", HEADER, known=HEADER)
+    check_preparation(entries.get("preprocessing", {}), f"{place}: entry preprocessing.", PREPARATION)
     classes, kwargs = entries.get("classes"), entries.get("model_kwargs", {})
     if "model" in entries:
         check_model(entries["model"], kwargs, place, "model_kwargs", longest)
@@ -125,26 +124,11 @@ def check_header(entries: Mapping[str, Any], place: str, longest: int = LARGEST)
         if count != len(classes):
             raise VisionattnError(f"{place}: entry classes names {len(classes)}, and num_classes says {count}")
     if entries.get("task") in HEADED:
-        _check_dense(entries, place, longest)
+        for entry in ("model", "head", "head_kwargs", "classes", "data"):
+            if entries.get(entry) is None:
+                raise VisionattnError(f"{place} is of {entries['task']}, but has no entry {entry}")
+    check_entries(entries.get("head_kwargs", {}), f"{place}: entry head_kwargs.", {}, NO_HEADS, longest=longest)
     _check_options(entries, place)
-
-
-def _check_dense(entries: Mapping[str, Any], place: str, longest: int) -> None:
-    """Refuse what cannot be of a detector or segmenter."""
-    for entry in ("model", "head", "head_kwargs", "classes", "data"):
-        if entries.get(entry) is None:
-            raise VisionattnError(f"{place} is of {entries['task']}, but has no entry {entry}")
-    for key, value in entries["head_kwargs"].items():
-        if key in ("num_classes", "pretrained_backbone", "backbone_kwargs", "backbone", "head"):
-            raise VisionattnError(f"{place}: entry head_kwargs.{key} is not a file's to say")
-        check_sizes(value, f"{place}: entry head_kwargs.{key}", longest)
-        if not _is_plain(value):
-            raise VisionattnError(f"{place}: entry head_kwargs.{key}: expected numbers or texts, got {_shown(value)}")
-
-
-def _is_plain(value: Any) -> bool:
-    """Whether a value is a number, a text, nothing, or a list of such."""
-    return all(map(_is_plain, value)) if isinstance(value, list) else not isinstance(value, dict)
 
 
 def _check_options(entries: Mapping[str, Any], place: str) -> None:
@@ -154,57 +138,73 @@ def _check_options(entries: Mapping[str, Any], place: str) -> None:
     except ModuleNotFoundError:  # what cannot be read is not used either
         return
     for group, options in (("data", DataConfig), ("annotations", AnnotationConfig), ("joint", JointConfig)):
-        types = hints(options)
-        for key, value in entries.get(group, {}).items():
-            if key not in types:
-                told = f"{place}: entry {group}.{key} is no option of this version of visionattn"
-                raise VisionattnError(told)
-            if not fits(value, types[key]):
-                expected = describe(types[key])
-                raise VisionattnError(f"{place}: entry {group}.{key}: expected {expected}, got {_shown(value)}")
+        given, what = entries.get(group, {}), f"{place}: entry {group}."
+        check_entries(given, what, hints(options), known=hints(options))
+        for key, value in given.items():
             if "size" in key and "batch" not in key or key == "crop":
-                check_sizes(value, f"{place}: entry {group}.{key}", LONGEST_SIDE)
+                check_sizes(value, f"{what}{key}", LONGEST_SIDE)
 
 
-def check_types(entries: Mapping[str, Any], types: Mapping[str, Any], place: str, prefix: str = "") -> None:
-    """Refuse entries of another type.
+def check_entries(
+    entries: Mapping[str, Any],
+    what: str,
+    types: Mapping[str, Any],
+    refused: Collection[str] = (),
+    known: Collection[str] | None = None,
+    longest: int | None = None,
+) -> None:
+    """Refuse entries that are not a file's to say, unknown, too large, or of another type than they should be.
 
     Args:
         entries: by name.
-        types: by name; of those that have none nothing is expected.
-        place: what errors call who says so.
-        prefix: of the names, in errors.
+        what: the beginning of errors, before the name.
+        types: by name; those that have none are numbers, texts, or lists of such.
+        refused: names that no file may have.
+        known: names that it may have, None for any.
+        longest: the most that whole numbers may be, None for any.
+
+    Raises:
+        VisionattnError: says which entry it is, and what is expected.
     """
     for key, value in entries.items():
-        if key in types and not fits(value, types[key]):
-            told = f"{place}: entry {prefix}{key}: expected {describe(types[key])}, got {_shown(value)}"
-            raise VisionattnError(told)
+        if key in refused:
+            raise VisionattnError(f"{what}{key} is not a file's to say")
+        if known is not None and key not in known:
+            raise VisionattnError(f"{what}{key} is none of this version of visionattn: {', '.join(sorted(known))}")
+        if longest is not None:
+            check_sizes(value, f"{what}{key}", longest)
+        if key not in types and not _is_plain(value):
+            raise VisionattnError(f"{what}{key}: expected numbers or texts, got {shown(value)}")
+    check_types(entries, types, what, ": expected")
 
 
-def check_preparation(entries: Mapping[str, Any], place: str, prefix: str) -> None:
+def _is_plain(value: Any) -> bool:
+    """Whether a value is a number, a text, nothing, or a list of such."""
+    return all(map(_is_plain, value)) if isinstance(value, list) else not isinstance(value, dict)
+
+
+def check_preparation(entries: Mapping[str, Any], what: str, known: Collection[str] | None) -> None:
     """Refuse entries of timm's configuration that are ill-typed, out of range, or say where weights are.
 
     Args:
         entries: by name.
-        place: what errors call who says so.
-        prefix: of the names, in errors; without one, entries that are not timm's are passed over.
+        what: the beginning of errors, before the name.
+        known: names that it may have, None for any.
     """
     stated = {key: value for key, value in entries.items() if value is not None}
+    timms = {key: value for key, value in stated.items() if known or key in PREPARATION}
+    check_entries(timms, what, PREPARATION, SOURCES, known)
     for key, value in stated.items():
-        if prefix and key not in PREPARATION:
-            raise VisionattnError(f"{place} has an entry {prefix}{key}, which this version of visionattn does not know")
-        if key in SOURCES or (key == "custom_load" and value):
-            raise VisionattnError(f"{place}: entry {prefix}{key} is not a file's to say")
-    check_types(stated, PREPARATION, place, prefix)
-    for key, value in stated.items():
+        if key == "custom_load" and value:
+            raise VisionattnError(f"{what}{key} is not a file's to say")
         if key.endswith(("_size", "num_classes")):
-            check_sizes(value, f"{place}: entry {prefix}{key}", LONGEST_SIDE if key.endswith("_size") else MOST_ROWS)
+            check_sizes(value, f"{what}{key}", LONGEST_SIDE if key.endswith("_size") else MOST_ROWS)
         if (key.endswith("_pct") and value <= 0) or (key == "std" and min(value, default=0) <= 0):
-            raise VisionattnError(f"{place}: entry {prefix}{key}: expected what is above 0, got {_shown(value)}")
+            raise VisionattnError(f"{what}{key}: expected what is above 0, got {shown(value)}")
         if key == "input_size" and min(value) < 1:
-            raise VisionattnError(f"{place}: entry {prefix}{key}: expected sizes from 1 up, got {_shown(value)}")
+            raise VisionattnError(f"{what}{key}: expected sizes from 1 up, got {shown(value)}")
     if len({len(stated[key]) for key in ("mean", "std") if key in stated}) > 1:
-        raise VisionattnError(f"{place}: entries {prefix}mean and {prefix}std differ in length")
+        raise VisionattnError(f"{what}mean has another length than std")
 
 
 def check_model(name: str, kwargs: Mapping[str, Any], place: str, group: str, longest: int) -> None:
@@ -221,19 +221,10 @@ def check_model(name: str, kwargs: Mapping[str, Any], place: str, group: str, lo
         VisionattnError: says which it is.
     """
     with told_of(place):
-        takes = find(name)[2].takes
-    types = hints(takes)
-    for key, value in kwargs.items():
-        if key in EXECUTION:
-            raise VisionattnError(f"{place}: entry {group}.{key} is not a file's to say")
-        if key not in types and takes is not find(name)[2].build and key not in MODEL_ARGUMENTS:
-            raise VisionattnError(
-                f"{place}: {name} takes no {group}.{key}; it takes {', '.join(sorted(types.keys() - EXECUTION))}"
-            )
-        check_sizes(value, f"{place}: entry {group}.{key}", longest)
-        if key not in types and isinstance(value, dict):
-            raise VisionattnError(f"{place}: entry {group}.{key}: expected numbers or texts, got {_shown(value)}")
-    check_values(kwargs, takes, lambda key: f"{place}: {name} takes {group}.{key}")
+        entry = find(name)[2]
+    types = hints(entry.takes)
+    known = None if entry.variant is None else (types.keys() | MODEL_ARGUMENTS) - EXECUTION
+    check_entries(kwargs, f"{place}: entry {group}.", types, EXECUTION, known, longest)
 
 
 def check_sizes(value: Any, what: str, longest: int) -> None:
@@ -249,7 +240,7 @@ def check_sizes(value: Any, what: str, longest: int) -> None:
             check_sizes(each, what, longest)
     elif isinstance(value, int) and not 0 <= value <= longest:
         told = "below 0" if value < 0 else f"more than its tensors allow, {longest} at most"
-        raise VisionattnError(f"{what} is {_shown(value)}, {told}")
+        raise VisionattnError(f"{what} is {shown(value)}, {told}")
 
 
 def longest_side(content: Mapping[str, Any]) -> int:
@@ -259,24 +250,3 @@ def longest_side(content: Mapping[str, Any]) -> int:
         content: of the file.
     """
     return max([LARGEST, *(side for tensor in flatten(content).values() for side in tensor.shape)])
-
-
-def _shown(value: Any) -> str:
-    return reprlib.repr(value)
-
-
-@contextmanager
-def told_of(place: str) -> Iterator[None]:
-    """Names the place in errors, and makes one line of whatever its description raises as a model is made by it.
-
-    Args:
-        place: what errors call it.
-    """
-    try:
-        yield
-    except NotInstalledError:
-        raise
-    except VisionattnError as e:
-        raise type(e)(f"{place}: {e}") from e
-    except Exception as e:  # what layers raise that are asked for what cannot be
-        raise VisionattnError(f"{place} cannot be met ({one_line(e)})") from e

@@ -3,8 +3,8 @@
 import logging
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from os import PathLike
@@ -15,7 +15,7 @@ import torch
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
-from ..errors import VisionattnError, printable
+from ..errors import VisionattnError, printable, told_of
 from .files import read_checkpoint
 from .unwrap import flatten, some, unwrap
 
@@ -329,7 +329,7 @@ def load_checkpoint(model: nn.Module, path: str | PathLike, checkpoint_prefix: s
         VisionattnError: if the file cannot be read or does not fit the model; the model is then unchanged.
     """
     content = read_checkpoint(path)[0]
-    with naming(path):
+    with told_of(f"checkpoint {path}"):
         tensors, dropped = _strictly(content, model, checkpoint_prefix)
         model.load_state_dict(tensors, strict=True)
     _tell(path, {"dropped": dropped})
@@ -358,7 +358,7 @@ def load_pretrained(
     """
     if not isinstance(weights, Mapping):
         weights, place = read_checkpoint(weights)[0], weights
-    with naming(place) if place else nullcontext():
+    with told_of(f"checkpoint {place}") if place else nullcontext():
         tensors, report = fit_state_dict(weights, model, made_for, checkpoint_prefix)
         model.load_state_dict(tensors, strict=True)
     _tell(place or "state dict", report)
@@ -368,12 +368,3 @@ def _tell(place: str | PathLike, report: dict[str, list[str]]) -> None:
     """Logs what was not used as it is, at the level that Python shows by default."""
     if told := "; ".join(f"{what} {some(keys)}" for what, keys in report.items() if keys):
         _logger.warning("%s: %s", printable(Path(place).name), told)
-
-
-@contextmanager
-def naming(path: str | PathLike) -> Iterator[None]:
-    """Errors say which checkpoint they are about."""
-    try:
-        yield
-    except VisionattnError as e:
-        raise VisionattnError(f"checkpoint {path}: {e}") from e
