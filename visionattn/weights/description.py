@@ -27,7 +27,6 @@ from .entries import (
     CONFIG,
     MOST,
     MOST_ROWS,
-    MOST_TENSORS,
     PREPARATION,
     check_header,
     check_model,
@@ -38,6 +37,7 @@ from .entries import (
 )
 from .files import DESCRIPTION, find_file, read_checkpoint
 from .layouts import check_held, load_pretrained
+from .pickled import MOST_TENSORS
 from .unwrap import flatten
 
 REPOSITORIES = ("hf-hub", "hf_hub", "local-dir")

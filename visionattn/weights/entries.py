@@ -26,8 +26,8 @@ LARGEST = 2**14
 """Anything that is counted, where the tensors of a file allow no more."""
 LONGEST_SIDE = 2**13
 """Pixels of an image's side: Pillow takes the square of twice that for a bomb."""
-MOST, MOST_ROWS, MOST_TENSORS = 2**33, 2**20, 50_000
-"""Elements of the parameters of a model, of a side of one of these, and such parameters, where no tensors tell."""
+MOST, MOST_ROWS = 2**33, 2**20
+"""Elements of the parameters of a model, and of a side of one of these, where no tensors tell."""
 DEEPEST = 32
 """Lists and mappings within each other."""
 HEADED = ("detection", "segmentation")

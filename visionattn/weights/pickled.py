@@ -40,6 +40,7 @@ LITERALS = {
     *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"),
 }
 """Opcodes that stand for their arguments."""
+TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 PLAIN = dict | list | Tensor | str | int | float | bytes | None
 """What a file may give; tuples and the rest are dropped with the placeholders."""
@@ -206,15 +207,10 @@ class _Machine:
                 marks.append(len(stack))
             elif name in ("EMPTY_DICT", "EMPTY_LIST"):
                 stack.append(self.keep({} if name == "EMPTY_DICT" else []))
-            elif name == "SETITEM":
-                value, key = stack.pop(), stack.pop()
-                self.set_items(stack[-1], [key, value])
-            elif name == "SETITEMS":
-                items = above_mark()
-                self.set_items(stack[-1], items)
-            elif name == "DICT":
-                items = above_mark()
-                stack.append(self.keep({}))
+            elif name in ("SETITEM", "SETITEMS", "DICT"):
+                items = [stack.pop(), stack.pop()][::-1] if name == "SETITEM" else above_mark()
+                if name == "DICT":
+                    stack.append(self.keep({}))
                 self.set_items(stack[-1], items)
             elif name in ("APPEND", "APPENDS"):
                 items = above_mark() if name == "APPENDS" else [stack.pop()]
@@ -222,22 +218,19 @@ class _Machine:
                     stack[-1].extend(items)
             elif name == "LIST":
                 stack.append(self.keep(above_mark()))
-            elif name in ("EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"):
-                if name == "TUPLE":
-                    items = above_mark()
-                else:
-                    items = [stack.pop() for _ in range(int(name[5:]) if name != "EMPTY_TUPLE" else 0)][::-1]
-                stack.append(tuple(items))
+            elif name == "TUPLE":
+                stack.append(tuple(above_mark()))
+            elif name in TUPLES:
+                stack.append(tuple([stack.pop() for _ in range(TUPLES[name])][::-1]))
             elif name in ("GLOBAL", "STACK_GLOBAL"):
                 parts = argument.split(" ") if name == "GLOBAL" else [stack.pop(), stack.pop()][::-1]
                 stack.append(_Placeholder(".".join(map(str, parts))))
             elif name == "BINPERSID":
                 stack.append(self.persistent(stack.pop()))
-            elif name in ("REDUCE", "NEWOBJ"):
+            elif name in ("REDUCE", "NEWOBJ", "NEWOBJ_EX"):
+                if name == "NEWOBJ_EX":  # with keywords
+                    stack.pop()
                 arguments, called = stack.pop(), stack.pop()
-                stack.append(self.call(called, arguments))
-            elif name == "NEWOBJ_EX":
-                _, arguments, called = stack.pop(), stack.pop(), stack.pop()
                 stack.append(self.call(called, arguments))
             elif name in ("INST", "OBJ"):
                 items = above_mark()
@@ -250,12 +243,10 @@ class _Machine:
                 above_mark()
                 if name == "FROZENSET":
                     stack.append(_Placeholder("builtins.frozenset", called=True))
-            elif name == "POP" and marks and marks[-1] == len(stack):
-                marks.pop()
+            elif name == "POP_MARK" or name == "POP" and marks and marks[-1] == len(stack):
+                above_mark()
             elif name == "POP":
                 stack.pop()
-            elif name == "POP_MARK":
-                above_mark()
             elif name == "DUP":
                 stack.append(stack[-1])
             elif name in ("EMPTY_SET", "NEXT_BUFFER", "PERSID", "EXT1", "EXT2", "EXT4"):
