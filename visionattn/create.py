@@ -16,15 +16,7 @@ from .arguments import check_arguments, hints, made_with, with_meaning
 from .backbone import Backbone, Hierarchical
 from .backbone.extractors import extractor_class
 from .errors import UnknownArgumentError, VisionattnError, optional
-from .registry import (
-    BUILDER_ARGUMENTS,
-    FEATURE_ARGUMENTS,
-    MODEL_ARGUMENTS,
-    find,
-    list_models,
-    makes_variants,
-    tagged,
-)
+from .registry import BUILDER_ARGUMENTS, FEATURE_ARGUMENTS, MODEL_ARGUMENTS, find, list_models, makes_variants, tagged
 from .weights.description import Described, check_made, describe_place, is_place, load_described
 from .weights.download import find_published
 from .weights.layouts import load_pretrained
@@ -238,8 +230,10 @@ def make_variant(name: str, kwargs: dict[str, Any], pretrained: bool = False, lo
     cfg = tagged(name, cfg, cfgs) if isinstance(cfg, str) else cfg
     cfg = cfg if isinstance(cfg, dict) else cfg.to_dict()
     overlay = dict(kwargs.pop("pretrained_cfg_overlay", None) or {})
-    published = find_published(name, cfg, overlay, variant, kwargs.get("cache_dir")) if pretrained else None
-    if (pretrained or loads) and features:
+    if pretrained:
+        published = find_published(name, cfg, overlay, variant, kwargs.get("cache_dir"))
+        loads = [partial(load_pretrained, weights=published), *loads]
+    if loads and features:
         kwargs["num_classes"] = 0  # whatever the file's classes
     if size := kwargs.get("img_size"):
         overlay = {"input_size": (cfg["input_size"][0], *_checked_size(size))} | overlay
@@ -258,8 +252,6 @@ def make_variant(name: str, kwargs: dict[str, Any], pretrained: bool = False, lo
         model.check.name = name
         if output_stride is not None:
             _dilate(model, output_stride)
-        if published is not None:
-            load_pretrained(model, published)
         for load in loads:
             load(model)
         size = overlay.get("input_size") or cfg.get("input_size") or PretrainedCfg.input_size

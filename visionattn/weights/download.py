@@ -1,7 +1,6 @@
 """Fetching published weights from a mirror, the Hugging Face hub and plain addresses, into torch.hub's or its cache."""
 
 import hashlib
-import logging
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -27,8 +26,6 @@ HASHED = re.compile(r"-([0-9a-f]{8,64})\.")
 """What torch.hub's file names say of their content."""
 PATIENCE = 5.0
 """Seconds for a server's first answer."""
-
-_logger = logging.getLogger("visionattn")
 
 
 def fetch(

@@ -63,13 +63,11 @@ class _Conversion:
         tensors: fitted to the model's configuration by its `adapt_state_dict`.
         found: what the file held, before that.
         left_out: names of the file's other tensors.
-        prefix: under which the file has it.
     """
 
     tensors: dict[str, Tensor]
     found: dict[str, Tensor]
     left_out: list[str]
-    prefix: str
 
 
 def _convert(
@@ -107,7 +105,7 @@ def _convert(
         if (match := HEAD.fullmatch(name)) and (ours := f"{_heads(model)[0]}{match[1]}") in own and ours not in found:
             head.setdefault(ours, left_out.pop(key))
     first = {key.partition(".")[0]: key for key in reversed(left_out)}.values()  # one of each kind is told of first
-    return _Conversion(tensors | head, found | head, sorted(left_out, key=lambda k: k not in first), unwrapped.prefix)
+    return _Conversion(tensors | head, found | head, sorted(left_out, key=lambda k: k not in first))
 
 
 def convert_state_dict(state_dict: Mapping, model: nn.Module, checkpoint_prefix: str = "") -> dict[str, Tensor]:
