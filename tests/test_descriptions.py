@@ -182,8 +182,7 @@ def test_repositories_are_checked_too(tmp_path, van, nothing_is_made, monkeypatc
     (tmp_path / "config.json").write_text(text)
     save_file(van.state_dict(), tmp_path / "model.safetensors")
     description = "visionattn.weights.description"
-    monkeypatch.setattr(f"{description}.check_hub", lambda: None)
-    monkeypatch.setattr(f"{description}.download_from_hf", lambda *args, **kwargs: tmp_path / "config.json")
+    monkeypatch.setattr(f"{description}.from_hub", lambda *args: tmp_path / "config.json")
     monkeypatch.setattr(f"{description}.fetch", lambda *args, **kwargs: tmp_path / "model.safetensors")
     for place in (f"local-dir:{tmp_path}", "hf-hub:me/model"):
         with pytest.raises(VisionattnError) as error:

@@ -14,15 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import try_to_load_from_cache
-from timm.models._hub import _parse_model_cfg, download_from_hf
+from timm.models._hub import _parse_model_cfg
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from ..arguments import check_types
 from ..errors import UnknownModelError, VisionattnError, one_line, told_of
 from ..registry import Entry, find
-from .download import HUB, check_hub, fetch
+from .download import HUB, fetch, from_hub
 from .entries import (
     CONFIG,
     MOST,
@@ -205,14 +204,9 @@ def describe_repository(name: str, cache_dir: str | None = None, weights: bool =
     """
     kind, _, rest = name.partition(":")
     try:
-        if kind == "local-dir":
-            config = Path(rest, "config.json")
-        else:
-            repository, _, revision = rest.partition("@")
-            if not try_to_load_from_cache(repository, "config.json", cache_dir, revision or None):
-                check_hub()
-            config = download_from_hf(rest, "config.json", cache_dir=cache_dir)
-        text = Path(config).read_text(encoding="utf-8")
+        local = kind == "local-dir"
+        config = Path(rest, "config.json") if local else from_hub(f"{rest}:config.json", cache_dir)
+        text = config.read_text(encoding="utf-8")
     except Exception as e:  # what the network, the hub and the disk raise is theirs
         raise VisionattnError(f"cannot read the configuration of {name}: {one_line(e)}") from e
     place = f"config.json of {name}"
@@ -221,13 +215,13 @@ def describe_repository(name: str, cache_dir: str | None = None, weights: bool =
     check_types(content, CONFIG, f"{place}: entry ", ": expected")
     group, known = ("", None) if nested is content else ("pretrained_cfg.", PREPARATION)
     check_preparation(nested, f"{place}: entry {group}", known)
-    source = {"file": rest, "source": kind} if kind == "local-dir" else {"hf_hub_id": rest, "source": "hf-hub"}
+    source = {"file": rest, "source": kind} if local else {"hf_hub_id": rest, "source": "hf-hub"}
     with told_of(place, Exception):
         cfg, architecture, kwargs = _parse_model_cfg(content, source)
     cfg = {k: v for k, v in cfg.items() if k in PREPARATION}
     path = state_dict = None
     if weights:
-        path = find_file(rest) if kind == "local-dir" else fetch([], [HUB + rest], name, cache_dir=cache_dir)
+        path = find_file(rest) if local else fetch([], [HUB + rest], name, cache_dir=cache_dir)
         state_dict = read_checkpoint(path)[0]
     longest = MOST_ROWS if state_dict is None else longest_side(state_dict)
     check_model(architecture, kwargs, place, "model_args", longest)

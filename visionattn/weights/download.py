@@ -77,7 +77,7 @@ def fetch(
     for source in sources:
         try:
             if source.startswith(HUB):
-                return _from_hub(source.removeprefix(HUB), cache_dir, hub_is_asked)
+                return from_hub(source.removeprefix(HUB), cache_dir, hub_is_asked)
             return _from_url(source, cache / _cached(source, names), silent)
         except Exception as e:
             failures.append(f"{shortened(source)}: {one_line(e)}")
@@ -129,35 +129,34 @@ class _Missing(VisionattnError):
     """An address has no file."""
 
 
-def check_hub() -> None:
-    """See whether the Hugging Face hub answers, in one short try.
+def from_hub(repository: str, cache_dir: str | None = None, asked: bool = True) -> Path:
+    """A file of a repository on the Hugging Face hub, or in its cache where the hub does not answer.
+
+    Args:
+        repository: `user/repository`, and `@revision` and `:file` where they are not the usual ones.
+        cache_dir: of the hub's; None for the usual one.
+        asked: ask the hub at all, in one short try first.
 
     Raises:
-        VisionattnError: if it does not, or must not be asked (`HF_HUB_OFFLINE`).
+        VisionattnError: if neither has it, or the hub must not be asked (`HF_HUB_OFFLINE`).
     """
-    try:
-        get_session().request("HEAD", constants.ENDPOINT, timeout=PATIENCE)
-    except Exception as e:
-        raise VisionattnError(f"{constants.ENDPOINT} does not answer ({one_line(e)})") from e
-
-
-def _from_hub(repository: str, cache_dir: str | None, asked: bool) -> Path:
     repository, _, file = repository.partition(":")
     repository, _, revision = repository.partition("@")
-    silence: Exception | str = "" if asked else f"is not asked where {MIRROR} is named"
-    if asked:
-        try:
-            check_hub()
-        except VisionattnError as e:
-            silence = e
-    for name in [file] if file else HUB_FILES:
+    silence = "" if asked else f"is not asked where {MIRROR} is named"
+    try:
+        if asked:
+            get_session().request("HEAD", constants.ENDPOINT, timeout=PATIENCE)
+    except Exception as e:
+        silence = f"{constants.ENDPOINT} does not answer ({one_line(e)})"
+    files = [file] if file else HUB_FILES
+    for name in files:
         try:
             options = {"cache_dir": cache_dir, "local_files_only": bool(silence)}
             return Path(hf_hub_download(repository, name, revision=revision or None, **options))
         except EntryNotFoundError as e:
             if isinstance(e, LocalEntryNotFoundError) and not silence:  # it may be there, but the hub cannot be asked
                 raise
-    raise VisionattnError(f"{silence}, and the cache has none" if silence else f"holds none of {', '.join(HUB_FILES)}")
+    raise VisionattnError(f"{silence}, and the cache has none" if silence else f"holds none of {', '.join(files)}")
 
 
 def _from_url(url: str, path: Path, silent: dict[str, str]) -> Path:
