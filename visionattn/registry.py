@@ -3,6 +3,7 @@
 import difflib
 import fnmatch
 import inspect
+import re
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -14,7 +15,8 @@ import timm
 import torch
 from timm.models import PretrainedCfg, generate_default_cfgs
 from timm.models import register_model as register_with_timm
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from .backbone import Isotropic
 from .errors import UnknownModelError, VisionattnError
@@ -321,9 +323,18 @@ def list_models(filter: str | Iterable[str] = "", pretrained: bool = False) -> l
     return sorted(names)
 
 
+class _Undrawn(TorchFunctionMode):
+    """Leaves tensors without memory as they are, where initialisation would write to them step by step."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        tensor = args[0] if args else (kwargs or {}).get("tensor")
+        in_place = re.fullmatch(r"[a-z]\w*_", getattr(func, "__name__", ""))
+        return tensor if in_place and isinstance(tensor, Tensor) and tensor.is_meta else func(*args, **kwargs or {})
+
+
 @cache
 def _count_parameters(name: str) -> int:
-    with torch.device("meta"):
+    with torch.device("meta"), _Undrawn():
         return sum(p.numel() for p in _entries[name].build().parameters())
 
 
