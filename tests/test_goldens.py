@@ -14,7 +14,12 @@ from visionattn.weights import convert_state_dict
 GOLDENS = sorted((Path(__file__).parent / "goldens").glob("*/*.npz"))
 
 
-@pytest.mark.parametrize("path", GOLDENS, ids=lambda path: path.stem)
+LARGE = ("focalnet_large_fl4-224x224", "davit_base_fl-224x224.timm")
+
+
+@pytest.mark.parametrize(
+    "path", [pytest.param(p, id=p.stem, marks=[pytest.mark.slow] if p.stem in LARGE else []) for p in GOLDENS]
+)
 def test_parity(path):
     meta, arrays = golden.load(path)
     model = visionattn.create_model(meta["create"]["name"], **meta["create"]["kwargs"]).eval()
