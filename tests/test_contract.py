@@ -213,7 +213,7 @@ def test_options_of_extractors(name, feature_cls):
         info = extractor.feature_info
         assert [f.shape[get_channel_dim(output_fmt)] for f in found] == info.channels()
         for feature, reduction in zip(found, info.reduction(), strict=True):
-            sides = [model.map_size(length, reduction) for length in (64, 32)]
+            sides = [length // reduction for length in (64, 32)]
             assert math.prod(feature.shape[axis] for axis in get_spatial_dim(output_fmt)) == math.prod(sides)
         if feature_cls == "fx":
             assert refused(extractor.set_grad_checkpointing)

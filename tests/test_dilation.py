@@ -1,6 +1,7 @@
 """`output_stride`: pyramids that keep the resolution of their last stages."""
 
 import copy
+import math
 
 import pytest
 import segmentation_models_pytorch as smp
@@ -57,8 +58,8 @@ def assert_as_coarse(model, x, size):
             for i, (found, coarse) in enumerate(zip(maps, expected, strict=True)):
                 stride = dilated.feature_info[i]["reduction"]
                 assert stride == min(4 * 2**i, output_stride)
-                assert found.shape[2:] == tuple(dilated.map_size(length, stride) for length in size)
                 n = 4 * 2**i // stride
+                assert found.shape[2:] == expected[i - int(math.log2(n))].shape[2:]
                 found = found[:, :, ::n, ::n][:, :, : coarse.shape[2], : coarse.shape[3]]
                 torch.testing.assert_close(found, coarse, rtol=0, atol=1e-10)
 

@@ -1,6 +1,7 @@
 """What both scaffolds share: timm's model contract and input checks."""
 
-from collections.abc import Iterator, Mapping
+import copy
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar
 
@@ -12,7 +13,6 @@ from torch.utils.checkpoint import checkpoint
 from ..errors import VisionattnError
 from ..layers.fuse import fuse_modules
 from ..layers.position import resize_table
-from ..layers.symbolic import ceil_div
 from .mechanics import Mechanics
 
 FORMATS = tuple(fmt.value for fmt in Format)
@@ -89,15 +89,18 @@ class Backbone(Mechanics, nn.Module):
     def get_classifier(self) -> nn.Module:
         return self.head
 
-    @staticmethod
-    def map_size(length: int, reduction: int) -> int:
-        """Length of an axis of the feature map of that reduction, for `length` pixels of the image."""
-        return ceil_div(length, reduction)
-
-    def pool_size(self, img_size: tuple[int, int]) -> tuple[int, int]:
+    @torch.no_grad()
+    def pool_size(self, img_size: Sequence[int]) -> tuple[int, ...]:
         """(height, width) of what is pooled, the last map or the grid of the patches, for that of the image."""
         reduction = self.feature_info[-1]["reduction"]
-        return self.map_size(img_size[0], reduction), self.map_size(img_size[1], reduction)
+        if not any(length % reduction for length in img_size):
+            return tuple(length // reduction for length in img_size)
+        # Families drop or pad what is over: a copy without memory for weights tells.
+        tensors = [*self.parameters(), *self.buffers()]
+        shell = copy.deepcopy(self, {id(tensor): tensor.to("meta") for tensor in tensors}).eval()
+        size = [max(length, self.check.size) for length in img_size]
+        x = torch.empty(1, self.in_chans, *size, device="meta", dtype=tensors[0].dtype)
+        return tuple(shell.forward_intermediates(x, 1, intermediates_only=True)[0].shape[2:])
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:

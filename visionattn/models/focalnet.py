@@ -206,14 +206,8 @@ class FocalNet(Hierarchical):
             feature_norms=norms if feature_norms else None,
             **dd,
         )
-        self.use_conv_embed, self.pad_to_patch, self.adapt_checkpoints = use_conv_embed, pad_to_patch, adapt_checkpoints
+        self.adapt_checkpoints = adapt_checkpoints
         _init_weights(self)
-
-    def map_size(self, length: int, reduction: int) -> int:
-        """Length of an axis of the feature map of that reduction, for `length` pixels of the image."""
-        if self.pad_to_patch:
-            return -(-length // reduction)
-        return -(-((length + 1) // 4) // (reduction // 4)) if self.use_conv_embed else length // reduction
 
     def adapt_state_dict(self, state_dict: dict[str, Tensor], made_for: Mapping[str, Any]) -> dict[str, Tensor]:
         """Fits kernels, levels and norms to this model with `adapt_checkpoints`."""
@@ -277,11 +271,6 @@ class IsotropicFocalNet(Isotropic):
             drop_rate, **dd,
         )  # fmt: skip
         _init_weights(self)
-
-    @staticmethod
-    def map_size(length: int, reduction: int) -> int:
-        """Length of an axis of the feature maps, for `length` pixels of the image."""
-        return length // reduction
 
     def _embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         x = self.check(x)

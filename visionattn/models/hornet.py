@@ -145,11 +145,6 @@ class HorNet(Hierarchical):
                 self.head.weight.mul_(head_init_scale)
                 self.head.bias.mul_(head_init_scale)
 
-    @staticmethod
-    def map_size(length: int, reduction: int) -> int:
-        """Length of an axis of a feature map: what is left over at the right and bottom is not seen."""
-        return length // reduction
-
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict:
         """Patterns that group parameters by depth, as the published fine-tuning does: pairs of blocks of the third

@@ -193,11 +193,6 @@ class LITv2(Hierarchical):
         """The weights of the offsets, but not their biases, were trained at a hundredth of the rate."""
         return {"stages.*.downsample.offset.weight": 0.01}
 
-    @staticmethod
-    def map_size(length: int, reduction: int) -> int:
-        """Length of an axis of a feature map: the image is padded to whole patches, merging drops an odd rest."""
-        return -(-length // 4) // (reduction // 4)
-
 
 RELEASES = "https://github.com/ziplab/LITv2/releases/download"
 

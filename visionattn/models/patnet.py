@@ -223,11 +223,6 @@ class PATNet(Hierarchical):
             self.reset_classifier(num_classes)
         self.apply(_init_weights)
 
-    @staticmethod
-    def map_size(length: int, reduction: int) -> int:
-        """Length of an axis of the feature map of that reduction, for `length` pixels of the image."""
-        return length // reduction
-
     def reset_classifier(self, num_classes: int, global_pool: str | None = None, reset_other: bool = False) -> None:
         """Replace the head.
 
