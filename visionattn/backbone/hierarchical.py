@@ -87,6 +87,7 @@ class Hierarchical(Backbone):
         self,
         stem: nn.Module,
         stages: Sequence[Stage],
+        *,
         norm: nn.Module | None = None,
         num_classes: int = 1000,
         in_chans: int = 3,
@@ -101,7 +102,7 @@ class Hierarchical(Backbone):
     ) -> None:
         reductions = [stem_stride * 2**i for i in range(len(stages))]
         num_features = num_features or stages[-1].dim
-        super().__init__(num_features, num_classes, in_chans, drop_rate, min_input_size=reductions[-1])
+        super().__init__(num_features, num_classes, in_chans, drop_rate, reductions[-1])
         self.stem = stem
         self.stages = nn.Sequential(*stages)
         self.norm = norm or nn.Identity()

@@ -49,6 +49,7 @@ class Isotropic(Backbone):
         self,
         stem: nn.Module,
         blocks: Sequence[nn.Module],
+        *,
         norm: nn.Module,
         embed_dim: int,
         patch_size: int,
@@ -63,7 +64,7 @@ class Isotropic(Backbone):
         device=None,
         dtype=None,
     ) -> None:
-        super().__init__(embed_dim, num_classes, in_chans, drop_rate, min_input_size=patch_size)
+        super().__init__(embed_dim, num_classes, in_chans, drop_rate, patch_size)
         dd = {"device": device, "dtype": dtype}
         self.patch_size = patch_size
         self.grid_size = tuple(-(-size // patch_size) for size in to_2tuple(img_size))

@@ -16,6 +16,7 @@ class Block(nn.Module):
         norm_layer: makes a norm over `dim` channels.
         layer_scale: initial value of the learned scale of each branch, None for no scale.
         drop_path: probability of dropping a branch of a sample.
+        scale_layer: makes the scale, from channels and initial value.
 
     Shape:
         that of the mixer, channels last, in and out.
@@ -26,6 +27,7 @@ class Block(nn.Module):
         dim: int,
         mixer: nn.Module,
         mlp: nn.Module,
+        *,
         norm_layer: Callable[..., nn.Module] = nn.LayerNorm,
         layer_scale: float | None = None,
         drop_path: float = 0.0,
@@ -35,11 +37,14 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        for i, name, branch in ((1, "mixer", mixer), (2, "mlp", mlp)):
-            self.add_module(f"norm{i}", norm_layer(dim, **dd))
-            self.add_module(name, branch)
-            self.add_module(f"ls{i}", nn.Identity() if layer_scale is None else scale_layer(dim, layer_scale, **dd))
-            self.add_module(f"drop_path{i}", DropPath(drop_path) if drop_path else nn.Identity())
+        self.norm1 = norm_layer(dim, **dd)
+        self.mixer = mixer
+        self.ls1 = nn.Identity() if layer_scale is None else scale_layer(dim, layer_scale, **dd)
+        self.drop_path1 = DropPath(drop_path) if drop_path else nn.Identity()
+        self.norm2 = norm_layer(dim, **dd)
+        self.mlp = mlp
+        self.ls2 = nn.Identity() if layer_scale is None else scale_layer(dim, layer_scale, **dd)
+        self.drop_path2 = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(self, x: Tensor, *args) -> Tensor:
         x = x + self.drop_path1(self.ls1(self.mixer(self.norm1(x), *args)))

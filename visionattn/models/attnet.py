@@ -8,13 +8,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import LayerNorm2d, LayerScale2d, calculate_drop_path_rates, trunc_normal_
+from timm.layers import LayerNorm2d, LayerScale2d, calculate_drop_path_rates
 from torch import Tensor, nn
 
 from ..backbone import Hierarchical, Stage
 from ..layers import AttentiveConv2d
 from ..layers.block import Block
 from ..layers.conv_norm import ConvNorm
+from ..layers.init import init_weights
 from ..layers.large_kernel_attention import depthwise
 from ..layers.norm import ChannelNorm, ChannelRmsNorm
 from ..layers.pointwise import Pointwise2d
@@ -65,13 +66,6 @@ class GatedMlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         gate, value = self.fc1(x).chunk(2, 1)
         return self.drop2(self.fc2(self.drop1(self.norm(self.act(self.dwconv(gate)) * value))))
-
-
-def _init_weights(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear | nn.Conv2d):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 class AttNet(Hierarchical):
@@ -128,22 +122,24 @@ class AttNet(Hierarchical):
                     dim,
                     AttentiveConv2d(dim, kernel_sizes[i], act_layer, conv_bias, **dd),
                     GatedMlp(dim, hidden_dim, glu_dconv[i], glu_norm[i], act_layer, drop_rate, **dd),
-                    partial(LayerNorm2d, eps=1e-6),
-                    1e-6 if use_layer_scale else None,
-                    rate,
+                    norm_layer=partial(LayerNorm2d, eps=1e-6),
+                    layer_scale=1e-6 if use_layer_scale else None,
+                    drop_path=rate,
                     scale_layer=LayerScale2d,
                     **dd,
                 )
                 for rate in rates[i]
             ]
-            stages.append(Stage(blocks, dim, ConvNorm(dims[i - 1], dim, 3, 2, **dd) if i else None))
+            stages.append(Stage(blocks, dim, downsample=ConvNorm(dims[i - 1], dim, 3, 2, **dd) if i else None))
         stem = nn.Sequential(
             ConvNorm(in_chans, dims[0] // 2, 3, 2, **dd), nn.GELU(), ConvNorm(dims[0] // 2, dims[0], 3, 2, **dd)
         )
-        norm = ChannelNorm(dims[-1], eps=1e-5, **dd)
-        super().__init__(stem, stages, norm, num_classes, in_chans, global_pool, drop_rate, norm_after_pool=True, **dd)
+        super().__init__(
+            stem, stages, norm=ChannelNorm(dims[-1], eps=1e-5, **dd), norm_after_pool=True,
+            num_classes=num_classes, in_chans=in_chans, global_pool=global_pool, drop_rate=drop_rate, **dd,
+        )  # fmt: skip
         self.use_layer_scale = use_layer_scale
-        self.apply(_init_weights)
+        self.apply(partial(init_weights, kinds=nn.Linear | nn.Conv2d))
 
     def adapt_state_dict(self, state_dict: dict[str, Tensor], made_for: Mapping[str, Any]) -> dict[str, Tensor]:
         """Merges layer scales into the products before them, or adds scales of 1: the published code is not of one mind

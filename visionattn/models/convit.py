@@ -5,13 +5,14 @@
 
 from functools import partial
 
-from timm.layers import PatchEmbed, calculate_drop_path_rates, trunc_normal_
+from timm.layers import PatchEmbed, calculate_drop_path_rates
 from torch import nn
 
 from ..backbone import Isotropic
 from ..errors import VisionattnError
 from ..layers import GatedPositionalSelfAttention, SelfAttention
 from ..layers.block import Block
+from ..layers.init import init_weights
 from ..layers.pointwise import Mlp
 from ..registry import Family, Variant, Weights, register_family
 
@@ -92,32 +93,19 @@ class ConViT(Isotropic):
                     **dd,
                 ),
                 Mlp(embed_dim, int(embed_dim * mlp_ratio), drop=drop_rate, **dd),
-                norm_layer,
+                norm_layer=norm_layer,
                 drop_path=rate,
                 **dd,
             )
             for i, rate in enumerate(calculate_drop_path_rates(drop_path_rate, depth))
         ]
         super().__init__(
-            PatchEmbed(img_size, patch_size, in_chans, embed_dim, strict_img_size=False, **dd),
-            blocks,
-            norm_layer(embed_dim, **dd),
-            embed_dim,
-            patch_size,
-            img_size,
-            use_pos_embed,
-            local_up_to_layer,
-            num_classes,
-            in_chans,
-            global_pool,
-            drop_rate,
-            **dd,
-        )
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+            PatchEmbed(img_size, patch_size, in_chans, embed_dim, strict_img_size=False, **dd), blocks,
+            norm=norm_layer(embed_dim, **dd), embed_dim=embed_dim, patch_size=patch_size, img_size=img_size,
+            pos_embed=use_pos_embed, class_token=local_up_to_layer,
+            num_classes=num_classes, in_chans=in_chans, global_pool=global_pool, drop_rate=drop_rate, **dd,
+        )  # fmt: skip
+        self.apply(init_weights)
         for block in blocks[:local_up_to_layer]:
             block.mixer.reset_parameters()
 

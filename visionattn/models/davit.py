@@ -11,12 +11,13 @@ from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
-from timm.layers import DropPath, LayerNorm2d, calculate_drop_path_rates, trunc_normal_
+from timm.layers import DropPath, LayerNorm2d, calculate_drop_path_rates
 from torch import Tensor, nn
 
 from ..backbone import Hierarchical, Stage
 from ..errors import VisionattnError
 from ..layers import ChannelAttention, ConvPosEnc, WindowAttention2d
+from ..layers.init import init_weights
 from ..layers.norm import ChannelNorm
 from ..layers.patch import PatchStem
 from ..layers.pointwise import Mlp
@@ -100,6 +101,7 @@ class DualBlock(nn.Module):
         dim: int,
         mixer: nn.Module,
         mlp: nn.Module | None,
+        *,
         norm_eps: float = 1e-5,
         cpe_act: bool = False,
         drop_path: float = 0.0,
@@ -126,14 +128,9 @@ class DualBlock(nn.Module):
 
 
 def _init_weights(module: nn.Module, convolutions: bool = False) -> None:
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-    elif isinstance(module, nn.Conv2d) and convolutions:
-        nn.init.normal_(module.weight, std=0.02)
-    else:
-        return
-    if module.bias is not None:
-        nn.init.zeros_(module.bias)
+    init_weights(module)
+    if convolutions:
+        init_weights(module, nn.Conv2d, partial(nn.init.normal_, std=0.02))
 
 
 class DaViT(Hierarchical):
@@ -216,27 +213,21 @@ class DaViT(Hierarchical):
                     dim,
                     mixer(kind, dim, heads),
                     Mlp(dim, int(dim * mlp_ratio), **dd) if ffn else None,
-                    norm_eps,
-                    cpe_act,
-                    rate,
+                    norm_eps=norm_eps,
+                    cpe_act=cpe_act,
+                    drop_path=rate,
                     **dd,
                 )
                 for kind, rate in zip(list(attention_types) * depth, rates[i], strict=True)
             ]
             kernel_size = 3 if overlapped_patch else down_kernel_size
             downsample = Downsample(embed_dims[i - 1], dim, kernel_size, norm_eps, **dd) if i else None
-            stages.append(Stage(blocks, dim, downsample, channels_last=True))
+            stages.append(Stage(blocks, dim, downsample=downsample, channels_last=True))
         super().__init__(
-            PatchStem(in_chans, embed_dims[0], 7, 3, norm_eps, **dd),
-            stages,
-            ChannelNorm(embed_dims[-1], norm_eps, **dd),
-            num_classes,
-            in_chans,
-            global_pool,
-            drop_rate,
-            norm_after_pool=not head_norm_first,
-            **dd,
-        )
+            PatchStem(in_chans, embed_dims[0], kernel_size=7, padding=3, norm_eps=norm_eps, **dd), stages,
+            norm=ChannelNorm(embed_dims[-1], norm_eps, **dd), norm_after_pool=not head_norm_first,
+            num_classes=num_classes, in_chans=in_chans, global_pool=global_pool, drop_rate=drop_rate, **dd,
+        )  # fmt: skip
         if tuple(attention_types) != PAIR:
             self.layouts = _layouts(tuple(attention_types))
         self.image_tower = channel_attn_v2

@@ -8,12 +8,13 @@ second layer; DiNAT_s has Swin's patch embedding and merging; the isotropic mode
 from collections.abc import Sequence
 from functools import partial
 
-from timm.layers import LayerNorm2d, PatchEmbed, calculate_drop_path_rates, trunc_normal_
+from timm.layers import LayerNorm2d, PatchEmbed, calculate_drop_path_rates
 from torch import Tensor, nn
 
 from ..backbone import Hierarchical, Isotropic, Stage
 from ..layers import NeighborhoodAttention2d, TokenNeighborhoodAttention, TokenRelPosAttention
 from ..layers.block import Block
+from ..layers.init import init_weights
 from ..layers.patch import PatchMerging, PatchStem
 from ..layers.pointwise import Mlp
 from ..registry import Family, Variant, Weights, register_family
@@ -77,13 +78,6 @@ class ConvDownsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.reduction(x))
-
-
-def _init_weights(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 class DiNAT(Hierarchical):
@@ -161,18 +155,12 @@ class DiNAT(Hierarchical):
                 for j in range(depth)
             ]
             downsample = self.downsample_layer(dim // 2, **dd) if i else None
-            stages.append(Stage(blocks, dim, downsample, channels_last=True))
+            stages.append(Stage(blocks, dim, downsample=downsample, channels_last=True))
         super().__init__(
-            self.stem_layer(in_chans, embed_dim, **dd),
-            stages,
-            LayerNorm2d(stages[-1].dim, eps=1e-5, **dd),
-            num_classes,
-            in_chans,
-            global_pool,
-            drop_rate,
-            **dd,
-        )
-        self.apply(_init_weights)
+            self.stem_layer(in_chans, embed_dim, **dd), stages, norm=LayerNorm2d(stages[-1].dim, eps=1e-5, **dd),
+            num_classes=num_classes, in_chans=in_chans, global_pool=global_pool, drop_rate=drop_rate, **dd,
+        )  # fmt: skip
+        self.apply(init_weights)
 
 
 class DiNATs(DiNAT):
@@ -242,12 +230,12 @@ class IsotropicDiNAT(Isotropic):
             )
             for i, rate in enumerate(calculate_drop_path_rates(drop_path_rate, depth))
         ]
-        norm = nn.LayerNorm(embed_dim, **dd)
         super().__init__(
-            stem, blocks, norm, embed_dim, patch_size, img_size, False, None, num_classes, in_chans, global_pool,
-            drop_rate, **dd,
+            stem, blocks, norm=nn.LayerNorm(embed_dim, **dd), embed_dim=embed_dim, patch_size=patch_size,
+            img_size=img_size, pos_embed=False, class_token=None,
+            num_classes=num_classes, in_chans=in_chans, global_pool=global_pool, drop_rate=drop_rate, **dd,
         )  # fmt: skip
-        self.apply(_init_weights)
+        self.apply(init_weights)
 
 
 PYRAMID, PYRAMID_DEEP, SWIN, SWIN_DEEP = (3, 4, 6, 5), (3, 4, 18, 5), (2, 2, 6, 2), (2, 2, 18, 2)

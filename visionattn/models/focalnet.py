@@ -5,13 +5,14 @@ from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
-from timm.layers import LayerNorm2d, calculate_drop_path_rates, trunc_normal_
+from timm.layers import LayerNorm2d, calculate_drop_path_rates
 from torch import Tensor, nn
 
 from ..backbone import Hierarchical, Isotropic, Stage
 from ..layers import FocalModulation, TokenFocalModulation
 from ..layers.block import Block
 from ..layers.focal_modulation import fit_tensor
+from ..layers.init import init_weights
 from ..layers.patch import PatchConv2d
 from ..layers.pointwise import Mlp
 from ..registry import Family, Variant, Weights, register_family
@@ -91,29 +92,18 @@ class PostNormBlock(Block):
 
 
 def _block(
-    mixer: type[FocalModulation], dim: int, mlp_ratio: float, focal_level: int, focal_window: int, drop: float,
-    drop_path: float, use_layerscale: bool, layerscale_value: float, use_postln: bool, use_postln_in_modulation: bool,
-    normalize_modulator: bool, **dd,
+    dim: int, mixer: FocalModulation, mlp_ratio: float, drop: float, use_postln: bool, scale: float | None,
+    drop_path: float, **dd,
 ) -> Block:  # fmt: skip
-    return (PostNormBlock if use_postln else Block)(
-        dim,
-        mixer(
-            dim, focal_window, focal_level, proj_drop=drop, use_postln_in_modulation=use_postln_in_modulation,
-            normalize_modulator=normalize_modulator, **dd,
-        ),
-        Mlp(dim, int(dim * mlp_ratio), drop=drop, **dd),
-        layer_scale=layerscale_value if use_layerscale else None,
-        drop_path=drop_path,
-        **dd,
-    )  # fmt: skip
+    mlp = Mlp(dim, int(dim * mlp_ratio), drop=drop, **dd)
+    return (PostNormBlock if use_postln else Block)(dim, mixer, mlp, layer_scale=scale, drop_path=drop_path, **dd)
 
 
-def _init_weights(model: nn.Module) -> None:
+def _init_linear(model: nn.Module) -> None:
     """Linear maps, but not those that the published code writes as a convolution, which keep PyTorch's default."""
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and not name.endswith(".mixer.h"):
-            trunc_normal_(module.weight, std=0.02)
-            nn.init.zeros_(module.bias)
+        if not name.endswith(".mixer.h"):
+            init_weights(module)
 
 
 class FocalNet(Hierarchical):
@@ -177,7 +167,11 @@ class FocalNet(Hierarchical):
         device=None,
         dtype=None,
     ) -> None:
-        dd = {"device": device, "dtype": dtype}
+        scale, dd = layerscale_value if use_layerscale else None, {"device": device, "dtype": dtype}
+        modulation = {
+            "proj_drop": drop_rate, "use_postln_in_modulation": use_postln_in_modulation,
+            "normalize_modulator": normalize_modulator, **dd,
+        }  # fmt: skip
         patch_size = 4 if use_conv_embed else patch_size
         levels, windows = ([n] * len(depths) if isinstance(n, int) else n for n in (focal_levels, focal_windows))
         rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
@@ -186,28 +180,24 @@ class FocalNet(Hierarchical):
         for i, dim in enumerate(dims):
             blocks = [
                 _block(
-                    FocalModulation, dim, mlp_ratio, levels[i], windows[i], drop_rate, rate, use_layerscale,
-                    layerscale_value, use_postln, use_postln_in_modulation, normalize_modulator, **dd,
+                    dim, FocalModulation(dim, windows[i], levels[i], **modulation), mlp_ratio, drop=drop_rate,
+                    use_postln=use_postln, scale=scale, drop_path=rate, **dd,
                 )
                 for rate in rates[i]
             ]  # fmt: skip
             downsample = PatchEmbedding(dims[i - 1], dim, 2, use_conv_embed, pad=pad_to_patch, **dd) if i else None
-            stages.append(Stage(blocks, dim, downsample, channels_last=True))
+            stages.append(Stage(blocks, dim, downsample=downsample, channels_last=True))
         norms = [LayerNorm2d(dim, eps=1e-5, **dd) for dim in dims]
         super().__init__(
-            PatchEmbedding(in_chans, dims[0], patch_size, use_conv_embed, patch_norm, pad_to_patch, drop_rate, **dd),
-            stages,
-            None if feature_norms else norms[-1],
-            num_classes,
-            in_chans,
-            global_pool,
-            drop_rate,
-            patch_size,
+            PatchEmbedding(
+                in_chans, dims[0], patch_size, use_conv_embed, norm=patch_norm, pad=pad_to_patch, drop=drop_rate, **dd
+            ),
+            stages, stem_stride=patch_size, norm=None if feature_norms else norms[-1],
             feature_norms=norms if feature_norms else None,
-            **dd,
-        )
+            num_classes=num_classes, in_chans=in_chans, global_pool=global_pool, drop_rate=drop_rate, **dd,
+        )  # fmt: skip
         self.adapt_checkpoints = adapt_checkpoints
-        _init_weights(self)
+        _init_linear(self)
 
     def adapt_state_dict(self, state_dict: dict[str, Tensor], made_for: Mapping[str, Any]) -> dict[str, Tensor]:
         """Fits kernels, levels and norms to this model with `adapt_checkpoints`."""
@@ -256,21 +246,25 @@ class IsotropicFocalNet(Isotropic):
         device=None,
         dtype=None,
     ) -> None:
-        dd = {"device": device, "dtype": dtype}
+        scale, dd = layerscale_value if use_layerscale else None, {"device": device, "dtype": dtype}
+        modulation = {
+            "proj_drop": drop_rate, "use_postln_in_modulation": use_postln_in_modulation,
+            "normalize_modulator": normalize_modulator, **dd,
+        }  # fmt: skip
         blocks = [
             _block(
-                TokenFocalModulation, embed_dim, mlp_ratio, focal_level, focal_window, drop_rate, rate, use_layerscale,
-                layerscale_value, use_postln, use_postln_in_modulation, normalize_modulator, **dd,
+                embed_dim, TokenFocalModulation(embed_dim, focal_window, focal_level, **modulation), mlp_ratio,
+                drop=drop_rate, use_postln=use_postln, scale=scale, drop_path=rate, **dd,
             )
             for rate in calculate_drop_path_rates(drop_path_rate, depth)
         ]  # fmt: skip
-        stem = PatchEmbedding(in_chans, embed_dim, patch_size, False, patch_norm, **dd)
-        norm = nn.LayerNorm(embed_dim, **dd)
+        stem = PatchEmbedding(in_chans, embed_dim, patch_size, overlap=False, norm=patch_norm, **dd)
         super().__init__(
-            stem, blocks, norm, embed_dim, patch_size, img_size, False, None, num_classes, in_chans, global_pool,
-            drop_rate, **dd,
+            stem, blocks, norm=nn.LayerNorm(embed_dim, **dd), embed_dim=embed_dim, patch_size=patch_size,
+            img_size=img_size, pos_embed=False, class_token=None,
+            num_classes=num_classes, in_chans=in_chans, global_pool=global_pool, drop_rate=drop_rate, **dd,
         )  # fmt: skip
-        _init_weights(self)
+        _init_linear(self)
 
     def _embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         x = self.check(x)

@@ -4,8 +4,8 @@
 layer's details are timm's, on the layouts of its ResNets and RegNets; `halonet_h0` to `halonet_h7` are the paper's.
 """
 
-import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import accumulate
 from operator import mul
 
@@ -17,6 +17,7 @@ from ..backbone import Hierarchical, Stage
 from ..errors import VisionattnError
 from ..layers import HaloAttention2d
 from ..layers.conv_norm import ConvNorm
+from ..layers.init import by_fan_out, init_weights
 from ..layers.pointwise import Pointwise, Pointwise2d
 from ..registry import Family, Variant, Weights, register_family
 
@@ -64,21 +65,10 @@ class Bottleneck(nn.Module):
     fused_pairs = (("conv1", "norm1"), ("mixer", "norm2"), ("conv3", "norm3"))
 
     def __init__(
-        self,
-        in_chans: int,
-        dim: int,
-        hidden_dim: int,
-        mixer: nn.Module,
-        mixer_dim: int,
-        gate: nn.Module | None = None,
-        stride: int = 1,
-        downsample: bool = True,
-        linear_out: bool = False,
-        act_layer: Callable[[], nn.Module] = nn.ReLU,
-        drop_path: float = 0.0,
-        device=None,
-        dtype=None,
-    ) -> None:
+        self, in_chans: int, dim: int, hidden_dim: int, mixer: nn.Module, mixer_dim: int, *, gate: nn.Module | None,
+        stride: int, downsample: bool, linear_out: bool, act_layer: Callable[[], nn.Module], drop_path: float,
+        device=None, dtype=None,
+    ) -> None:  # fmt: skip
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         self.shortcut = None
@@ -120,13 +110,10 @@ def _stem(kind: str, in_chans: int, dim: int, pool: bool, act_layer: Callable, *
 
 
 def _init_weights(module: nn.Module) -> None:
-    if isinstance(module, (nn.Conv2d, Pointwise)):
-        fan_out = module.weight.shape[0] * math.prod(module.weight.shape[2:]) // getattr(module, "groups", 1)
-        nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
-    elif isinstance(module, nn.Linear):
-        nn.init.normal_(module.weight, std=0.01)
-    if isinstance(module, (nn.Conv2d, nn.Linear)) and module.bias is not None:
-        nn.init.zeros_(module.bias)
+    if isinstance(module, nn.Conv2d | Pointwise):
+        init_weights(module, nn.Conv2d | Pointwise, by_fan_out(module))
+    else:
+        init_weights(module, draw=partial(nn.init.normal_, std=0.01))
     if isinstance(module, Bottleneck) and module.shortcut is not None:
         nn.init.zeros_(module.norm3.weight)
 
@@ -220,18 +207,25 @@ class HaloNet(Hierarchical):
                 raise VisionattnError(f"expected {name} of the {len(layout)} stages of layout, got {len(values)}")
         act = ACTIVATIONS[act_layer]
 
-        def mixer(letter: str, dim: int, stride: int, heads: int) -> tuple[nn.Module, int, nn.Module | None]:
-            """A mixer of `dim` channels, the channels it makes, and the channel attention after it."""
+        def block(letter: str, width: int, dim: int, hidden: int, stride: int, heads: int, rate: float) -> Bottleneck:
+            mixed, gate = int(value_ratio * hidden) if letter == "h" else hidden, None
             if letter == "h":
-                key_dim = dim // heads if dim_head is None and value_ratio != 1 else dim_head
-                shape = dim, int(value_ratio * dim), stride, heads, key_dim, block_size, halo_size, qk_ratio
-                return HaloAttention2d(*shape, mask=mask, **dd), shape[1], None
-            groups, gate = dim // group_size if group_size else 1, None
-            if channel_attn == "se":
-                gate = SEModule(dim, se_ratio or 1 / 16, rd_divisor=8, **dd)
-            elif channel_attn == "eca":
-                gate = EcaModule(dim, **dd)
-            return nn.Conv2d(dim, dim, 3, stride, 1, groups=groups, bias=False, **dd), dim, gate
+                mixer = HaloAttention2d(
+                    hidden, mixed, stride, num_heads=heads, block_size=block_size, halo_size=halo_size, mask=mask,
+                    dim_head=hidden // heads if dim_head is None and value_ratio != 1 else dim_head, qk_ratio=qk_ratio,
+                    **dd,
+                )  # fmt: skip
+            else:
+                if channel_attn == "se":
+                    gate = SEModule(hidden, se_ratio or 1 / 16, rd_divisor=8, **dd)
+                elif channel_attn == "eca":
+                    gate = EcaModule(hidden, **dd)
+                groups = hidden // group_size if group_size else 1
+                mixer = nn.Conv2d(hidden, hidden, 3, stride, 1, groups=groups, bias=False, **dd)
+            return Bottleneck(
+                width, dim, hidden, mixer, mixed, gate=gate, stride=stride, downsample=downsample is not None,
+                linear_out=linear_out, act_layer=act, drop_path=rate, **dd,
+            )  # fmt: skip
 
         rates = calculate_drop_path_rates(drop_path_rate, [len(letters) for letters in layout], stagewise=True)
         stages, width = [], stem_chs
@@ -239,8 +233,7 @@ class HaloNet(Hierarchical):
             blocks = []
             for letter, drop_path in zip(letters, drop_paths, strict=True):
                 hidden = make_divisible(ratio * (width if bottle_in else dim))
-                options = stride, downsample is not None, linear_out, act, drop_path
-                blocks.append(Bottleneck(width, dim, hidden, *mixer(letter, hidden, stride, heads), *options, **dd))
+                blocks.append(block(letter, width, dim, hidden, stride, heads, drop_path))
                 width, stride = dim, 1
             stages.append(Stage(blocks, dim))
         final = None
@@ -248,16 +241,10 @@ class HaloNet(Hierarchical):
             product = Pointwise2d(width, num_features, bias=False, **dd)
             final = nn.Sequential(product, nn.BatchNorm2d(num_features, **dd), act())
         super().__init__(
-            _stem(stem, in_chans, stem_chs, stem_pool, act, **dd),
-            stages,
-            final,
-            num_classes,
-            in_chans,
-            global_pool,
-            drop_rate,
+            _stem(stem, in_chans, stem_chs, stem_pool, act, **dd), stages, norm=final,
             num_features=num_features or None,
-            **dd,
-        )
+            num_classes=num_classes, in_chans=in_chans, global_pool=global_pool, drop_rate=drop_rate, **dd,
+        )  # fmt: skip
         reductions = list(accumulate(strides, mul, initial=4 if stem_pool or stem == "tiered" else 2))[1:]
         self.check.size = reductions[-1]
         for info, reduction in zip(self.feature_info, reductions, strict=True):

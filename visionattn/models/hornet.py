@@ -9,13 +9,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import LayerNorm2d, calculate_drop_path_rates, trunc_normal_
+from timm.layers import LayerNorm2d, calculate_drop_path_rates
 from torch import Tensor, nn
 
 from ..backbone import Hierarchical, Stage
 from ..errors import VisionattnError
 from ..layers import RecursiveGatedConv
 from ..layers.block import Block
+from ..layers.init import TRUNCATED, init_weights
 from ..layers.layout import ChannelsLast
 from ..layers.norm import ChannelNorm
 from ..layers.patch import PatchConv2d
@@ -41,13 +42,6 @@ RULES = [
 
 class GatedConvMixer(ChannelsLast, RecursiveGatedConv):
     """Recursive gated convolution of (B, H, W, C)."""
-
-
-def _init_weights(module: nn.Module, uniform: bool = False) -> None:
-    if isinstance(module, nn.Linear | nn.Conv2d):
-        nn.init.xavier_uniform_(module.weight) if uniform else trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 class HorNet(Hierarchical):
@@ -104,7 +98,6 @@ class HorNet(Hierarchical):
                 f"expected depths, orders, gflayer and filter_hw of one length, "
                 f"got {len(depths)}, {len(orders)}, {len(gflayer)} and {len(filter_hw)}"
             )
-        norm_layer = partial(nn.LayerNorm, eps=1e-6)
         rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         stages = []
         for i, (order, is_global, size) in enumerate(zip(orders, gflayer, filter_hw, strict=True)):
@@ -117,29 +110,24 @@ class HorNet(Hierarchical):
                     dim,
                     GatedConvMixer(dim, order, scale, **filter_args, **dd),
                     Mlp(dim, 4 * dim, **dd),
-                    norm_layer,
-                    layer_scale_init_value if layer_scale_init_value > 0 else None,
-                    rate,
+                    norm_layer=partial(nn.LayerNorm, eps=1e-6),
+                    layer_scale=layer_scale_init_value if layer_scale_init_value > 0 else None,
+                    drop_path=rate,
                     **dd,
                 )
                 for rate in rates[i]
             ]
             norm, proj = LayerNorm2d(dim // 2, eps=1e-6, **dd), PatchConv2d(dim // 2, dim, 2, **dd)
             downsample = nn.Sequential(OrderedDict(norm=norm, proj=proj)) if i else None
-            stages.append(Stage(blocks, dim, downsample, channels_last=True))
+            stages.append(Stage(blocks, dim, downsample=downsample, channels_last=True))
         proj, norm = nn.Conv2d(in_chans, base_dim, 4, stride=4, **dd), LayerNorm2d(base_dim, eps=1e-6, **dd)
         super().__init__(
-            nn.Sequential(OrderedDict(proj=proj, norm=norm)),
-            stages,
-            ChannelNorm(stages[-1].dim, eps=1e-6, **dd),
-            num_classes,
-            in_chans,
-            global_pool,
-            drop_rate,
-            norm_after_pool=True,
-            **dd,
-        )
-        self.apply(partial(_init_weights, uniform=uniform_init))
+            nn.Sequential(OrderedDict(proj=proj, norm=norm)), stages,
+            norm=ChannelNorm(stages[-1].dim, eps=1e-6, **dd), norm_after_pool=True,
+            num_classes=num_classes, in_chans=in_chans, global_pool=global_pool, drop_rate=drop_rate, **dd,
+        )  # fmt: skip
+        draw = nn.init.xavier_uniform_ if uniform_init else TRUNCATED
+        self.apply(partial(init_weights, kinds=nn.Linear | nn.Conv2d, draw=draw))
         if num_classes:
             with torch.no_grad():
                 self.head.weight.mul_(head_init_scale)

@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, PatchEmbed, calculate_drop_path_rates, trunc_normal_
+from timm.layers import DropPath, PatchEmbed, calculate_drop_path_rates
 from torch import Tensor, nn
 
 from ..backbone import Isotropic
@@ -18,6 +18,7 @@ from ..layers import CausalSelfAttention
 from ..layers.block import Block
 from ..layers.cache import ParameterCache
 from ..layers.causal_attention import causal_halves, rotary_table
+from ..layers.init import init_weights
 from ..layers.pointwise import Pointwise
 from ..registry import Family, Variant, Weights, register_family
 
@@ -124,40 +125,26 @@ class ILLaMA(Isotropic):
         blocks = [
             Block(
                 embed_dim,
-                CausalSelfAttention(embed_dim, num_heads, qkv_bias, qk_scale, attn_drop_rate, **dd),
+                CausalSelfAttention(embed_dim, num_heads, qkv_bias, qk_scale, attn_drop=attn_drop_rate, **dd),
                 SwiGlu(embed_dim, embed_dim * mlp_ratio, **dd),
-                norm_layer,
+                norm_layer=norm_layer,
                 drop_path=rate,
                 **dd,
             )
             for rate in calculate_drop_path_rates(drop_path_rate, depth)
         ]
         super().__init__(
-            PatchEmbed(img_size, patch_size, in_chans, embed_dim, strict_img_size=False, **dd),
-            blocks,
-            norm_layer(embed_dim, **dd),
-            embed_dim,
-            patch_size,
-            img_size,
-            True,
-            -1,
-            num_classes,
-            in_chans,
-            global_pool,
-            drop_rate,
-            class_token_last=True,
-            **dd,
-        )
+            PatchEmbed(img_size, patch_size, in_chans, embed_dim, strict_img_size=False, **dd), blocks,
+            norm=norm_layer(embed_dim, **dd), embed_dim=embed_dim, patch_size=patch_size, img_size=img_size,
+            pos_embed=True, class_token=-1, class_token_last=True,
+            num_classes=num_classes, in_chans=in_chans, global_pool=global_pool, drop_rate=drop_rate, **dd,
+        )  # fmt: skip
         self.head_drop = nn.Identity()
         self.tables = SequenceTables(embed_dim // num_heads)
         self.soft_mask_rate = soft_mask_rate
         self.soft_mask_epochs, self.soft_mask_schedule = soft_mask_epochs, soft_mask_schedule
         self.advance(0.0)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        self.apply(init_weights)
 
     def block_arguments(self, x: Tensor, grid: tuple[int, int]) -> tuple:
         rotary, mask = (self.tables(x)[i] for i in range(2))  # which tracers cannot unpack

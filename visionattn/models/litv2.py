@@ -5,12 +5,11 @@ in Vision Transformers", arXiv 2105.14217. There are no position embeddings: pos
 depthwise convolutions.
 """
 
-import math
 from collections.abc import Sequence
 from functools import partial
 
 import torch
-from timm.layers import DropPath, LayerNorm2d, calculate_drop_path_rates, trunc_normal_
+from timm.layers import DropPath, LayerNorm2d, calculate_drop_path_rates
 from torch import Tensor, nn
 from torchvision.ops import deform_conv2d
 
@@ -19,6 +18,7 @@ from ..errors import VisionattnError
 from ..layers import HiLoAttention
 from ..layers.block import Block
 from ..layers.depthwise_mlp import DepthwiseMlp
+from ..layers.init import by_fan_out, init_weights
 from ..layers.layout import ChannelsLast
 from ..layers.patch import PatchStem
 from ..layers.precision import without_autocast
@@ -96,14 +96,9 @@ class ConvMlpBlock(nn.Module):
 
 
 def _init_weights(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-    elif isinstance(module, nn.Conv2d) and module.groups > 1:
-        nn.init.normal_(module.weight, std=math.sqrt(2 / math.prod(module.kernel_size)))
-    else:
-        return
-    if module.bias is not None:
-        nn.init.zeros_(module.bias)
+    init_weights(module)
+    if isinstance(module, nn.Conv2d) and module.groups > 1:
+        init_weights(module, nn.Conv2d, by_fan_out(module))
 
 
 class LITv2(Hierarchical):
@@ -169,23 +164,18 @@ class LITv2(Hierarchical):
                 mlp = ConvMlp(dim, int(dim * mlp_ratio), drop_rate, **dd)
                 if attends:
                     mixer = HiLoAttention(
-                        dim, heads, qkv_bias, qk_scale, attn_drop_rate, drop_rate, window, alpha, **dd
-                    )
+                        dim, heads, qkv_bias=qkv_bias, qk_scale=qk_scale, attn_drop=attn_drop_rate,
+                        proj_drop=drop_rate, window_size=window, alpha=alpha, **dd,
+                    )  # fmt: skip
                     blocks.append(Block(dim, mixer, mlp, drop_path=rate, **dd))
                 else:
                     blocks.append(ConvMlpBlock(dim, mlp, rate, **dd))
             downsample = DeformableMerging(dim // 2, **dd) if i else None
-            stages.append(Stage(blocks, dim, downsample, channels_last=True))
+            stages.append(Stage(blocks, dim, downsample=downsample, channels_last=True))
         super().__init__(
-            PatchStem(in_chans, embed_dim, **dd),
-            stages,
-            LayerNorm2d(stages[-1].dim, eps=1e-5, **dd),
-            num_classes,
-            in_chans,
-            global_pool,
-            drop_rate,
-            **dd,
-        )
+            PatchStem(in_chans, embed_dim, **dd), stages, norm=LayerNorm2d(stages[-1].dim, eps=1e-5, **dd),
+            num_classes=num_classes, in_chans=in_chans, global_pool=global_pool, drop_rate=drop_rate, **dd,
+        )  # fmt: skip
         self.apply(_init_weights)
 
     @torch.jit.ignore

@@ -5,9 +5,10 @@ Better", arXiv 2502.01303.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
-from timm.layers import DropPath, LayerScale2d, calculate_drop_path_rates, trunc_normal_
+from timm.layers import DropPath, LayerScale2d, calculate_drop_path_rates
 from torch import Tensor, nn
 
 from ..backbone import Hierarchical, Stage
@@ -15,6 +16,7 @@ from ..errors import VisionattnError
 from ..layers import PartialChannelAttention, PartialConv2d, PartialSelfAttention, PartialSpatialAttention
 from ..layers.conv_norm import ConvNorm
 from ..layers.fuse import scale_input, scale_output
+from ..layers.init import init_weights
 from ..layers.pointwise import Pointwise, Pointwise2d
 from ..registry import Family, Variant, Weights, register_family
 
@@ -116,13 +118,6 @@ class PartialBlock(nn.Module):
         return x + self.drop_path2(self.ls2(self.mlp(y)))
 
 
-def _init_weights(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear | nn.Conv2d):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-
-
 class PATNet(Hierarchical):
     """PATNet. What maps have beyond a multiple of the patch sizes is dropped.
 
@@ -192,7 +187,9 @@ class PATNet(Hierarchical):
             if not use_channel_attn:
                 return PartialConv2d(dim, n_div, **dd)
             if last:
-                return PartialSelfAttention(dim, n_div, num_heads, attn_drop_rate, proj_drop_rate, **dd)
+                return PartialSelfAttention(
+                    dim, n_div, num_heads, attn_drop=attn_drop_rate, proj_drop=proj_drop_rate, **dd
+                )
             return PartialChannelAttention(dim, n_div, **dd)
 
         stages = []
@@ -200,28 +197,23 @@ class PATNet(Hierarchical):
             last = i == len(dims) - 1
             blocks = [
                 PartialBlock(
-                    dim, mixer(dim, last), PartialMlp(dim, int(dim * mlp_ratio), act, use_spatial_attn, **dd), last,
-                    layer_scale_init_value or None, rate, **dd,
+                    dim, mixer(dim, last), PartialMlp(dim, int(dim * mlp_ratio), act, use_spatial_attn, **dd),
+                    two_residuals=last, layer_scale=layer_scale_init_value or None, drop_path=rate, **dd,
                 )
                 for rate in rates[i]
             ]  # fmt: skip
-            stages.append(Stage(blocks, dim, ConvNorm(dims[i - 1], dim, 2, 2, padding=0, **dd) if i else None))
+            downsample = ConvNorm(dims[i - 1], dim, 2, 2, padding=0, **dd) if i else None
+            stages.append(Stage(blocks, dim, downsample=downsample))
         super().__init__(
-            ConvNorm(in_chans, embed_dim, 4, 4, padding=0, norm=patch_norm, **dd),
-            stages,
-            None,
-            0,
-            in_chans,
-            global_pool,
-            drop_rate,
+            ConvNorm(in_chans, embed_dim, 4, 4, padding=0, norm=patch_norm, **dd), stages,
             feature_norms=[nn.BatchNorm2d(dim, **dd) for dim in dims] if fork_feat else None,
-            **dd,
-        )
+            num_classes=0, in_chans=in_chans, global_pool=global_pool, drop_rate=drop_rate, **dd,
+        )  # fmt: skip
         self.hidden, self.hidden_act = nn.Identity(), nn.Identity()
         if not fork_feat:
             self.hidden, self.hidden_act = Pointwise(self.head_hidden_size, feature_dim, bias=False, **dd), act()
             self.reset_classifier(num_classes)
-        self.apply(_init_weights)
+        self.apply(partial(init_weights, kinds=nn.Linear | nn.Conv2d))
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None, reset_other: bool = False) -> None:
         """Replace the head.
@@ -236,7 +228,7 @@ class PATNet(Hierarchical):
             self.hidden, self.hidden_act = nn.Identity(), nn.Identity()
         elif isinstance(self.hidden, Pointwise) and self.hidden.in_features != pooled:
             self.hidden = Pointwise(pooled, self.hidden.out_features, bias=False, **self._placement())
-            _init_weights(self.hidden)
+            init_weights(self.hidden)
         super().reset_classifier(num_classes, global_pool)
 
     def _pre_logits_size(self) -> int:

@@ -10,12 +10,13 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from timm.layers import PatchEmbed, calculate_drop_path_rates, to_2tuple, trunc_normal_
+from timm.layers import PatchEmbed, calculate_drop_path_rates, to_2tuple
 from torch import Tensor, nn
 
 from ..backbone import Isotropic
 from ..errors import VisionattnError
 from ..layers import SparseAttention
+from ..layers.init import init_weights
 from ..layers.pointwise import Mlp
 from ..layers.position import resample_rows
 from ..layers.pruning import PruningBlock
@@ -150,7 +151,8 @@ class Sparsifiner(Isotropic):
             pruning = i in token_pruning_loc and phase != "recon"
             leaving = min(arriving, token_keep_rate ** (i // 3)) if pruning else arriving
             mixer = SparseAttention(
-                embed_dim, math.prod(grid) + 1, num_heads, qkv_bias, qk_scale, attn_drop_rate, drop_rate,
+                embed_dim, math.prod(grid) + 1, num_heads,
+                qkv_bias=qkv_bias, qk_scale=qk_scale, attn_drop=attn_drop_rate, proj_drop=drop_rate,
                 attn_keep_rate=keep_rates[i], reduce_n_factor=reduce_n_factor, reduce_c_factor=reduce_c_factor,
                 share_inout_proj=share_inout_proj, basis_threshold=basis_threshold, basis_coef_topk=basis_coef_topk,
                 basis_coef_threshold=basis_coef_threshold, attn_score_topk=attn_score_topk,
@@ -159,24 +161,21 @@ class Sparsifiner(Isotropic):
             mlp = Mlp(embed_dim, int(embed_dim * mlp_ratio), drop=drop_rate, **dd)
             scale = None if skip_lam == 1 else 1 / skip_lam
             block = PruningBlock(
-                embed_dim, mixer, mlp, norm_layer, scale, rate, Scale, arriving=arriving, leaving=leaving, **dd
-            )
+                embed_dim, mixer, mlp, norm_layer=norm_layer, layer_scale=scale, scale_layer=Scale, drop_path=rate,
+                arriving=arriving, leaving=leaving, **dd,
+            )  # fmt: skip
             blocks.append(block)
             arriving = leaving
         stem = self.stem_layer(img_size, patch_size, in_chans, embed_dim, **dd)
-        norm = norm_layer(embed_dim, **dd)
         super().__init__(
-            stem, blocks, norm, embed_dim, patch_size, img_size, True, -1, num_classes, in_chans, global_pool,
-            drop_rate, **dd,
+            stem, blocks, norm=norm_layer(embed_dim, **dd), embed_dim=embed_dim, patch_size=patch_size,
+            img_size=img_size, pos_embed=True, class_token=-1,
+            num_classes=num_classes, in_chans=in_chans, global_pool=global_pool, drop_rate=drop_rate, **dd,
         )  # fmt: skip
         self.aux_head = self._new_head(num_classes) if "aux_head" in self.classifier else None
         self.phase = phase
         self.__dict__["teacher"] = None  # not a module of this one
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        self.apply(init_weights)
         for name, parameter in self.named_parameters():
             parameter.requires_grad_((".predictor." in name) == (phase == "recon"))
         for block in blocks:

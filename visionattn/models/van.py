@@ -1,10 +1,9 @@
 """VAN: a convolutional pyramid on large kernel attention. "Visual Attention Network", arXiv 2202.09741."""
 
-import math
 from collections.abc import Sequence
 
 import torch
-from timm.layers import LayerNorm2d, LayerScale2d, calculate_drop_path_rates, trunc_normal_
+from timm.layers import LayerNorm2d, LayerScale2d, calculate_drop_path_rates
 from torch import Tensor, nn
 
 from ..backbone import Hierarchical, Stage
@@ -13,6 +12,7 @@ from ..layers.block import Block
 from ..layers.conv_norm import ConvNorm
 from ..layers.depthwise_mlp import DepthwiseMlp
 from ..layers.fuse import is_batch_norm, scale_and_shift, scale_input, scale_output
+from ..layers.init import by_fan_out, init_weights
 from ..layers.pointwise import Pointwise
 from ..registry import Family, Variant, Weights, register_family
 from ..weights.layouts import renumber
@@ -91,16 +91,10 @@ class VanBlock(Block):
 
 
 def _init_weights(module: nn.Module) -> None:
-    if isinstance(module, Pointwise):
-        nn.init.normal_(module.weight, std=math.sqrt(2 / module.out_features))
-        nn.init.zeros_(module.bias)
-    elif isinstance(module, nn.Conv2d):
-        fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels // module.groups
-        nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
-        nn.init.zeros_(module.bias)
-    elif isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        nn.init.zeros_(module.bias)
+    if isinstance(module, nn.Conv2d | Pointwise):
+        init_weights(module, nn.Conv2d | Pointwise, by_fan_out(module))
+    else:
+        init_weights(module)
 
 
 class VAN(Hierarchical):
@@ -146,26 +140,20 @@ class VAN(Hierarchical):
                     dim,
                     VanAttention(dim, **dd),
                     DepthwiseMlp(dim, int(dim * ratio), drop_rate, **dd),
-                    nn.BatchNorm2d,
-                    layer_scale,
-                    rate,
+                    norm_layer=nn.BatchNorm2d,
+                    layer_scale=layer_scale,
+                    drop_path=rate,
                     scale_layer=LayerScale2d,
                     **dd,
                 )
                 for rate in rates[i]
             ]
             downsample = ConvNorm(embed_dims[i - 1], dim, 3, 2, bias=True, **dd) if i else None
-            stages.append(Stage(blocks, dim, downsample, LayerNorm2d(dim, eps=norm_eps, **dd)))
+            stages.append(Stage(blocks, dim, downsample=downsample, norm=LayerNorm2d(dim, eps=norm_eps, **dd)))
         super().__init__(
-            ConvNorm(in_chans, embed_dims[0], 7, 4, bias=True, **dd),
-            stages,
-            None,
-            num_classes,
-            in_chans,
-            global_pool,
-            drop_rate,
-            **dd,
-        )
+            ConvNorm(in_chans, embed_dims[0], 7, 4, bias=True, **dd), stages,
+            num_classes=num_classes, in_chans=in_chans, global_pool=global_pool, drop_rate=drop_rate, **dd,
+        )  # fmt: skip
         self.apply(_init_weights)
 
 
