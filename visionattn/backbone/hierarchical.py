@@ -21,11 +21,10 @@ class Stage(nn.Module):
     """One resolution of a hierarchical backbone.
 
     Args:
-        blocks: residual blocks.
+        blocks: residual blocks of (B, H, W, C).
         dim: channels of the output.
         downsample: from the output of the stage before, NCHW.
         norm: after the blocks, NCHW.
-        channels_last: the blocks take (B, H, W, C) instead of (B, C, H, W).
 
     Shape:
         (B, C', H', W') to (B, C, H, W).
@@ -37,25 +36,19 @@ class Stage(nn.Module):
         dim: int,
         downsample: nn.Module | None = None,
         norm: nn.Module | None = None,
-        channels_last: bool = False,
     ) -> None:
         super().__init__()
         self.dim = dim
         self.downsample = downsample or nn.Identity()
         self.blocks = nn.Sequential(*blocks)
         self.norm = norm or nn.Identity()
-        self.channels_last = channels_last
         self.grad_checkpointing = False
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.downsample(x)
-        if self.channels_last:
-            x = x.permute(0, 2, 3, 1)
+        x = self.downsample(x).permute(0, 2, 3, 1)
         for block in self.blocks:
             x = recomputed(block, x) if self.grad_checkpointing else block(x)
-        if self.channels_last:
-            x = x.permute(0, 3, 1, 2)
-        return self.norm(x)
+        return self.norm(x.permute(0, 3, 1, 2))
 
 
 class Hierarchical(Backbone):

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import LayerNorm2d, LayerScale2d, calculate_drop_path_rates
+from timm.layers import LayerNorm2d, calculate_drop_path_rates
 from torch import Tensor, nn
 
 from ..backbone import Hierarchical, Stage
@@ -17,6 +17,7 @@ from ..layers.block import Block
 from ..layers.conv_norm import ConvNorm
 from ..layers.init import init_weights
 from ..layers.large_kernel_attention import depthwise
+from ..layers.layout import channels_last
 from ..layers.norm import ChannelNorm, ChannelRmsNorm
 from ..layers.pointwise import Pointwise2d
 from ..registry import Family, Variant, Weights, register_family
@@ -37,8 +38,14 @@ RULES = [
 ]
 
 
+class AttentiveMixer(AttentiveConv2d):
+    """Attentive convolution of (B, H, W, C)."""
+
+    forward = channels_last(AttentiveConv2d.forward)
+
+
 class GatedMlp(nn.Module):
-    """fc2(norm(GELU(dwconv(gate)) * value)) of the two halves of fc1: (B, C, H, W) to (B, C, H, W).
+    """fc2(norm(GELU(dwconv(gate)) * value)) of the two halves of fc1: (B, H, W, C) to (B, H, W, C).
 
     Args:
         dim: channels in and out.
@@ -63,6 +70,7 @@ class GatedMlp(nn.Module):
         self.fc2 = Pointwise2d(hidden_dim, dim, **dd)
         self.drop2 = nn.Dropout(drop)
 
+    @channels_last
     def forward(self, x: Tensor) -> Tensor:
         gate, value = self.fc1(x).chunk(2, 1)
         return self.drop2(self.fc2(self.drop1(self.norm(self.act(self.dwconv(gate)) * value))))
@@ -120,12 +128,11 @@ class AttNet(Hierarchical):
             blocks = [
                 Block(
                     dim,
-                    AttentiveConv2d(dim, kernel_sizes[i], act_layer, conv_bias, **dd),
+                    AttentiveMixer(dim, kernel_sizes[i], act_layer, conv_bias, **dd),
                     GatedMlp(dim, hidden_dim, glu_dconv[i], glu_norm[i], act_layer, drop_rate, **dd),
-                    norm_layer=partial(LayerNorm2d, eps=1e-6),
+                    norm_layer=partial(nn.LayerNorm, eps=1e-6),
                     layer_scale=1e-6 if use_layer_scale else None,
                     drop_path=rate,
-                    scale_layer=LayerScale2d,
                     **dd,
                 )
                 for rate in rates[i]

@@ -222,7 +222,7 @@ class DaViT(Hierarchical):
             ]
             kernel_size = 3 if overlapped_patch else down_kernel_size
             downsample = Downsample(embed_dims[i - 1], dim, kernel_size, norm_eps, **dd) if i else None
-            stages.append(Stage(blocks, dim, downsample=downsample, channels_last=True))
+            stages.append(Stage(blocks, dim, downsample=downsample))
         super().__init__(
             PatchStem(in_chans, embed_dims[0], kernel_size=7, padding=3, norm_eps=norm_eps, **dd), stages,
             norm=ChannelNorm(embed_dims[-1], norm_eps, **dd), norm_after_pool=not head_norm_first,

@@ -155,7 +155,7 @@ class DiNAT(Hierarchical):
                 for j in range(depth)
             ]
             downsample = self.downsample_layer(dim // 2, **dd) if i else None
-            stages.append(Stage(blocks, dim, downsample=downsample, channels_last=True))
+            stages.append(Stage(blocks, dim, downsample=downsample))
         super().__init__(
             self.stem_layer(in_chans, embed_dim, **dd), stages, norm=LayerNorm2d(stages[-1].dim, eps=1e-5, **dd),
             num_classes=num_classes, in_chans=in_chans, global_pool=global_pool, drop_rate=drop_rate, **dd,

@@ -186,7 +186,7 @@ class FocalNet(Hierarchical):
                 for rate in rates[i]
             ]  # fmt: skip
             downsample = PatchEmbedding(dims[i - 1], dim, 2, use_conv_embed, pad=pad_to_patch, **dd) if i else None
-            stages.append(Stage(blocks, dim, downsample=downsample, channels_last=True))
+            stages.append(Stage(blocks, dim, downsample=downsample))
         norms = [LayerNorm2d(dim, eps=1e-5, **dd) for dim in dims]
         super().__init__(
             PatchEmbedding(

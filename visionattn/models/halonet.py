@@ -18,6 +18,7 @@ from ..errors import VisionattnError
 from ..layers import HaloAttention2d
 from ..layers.conv_norm import ConvNorm
 from ..layers.init import by_fan_out, init_weights
+from ..layers.layout import channels_last
 from ..layers.pointwise import Pointwise, Pointwise2d
 from ..registry import Family, Variant, Weights, register_family
 
@@ -59,7 +60,7 @@ class Bottleneck(nn.Module):
         drop_path: probability of dropping the branch of a sample.
 
     Shape:
-        (B, C_in, H, W) to (B, C, ceil(H / stride), ceil(W / stride)).
+        (B, H, W, C_in) to (B, ceil(H / stride), ceil(W / stride), C).
     """
 
     fused_pairs = (("conv1", "norm1"), ("mixer", "norm2"), ("conv3", "norm3"))
@@ -88,6 +89,7 @@ class Bottleneck(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
         self.act3 = nn.Identity() if linear_out else act_layer()
 
+    @channels_last
     def forward(self, x: Tensor) -> Tensor:
         y = self.act1(self.norm1(self.conv1(x)))
         y = self.gate(self.act2(self.norm2(self.mixer(y))))

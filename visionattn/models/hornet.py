@@ -17,7 +17,7 @@ from ..errors import VisionattnError
 from ..layers import RecursiveGatedConv
 from ..layers.block import Block
 from ..layers.init import TRUNCATED, init_weights
-from ..layers.layout import ChannelsLast
+from ..layers.layout import channels_last
 from ..layers.norm import ChannelNorm
 from ..layers.patch import PatchConv2d
 from ..layers.pointwise import Mlp
@@ -40,8 +40,10 @@ RULES = [
 ]
 
 
-class GatedConvMixer(ChannelsLast, RecursiveGatedConv):
+class GatedConvMixer(RecursiveGatedConv):
     """Recursive gated convolution of (B, H, W, C)."""
+
+    forward = channels_last(RecursiveGatedConv.forward)
 
 
 class HorNet(Hierarchical):
@@ -119,7 +121,7 @@ class HorNet(Hierarchical):
             ]
             norm, proj = LayerNorm2d(dim // 2, eps=1e-6, **dd), PatchConv2d(dim // 2, dim, 2, **dd)
             downsample = nn.Sequential(OrderedDict(norm=norm, proj=proj)) if i else None
-            stages.append(Stage(blocks, dim, downsample=downsample, channels_last=True))
+            stages.append(Stage(blocks, dim, downsample=downsample))
         proj, norm = nn.Conv2d(in_chans, base_dim, 4, stride=4, **dd), LayerNorm2d(base_dim, eps=1e-6, **dd)
         super().__init__(
             nn.Sequential(OrderedDict(proj=proj, norm=norm)), stages,

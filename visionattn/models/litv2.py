@@ -19,7 +19,7 @@ from ..layers import HiLoAttention
 from ..layers.block import Block
 from ..layers.depthwise_mlp import DepthwiseMlp
 from ..layers.init import by_fan_out, init_weights
-from ..layers.layout import ChannelsLast
+from ..layers.layout import channels_last
 from ..layers.patch import PatchStem
 from ..layers.precision import without_autocast
 from ..registry import Family, Variant, Weights, register_family
@@ -78,8 +78,10 @@ def _deformed(layer: DeformableMerging, x: Tensor) -> Tensor:
     return out.to(x.dtype)
 
 
-class ConvMlp(ChannelsLast, DepthwiseMlp):
+class ConvMlp(DepthwiseMlp):
     """MLP with a depthwise convolution, of (B, H, W, C)."""
+
+    forward = channels_last(DepthwiseMlp.forward)
 
 
 class ConvMlpBlock(nn.Module):
@@ -171,7 +173,7 @@ class LITv2(Hierarchical):
                 else:
                     blocks.append(ConvMlpBlock(dim, mlp, rate, **dd))
             downsample = DeformableMerging(dim // 2, **dd) if i else None
-            stages.append(Stage(blocks, dim, downsample=downsample, channels_last=True))
+            stages.append(Stage(blocks, dim, downsample=downsample))
         super().__init__(
             PatchStem(in_chans, embed_dim, **dd), stages, norm=LayerNorm2d(stages[-1].dim, eps=1e-5, **dd),
             num_classes=num_classes, in_chans=in_chans, global_pool=global_pool, drop_rate=drop_rate, **dd,

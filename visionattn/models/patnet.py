@@ -17,6 +17,7 @@ from ..layers import PartialChannelAttention, PartialConv2d, PartialSelfAttentio
 from ..layers.conv_norm import ConvNorm
 from ..layers.fuse import scale_input, scale_output
 from ..layers.init import init_weights
+from ..layers.layout import channels_last
 from ..layers.pointwise import Pointwise, Pointwise2d
 from ..registry import Family, Variant, Weights, register_family
 
@@ -88,7 +89,7 @@ class PartialBlock(nn.Module):
         drop_path: probability of dropping the MLP's branch of a sample.
 
     Shape:
-        (B, C, H, W) to (B, C, H, W).
+        (B, H, W, C) to (B, H, W, C).
     """
 
     def __init__(
@@ -111,6 +112,7 @@ class PartialBlock(nn.Module):
             scale_output(self.mlp.fc2, self.ls2.gamma.detach())
             self.ls2 = nn.Identity()
 
+    @channels_last
     def forward(self, x: Tensor) -> Tensor:
         y = self.mixer(x)
         if self.two_residuals:

@@ -13,6 +13,7 @@ from ..layers.conv_norm import ConvNorm
 from ..layers.depthwise_mlp import DepthwiseMlp
 from ..layers.fuse import is_batch_norm, scale_and_shift, scale_input, scale_output
 from ..layers.init import by_fan_out, init_weights
+from ..layers.layout import channels_last
 from ..layers.pointwise import Pointwise
 from ..registry import Family, Variant, Weights, register_family
 from ..weights.layouts import renumber
@@ -55,7 +56,7 @@ OFFICIAL_RULES = [
 
 
 class VanBlock(Block):
-    """`Block` with batch norms, which `fuse` merges into its products.
+    """`Block` of convolutions and batch norms, which `fuse` merges into its products.
 
     Args: those of `Block`.
     """
@@ -83,6 +84,7 @@ class VanBlock(Block):
         for name in ("norm1", "norm2", "ls1", "ls2"):
             setattr(self, name, nn.Identity())
 
+    @channels_last
     def forward(self, x: Tensor) -> Tensor:
         if self.shortcut is None:
             return super().forward(x)
