@@ -63,7 +63,7 @@ class Hierarchical(Backbone):
         global_pool: "avg", "max", "avgmax", "catavgmax" (which doubles the features), or these with timm's prefix
             "fast"; "" for none, where the head maps every position.
         drop_rate: dropout rate before the head.
-        stem_stride: reduction of the stem.
+        reductions: of each stage, from 4 on and twice that of the one before if None.
         norm_after_pool: apply `norm`, which then takes (B, C) too, to the pooled features instead of the map.
         num_features: channels after `norm`, those of the last stage if None.
         feature_norms: a norm of each stage's output, for `forward_intermediates` alone; NCHW.
@@ -86,14 +86,14 @@ class Hierarchical(Backbone):
         in_chans: int = 3,
         global_pool: str = "avg",
         drop_rate: float = 0.0,
-        stem_stride: int = 4,
+        reductions: Sequence[int] | None = None,
         norm_after_pool: bool = False,
         num_features: int | None = None,
         feature_norms: Sequence[nn.Module] | None = None,
         device=None,
         dtype=None,
     ) -> None:
-        reductions = [stem_stride * 2**i for i in range(len(stages))]
+        reductions = reductions or [4 * 2**i for i in range(len(stages))]
         num_features = num_features or stages[-1].dim
         super().__init__(num_features, num_classes, in_chans, drop_rate, reductions[-1])
         self.stem = stem

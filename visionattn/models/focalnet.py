@@ -192,7 +192,7 @@ class FocalNet(Hierarchical):
             PatchEmbedding(
                 in_chans, dims[0], patch_size, use_conv_embed, norm=patch_norm, pad=pad_to_patch, drop=drop_rate, **dd
             ),
-            stages, stem_stride=patch_size, norm=None if feature_norms else norms[-1],
+            stages, reductions=[patch_size * 2**i for i in range(len(dims))], norm=None if feature_norms else norms[-1],
             feature_norms=norms if feature_norms else None,
             num_classes=num_classes, in_chans=in_chans, global_pool=global_pool, drop_rate=drop_rate, **dd,
         )  # fmt: skip

@@ -242,15 +242,12 @@ class HaloNet(Hierarchical):
         if num_features:
             product = Pointwise2d(width, num_features, bias=False, **dd)
             final = nn.Sequential(product, nn.BatchNorm2d(num_features, **dd), act())
+        reductions = list(accumulate(strides, mul, initial=4 if stem_pool or stem == "tiered" else 2))[1:]
         super().__init__(
-            _stem(stem, in_chans, stem_chs, stem_pool, act, **dd), stages, norm=final,
+            _stem(stem, in_chans, stem_chs, stem_pool, act, **dd), stages, norm=final, reductions=reductions,
             num_features=num_features or None,
             num_classes=num_classes, in_chans=in_chans, global_pool=global_pool, drop_rate=drop_rate, **dd,
         )  # fmt: skip
-        reductions = list(accumulate(strides, mul, initial=4 if stem_pool or stem == "tiered" else 2))[1:]
-        self.check.size = reductions[-1]
-        for info, reduction in zip(self.feature_info, reductions, strict=True):
-            info["reduction"] = reduction
         self.apply(_init_weights)
         for module in self.modules():
             if isinstance(module, HaloAttention2d):
