@@ -85,7 +85,6 @@ class Backbone(Mechanics, nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
 
-    @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
         return self.head
 
@@ -102,12 +101,10 @@ class Backbone(Mechanics, nn.Module):
         x = torch.empty(1, self.in_chans, *size, device="meta", dtype=tensors[0].dtype)
         return tuple(shell.forward_intermediates(x, 1, intermediates_only=True)[0].shape[2:])
 
-    @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Names of parameters without weight decay, besides those with one dimension."""
         return set()
 
-    @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute activations in the backward pass instead of keeping them."""
         self.grad_checkpointing = enable
@@ -128,7 +125,6 @@ class Backbone(Mechanics, nn.Module):
             if k in state_dict and state_dict[k].ndim == 3
         }
 
-    @torch.jit.ignore
     def fuse(self) -> "Backbone":
         """Merge batch norms into the products next to them, in place, for faster inference.
 

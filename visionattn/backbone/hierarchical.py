@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from typing import ClassVar
 
-import torch
 from timm.layers import create_classifier, nchw_to
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
@@ -122,7 +121,6 @@ class Hierarchical(Backbone):
                 f"as the norm comes after it, got {global_pool!r}"
             )
 
-    @torch.jit.ignore
     def dilate(self, output_stride: int) -> None:
         """Keep the resolution from the stage of `output_stride` on: later ones take steps of one position and spread
         their kernels, which the same parameters serve.
@@ -160,14 +158,12 @@ class Hierarchical(Backbone):
             norms = self.feature_norms or [self.feature_norm(stage.dim, **self._placement()) for stage in self.stages]
             self.feature_norms = nn.ModuleList(norm if i in indices else nn.Identity() for i, norm in enumerate(norms))
 
-    @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the activations of the blocks in the backward pass instead of keeping them."""
         super().set_grad_checkpointing(enable)
         for stage in self.stages:
             stage.grad_checkpointing = enable
 
-    @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict:
         """Patterns that group parameters by depth, for layer-wise learning rates."""
         blocks = [

@@ -97,13 +97,11 @@ class Isotropic(Backbone):
             raise VisionattnError(f"expected global_pool one of {', '.join(map(repr, accepted))}, got {global_pool!r}")
         return global_pool
 
-    @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Names of parameters without weight decay, besides those with one dimension."""
         names = {"cls_token": self.cls_token, "pos_embed.weight": self.pos_embed}
         return {name for name, value in names.items() if value is not None}
 
-    @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict:
         """Patterns that group parameters by depth, for layer-wise learning rates."""
         return {

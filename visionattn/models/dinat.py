@@ -5,6 +5,7 @@
 second layer; DiNAT_s has Swin's patch embedding and merging; the isotropic models are plain ones for comparison.
 """
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from functools import partial
 
@@ -68,16 +69,13 @@ class ConvStem(nn.Module):
         return self.norm(self.proj(x))
 
 
-class ConvDownsample(nn.Module):
+class ConvDownsample(nn.Sequential):
     """Strided 3 x 3 convolution, then LayerNorm: (B, C, H, W) to (B, 2C, ceil(H / 2), ceil(W / 2))."""
 
     def __init__(self, dim: int, device=None, dtype=None) -> None:
-        super().__init__()
-        self.reduction = nn.Conv2d(dim, 2 * dim, 3, stride=2, padding=1, bias=False, device=device, dtype=dtype)
-        self.norm = LayerNorm2d(2 * dim, eps=1e-5, device=device, dtype=dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.reduction(x))
+        dd = {"device": device, "dtype": dtype}
+        reduction = nn.Conv2d(dim, 2 * dim, 3, stride=2, padding=1, bias=False, **dd)
+        super().__init__(OrderedDict(reduction=reduction, norm=LayerNorm2d(2 * dim, eps=1e-5, **dd)))
 
 
 class DiNAT(Hierarchical):

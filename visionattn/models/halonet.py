@@ -9,7 +9,6 @@ from functools import partial
 from itertools import accumulate
 from operator import mul
 
-import torch
 from timm.layers import DropPath, EcaModule, SEModule, calculate_drop_path_rates, make_divisible, to_ntuple
 from torch import Tensor, nn
 
@@ -253,7 +252,6 @@ class HaloNet(Hierarchical):
             if isinstance(module, HaloAttention2d):
                 module.reset_parameters()
 
-    @torch.jit.ignore
     def resize_window(self, block_size: int, halo_size: int) -> None:
         """Give all attention layers another window, as `HaloAttention2d.resize`; for fine-tuning."""
         for module in self.modules():

@@ -135,7 +135,6 @@ class HorNet(Hierarchical):
                 self.head.weight.mul_(head_init_scale)
                 self.head.bias.mul_(head_init_scale)
 
-    @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict:
         """Patterns that group parameters by depth, as the published fine-tuning does: pairs of blocks of the third
         stage share a learning rate, as do all blocks of another stage, the last with its downsampling."""

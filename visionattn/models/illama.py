@@ -154,7 +154,6 @@ class ILLaMA(Isotropic):
         scheduled = self.blocks[block].training and self.soft_mask_epochs  # not where the block is frozen
         return super()._run(block, x, rotary, self.scheduled_rate if scheduled else self.soft_mask_rate, mask)
 
-    @torch.jit.ignore
     def advance(self, epoch: float) -> None:
         """Set the soft mask of training mode. In evaluation mode it stays `soft_mask_rate`, as in what is saved."""
         left = max(0.0, 1 - epoch / self.soft_mask_epochs) if self.soft_mask_epochs else 0.0

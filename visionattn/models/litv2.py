@@ -180,7 +180,6 @@ class LITv2(Hierarchical):
         )  # fmt: skip
         self.apply(_init_weights)
 
-    @torch.jit.ignore
     def learning_rates(self) -> dict[str, float]:
         """The weights of the offsets, but not their biases, were trained at a hundredth of the rate."""
         return {"stages.*.downsample.offset.weight": 0.01}

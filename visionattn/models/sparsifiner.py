@@ -192,7 +192,6 @@ class Sparsifiner(Isotropic):
             if name.startswith(("head.", "aux_head.")):
                 parameter.requires_grad_(self.phase != "recon")
 
-    @torch.jit.ignore
     def get_classifier(self) -> nn.Module | tuple[nn.Module, ...]:
         return self.head if self.aux_head is None else (self.head, self.aux_head)
 
@@ -242,7 +241,6 @@ class Sparsifiner(Isotropic):
             return out
         return out + 0.5 * self.aux_head(self._split(x)[0]).amax(1)
 
-    @torch.jit.ignore
     def learn_from(self, teacher: nn.Module) -> None:
         """Take a teacher, for `training_loss`. It is not a part of the model, nor trained, moved or saved with it.
 
@@ -260,7 +258,6 @@ class Sparsifiner(Isotropic):
             )
         self.__dict__["teacher"] = teacher.eval().requires_grad_(False)
 
-    @torch.jit.ignore
     def training_loss(self, loss: Tensor, images: Tensor, logits: Tensor) -> Tensor:
         """The published loss of the phase. "recon": squared errors of the predicted attention maps; "distill": the
         task's, and half each of the divergence from the teacher's logits and the squared error of the patches."""
