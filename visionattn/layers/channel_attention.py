@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from .heads import check_heads, split_heads
 from .pointwise import Pointwise
 from .precision import without_autocast
 from .symbolic import Size, is_symbolic
@@ -42,8 +43,7 @@ class ChannelAttention(nn.Module):
         self, dim: int, num_heads: int = 8, qkv_bias: bool = True, version: int = 1, device=None, dtype=None
     ) -> None:
         super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"dim {dim} is not divisible by num_heads {num_heads}")
+        check_heads(dim, num_heads)
         if version not in (1, 2):
             raise ValueError(f"expected version 1 or 2, got {version}")
         self.num_heads = num_heads
@@ -52,17 +52,17 @@ class ChannelAttention(nn.Module):
         self.proj = Pointwise(dim, dim, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(_attend(self, self.qkv(x)))
+        return self.proj(_channel_attention(self, self.qkv(x)))
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, version={self.version}"
 
 
 @torch.fx.wrap
-def _attend(attention: ChannelAttention, qkv: Tensor) -> Tensor:
+def _channel_attention(layer: ChannelAttention, qkv: Tensor) -> Tensor:
     """(B, ..., 3C) projections to (B, ..., C)."""
-    q, k, v = qkv.flatten(1, -2).unflatten(2, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, N, d)
-    if attention.version == 1:
+    q, k, v = split_heads(qkv, layer.num_heads)  # (B, heads, N, d)
+    if layer.version == 1:
         first, second, mixed, scale = k, v, q, q.shape[3] ** -0.5
     else:
         first, second, mixed, scale = q, k, v, _rsqrt(q.shape[2], qkv)

@@ -8,6 +8,7 @@ from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from .cache import ParameterCache
+from .heads import check_heads, split_heads
 from .pointwise import Pointwise
 from .symbolic import is_symbolic
 
@@ -58,8 +59,7 @@ class GatedPositionalSelfAttention(nn.Module):
         dtype=None,
     ) -> None:
         super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"dim {dim} is not divisible by num_heads {num_heads}")
+        check_heads(dim, num_heads)
         dd = {"device": device, "dtype": dtype}
         self.num_heads = num_heads
         self.scale = qk_scale or (dim // num_heads) ** -0.5
@@ -96,7 +96,7 @@ class GatedPositionalSelfAttention(nn.Module):
         self.pos_proj.weight.mul_(self.locality_strength)
 
     def forward(self, x: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
-        return self.proj_drop(self.proj(_attend(self, self.qk(x), self.v(x), grid)))
+        return self.proj_drop(self.proj(_gated(self, self.qk(x), self.v(x), grid)))
 
     def _position_attention(self, height: int, width: int) -> tuple[Tensor, Tensor]:
         """Attention over rows (heads, H, H), scaled by the gate, and over columns (heads, W, W)."""
@@ -116,21 +116,21 @@ class GatedPositionalSelfAttention(nn.Module):
 
 
 @torch.fx.wrap
-def _attend(module: GatedPositionalSelfAttention, qk: Tensor, v: Tensor, grid: tuple[int, int] | None) -> Tensor:
+def _gated(layer: GatedPositionalSelfAttention, qk: Tensor, v: Tensor, grid: tuple[int, int] | None) -> Tensor:
     """(B, N, 2C) queries and keys and (B, N, C) values to (B, N, C)."""
     B, N, C = v.shape
     H, W = grid or (math.isqrt(N),) * 2
     if not is_symbolic(N) and H * W != N:
         raise ValueError(f"expected grid height x width to be the {N} patches of the input, got {H} x {W}")
-    heads = module.num_heads
-    q, k = qk.view(B, N, 2, heads, C // heads).permute(2, 0, 3, 1, 4)
+    heads = layer.num_heads
+    q, k = split_heads(qk, heads, 2)
     v = v.view(B, N, heads, C // heads)
-    dropout = module.attn_drop if module.training else 0.0
-    content = F.scaled_dot_product_attention(q, k, v.transpose(1, 2), dropout_p=dropout, scale=module.scale)
-    parameters = [*module.pos_proj.parameters(), module.gating_param]
-    rows, cols = module._position_cache((H, W), parameters, lambda: module._position_attention(H, W))
+    dropout = layer.attn_drop if layer.training else 0.0
+    content = F.scaled_dot_product_attention(q, k, v.transpose(1, 2), dropout_p=dropout, scale=layer.scale)
+    parameters = [*layer.pos_proj.parameters(), layer.gating_param]
+    rows, cols = layer._position_cache((H, W), parameters, lambda: layer._position_attention(H, W))
     rows = F.dropout(rows.to(v.dtype), dropout)
     position = torch.einsum("hyt,btxhd->byxhd", rows, v.view(B, H, W, heads, C // heads))
     position = torch.einsum("hxt,bythd->byxhd", cols.to(v.dtype), position)
-    content_gate = 1 - module.gating_param.sigmoid().to(v.dtype)[:, None]
+    content_gate = 1 - layer.gating_param.sigmoid().to(v.dtype)[:, None]
     return (content.transpose(1, 2) * content_gate + position.reshape(B, N, heads, C // heads)).reshape(B, N, C)

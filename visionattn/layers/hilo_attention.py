@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .heads import check_heads, split_heads
 from .pointwise import Pointwise
 from .window_attention import window_attention
 
@@ -55,8 +56,7 @@ class HiLoAttention(nn.Module):
         dtype=None,
     ) -> None:
         super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"dim {dim} is not divisible by num_heads {num_heads}")
+        check_heads(dim, num_heads)
         if window_size < 1:
             raise ValueError(f"expected window_size >= 1, got {window_size}")
         if not 0 <= alpha <= 1:
@@ -81,9 +81,9 @@ class HiLoAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out = []
         if self.high_heads:
-            out.append(self.h_proj(_attend_windows(self, self.h_qkv(x))))
+            out.append(self.h_proj(_high_frequencies(self, self.h_qkv(x))))
         if self.low_heads:
-            out.append(self.l_proj(_attend_pooled(self, self.l_q(x), self.l_kv(_pooled(x, self.window_size)))))
+            out.append(self.l_proj(_low_frequencies(self, self.l_q(x), self.l_kv(_pooled(x, self.window_size)))))
         return self.proj_drop(torch.cat(out, -1))
 
     def extra_repr(self) -> str:
@@ -100,18 +100,16 @@ def _pooled(x: Tensor, size: int) -> Tensor:
 
 
 @torch.fx.wrap
-def _attend_windows(layer: HiLoAttention, qkv: Tensor) -> Tensor:
+def _high_frequencies(layer: HiLoAttention, qkv: Tensor) -> Tensor:
     """(B, H, W, 3 C_h) projections to (B, H, W, C_h)."""
     dropout = layer.attn_drop if layer.training else 0.0
     return window_attention(qkv, layer.h_qkv.bias, layer.high_heads, layer.window_size, layer.scale, dropout)
 
 
 @torch.fx.wrap
-def _attend_pooled(layer: HiLoAttention, q: Tensor, kv: Tensor) -> Tensor:
+def _low_frequencies(layer: HiLoAttention, q: Tensor, kv: Tensor) -> Tensor:
     """(B, H, W, C_l) queries and (B, H', W', 2 C_l) keys and values to (B, H, W, C_l)."""
-    shape, heads = q.shape, layer.low_heads
-    q = q.flatten(1, 2).unflatten(2, (heads, -1)).transpose(1, 2)  # (B, heads, N, d)
-    k, v = kv.flatten(1, 2).unflatten(2, (2, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    (queries,), (k, v) = split_heads(q, layer.low_heads, 1), split_heads(kv, layer.low_heads, 2)
     dropout = layer.attn_drop if layer.training else 0.0
-    out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=layer.scale)
-    return out.transpose(1, 2).reshape(shape)
+    out = F.scaled_dot_product_attention(queries, k, v, dropout_p=dropout, scale=layer.scale)
+    return out.transpose(1, 2).reshape(q.shape)

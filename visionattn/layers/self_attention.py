@@ -3,6 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .heads import check_heads, split_heads
 from .pointwise import Pointwise
 
 
@@ -45,8 +46,7 @@ class SelfAttention(nn.Module):
         dtype=None,
     ) -> None:
         super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"dim {dim} is not divisible by num_heads {num_heads}")
+        check_heads(dim, num_heads)
         self.num_heads = num_heads
         self.scale = qk_scale or (dim // num_heads) ** -0.5
         self.qkv = Pointwise(dim, 3 * dim, bias=qkv_bias, device=device, dtype=dtype)
@@ -61,7 +61,7 @@ class SelfAttention(nn.Module):
 
     def heads(self, x: Tensor) -> Tensor:
         """Queries, keys and values (3, B, heads, N, d)."""
-        return self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        return split_heads(self.qkv(x), self.num_heads)
 
     def merge(self, x: Tensor) -> Tensor:
         """Attended values (B, heads, N, d) to (B, N, C)."""

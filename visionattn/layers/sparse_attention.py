@@ -222,13 +222,13 @@ class SparseAttention(SelfAttention):
         kept: Tensor | None = None,
         return_weights: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        attended = _attend(self, self.heads(x), grid, kept)
+        attended = _sparse_attention(self, self.heads(x), grid, kept)
         y = self.merge(attended[0])
         return (y, attended[1]) if return_weights else y
 
 
 @torch.fx.wrap
-def _attend(
+def _sparse_attention(
     attention: SparseAttention, qkv: Tensor, grid: tuple[int, int] | None, kept: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """(3, B, heads, N, d) queries, keys and values to (B, heads, N, d) and the class token's weights (B, N - 1)."""
