@@ -12,7 +12,7 @@ import torch
 from torch.utils.benchmark import Timer
 
 from visionattn.layers import NeighborhoodAttention2d
-from visionattn.layers.neighborhood_attention import _attend
+from visionattn.layers.neighborhood_attention import _neighborhood_attention
 
 # batch, height, width, heads, head dim, kernel, dilation
 CASES = [
@@ -66,13 +66,13 @@ def main() -> None:
                 torch.autograd.backward(out, torch.ones_like(out))
             return out
 
-        error = (run(gather_attention) - run(_attend)).abs().max().item()
+        error = (run(gather_attention) - run(_neighborhood_attention)).abs().max().item()
         times = [
             Timer("run(attend)", globals={"run": run, "attend": attend}, num_threads=args.threads)
             .blocked_autorange(min_run_time=2)
             .median
             * 1e3
-            for attend in (gather_attention, _attend)
+            for attend in (gather_attention, _neighborhood_attention)
         ]
         print(
             f"{f'{batch}x{height}x{width}':>16} {f'{heads}x{dim}':>8} {kernel:>6} {dilation:>8} "

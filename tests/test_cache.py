@@ -1,19 +1,32 @@
 """What models keep between calls changes no result: whichever thread, mode, device or transform they are called in."""
 
+import copy
+import gc
+import pickle
 import sys
+from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
 
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.func import functional_call, stack_module_state, vmap
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 
 import visionattn
 from visionattn import create_detector, create_segmenter
 from visionattn.heads.detector import Anchors
-from visionattn.layers import NeighborhoodAttention2d
+from visionattn.layers import (
+    CausalSelfAttention,
+    HaloAttention2d,
+    HiLoAttention,
+    NeighborhoodAttention2d,
+    PartialSelfAttention,
+    WindowAttention2d,
+    size_constant,
+)
 from visionattn.layers.cache import ParameterCache
 
 TESTS = visionattn.list_models("test_*")
@@ -136,22 +149,128 @@ def test_every_write_is_noticed(make, write):
             write(p)
 
 
-def test_what_depends_on_no_parameter_is_kept_on_every_device():
-    cache, built = ParameterCache(), []
-    with torch.no_grad():
-        for device in ("meta", "meta", "cpu", "cpu"):
-            table = cache((3, device), [], lambda: built.append(1) or [torch.ones(3, device=device), None])[0]  # noqa: B023
-            assert table.device.type == device
+def test_what_depends_on_no_parameter_is_kept_on_every_device(kept):
+    built = []
+
+    @size_constant.size_constant
+    def table(length, device):
+        built.append(1)
+        return [torch.ones(length, device=device), None]
+
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            assert [table(3, device)[0].device.type for device in ("meta", "meta", "cpu", "cpu")] == ["meta"] * 2 + [
+                "cpu"
+            ] * 2
     assert len(built) == 2
 
 
 def test_only_results_of_moderate_size_are_kept(monkeypatch):
     monkeypatch.setattr(ParameterCache, "max_bytes", 16)
-    cache, built = ParameterCache(), []
+    cache, p, built = ParameterCache(), torch.zeros(1), []
     with torch.no_grad():
-        for length in (4, 4, 5, 5):
-            cache(length, [], lambda: built.append(1) or (torch.ones(length),))  # noqa: B023
+        for length in (3, 3, 4, 4):
+            cache(length, [p], lambda: built.append(1) or (torch.ones(length),))  # noqa: B023
     assert len(built) == 3
+
+
+@pytest.fixture
+def kept(monkeypatch):
+    """What is kept by size: nothing at first, and up to a MiB in all."""
+    monkeypatch.setattr(size_constant, "MAX_BYTES", 2**20, raising=False)
+    monkeypatch.setattr(size_constant, "_kept", OrderedDict())
+    return size_constant._kept
+
+
+@pytest.fixture
+def mixers():
+    """Layers whose tiles, buckets, masks or tables depend on the size of their maps (B, 8, H, W)."""
+    maps = [HaloAttention2d(8, num_heads=2, block_size=4, halo_size=1), PartialSelfAttention(8, n_div=2, num_heads=2)]
+    others = [NeighborhoodAttention2d(8, 2, 3, rel_pos_bias=bias) for bias in (True, False)]
+    others += [WindowAttention2d(8, 2, 3), HiLoAttention(8, 2), CausalSelfAttention(8, 2)]
+    return nn.ModuleList([*maps, *others]).eval()
+
+
+def mixed(mixers, size, x=None):
+    """The output of every layer on a map of that size, as one vector."""
+    x = torch.linspace(-1, 1, 8 * size[0] * size[1]).view(1, 8, *size).sin() if x is None else x
+    maps, others = mixers[:2], mixers[2:-1]
+    outs = [layer(x) for layer in maps] + [layer(x.movedim(1, 3)) for layer in others]
+    return torch.cat([out.flatten() for out in (*outs, mixers[-1](x.flatten(2).transpose(1, 2)))])
+
+
+def bytes_of_tensors():
+    gc.collect()
+    tensors = [x for x in gc.get_objects() if type(x) is torch.Tensor]
+    return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())
+
+
+SIZES = [(5 + i % 14, 5 + i // 14) for i in range(200)]
+
+
+def test_many_sizes_take_bounded_memory(kept, mixers):
+    """As training at many scales calls for; in inference mode and from threads as well."""
+    before = bytes_of_tensors()
+    with torch.no_grad():
+        expected = [mixed(mixers, size) for size in SIZES]
+    used = sum(out.nbytes for out in expected)
+    of_parameters = 2**19  # what the layers keep of these
+    assert bytes_of_tensors() - before - used < size_constant.MAX_BYTES + of_parameters
+    assert 2**19 < sum(size for _, size in kept.values()) <= 2**20
+
+    with torch.inference_mode():
+        for size, out in zip(SIZES[::20], expected[::20], strict=True):
+            assert torch.equal(mixed(mixers, size), out)
+    found = in_threads(no_grad(lambda size: mixed(mixers, size)), SIZES[::10])
+    assert all(map(torch.equal, found, expected[::10]))
+    assert bytes_of_tensors() - before - 1.1 * used < size_constant.MAX_BYTES + of_parameters
+    mixed(mixers, SIZES[-20]).sum().backward()  # on what inference mode has made
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in mixers.parameters())
+
+
+def test_what_was_used_last_is_kept(monkeypatch, kept):
+    monkeypatch.setattr(size_constant, "MAX_BYTES", 40)
+    built = []
+    table = size_constant.size_constant(lambda length: built.append(length) or torch.ones(length))
+    for length in (4, 4, 5, 4, 3, 4, 5, 11, 11):
+        table(length)
+    assert built == [4, 5, 3, 5, 11, 11]
+
+
+@pytest.mark.parametrize("mode", ["vmap", "grad", "functionalize", "fake", "make_fx", "export", "jit"])
+def test_tracers_and_transforms_leave_nothing_behind(mode, kept, mixers):
+    """Nor copies of a module, which has none of it."""
+    size = 7, 9
+    x = torch.randn(1, 8, *size)
+    with torch.no_grad():
+        expected = mixed(mixers, size, x)
+    kept.clear()
+
+    def call(x):
+        return mixed(mixers, size, x)
+
+    if mode == "vmap":
+        vmap(call)(x[None])
+    elif mode == "grad":
+        mixers.requires_grad_(False)  # torch has no gradient of parameters within a transform here
+        torch.func.grad(lambda x: call(x).sum())(x)
+        mixers.requires_grad_()
+    elif mode == "functionalize":
+        torch.func.functionalize(call)(x)
+    elif mode == "fake":
+        with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+            call(fake.from_tensor(x))
+    elif mode == "make_fx":
+        torch.fx.experimental.proxy_tensor.make_fx(call, tracing_mode="real")(x)
+    elif mode == "export":
+        torch.export.export(mixers[2], (x.movedim(1, 3),), strict=False)
+    else:
+        torch.compile(mixers[2], backend="eager", fullgraph=True)(x.movedim(1, 3))
+    with torch.no_grad():
+        assert torch.equal(call(x), expected)
+    call(x).sum().backward()
+    with torch.no_grad():
+        assert torch.equal(mixed(pickle.loads(pickle.dumps(copy.deepcopy(mixers))), size, x), expected)
 
 
 def test_ensembles_under_vmap_leave_nothing_behind():

@@ -13,8 +13,8 @@ from torch.autograd import gradcheck
 import visionattn
 from visionattn.errors import VisionattnError
 from visionattn.layers import ChannelAttention, ConvPosEnc, WindowAttention2d
-from visionattn.layers.local_attention import LocalPlan
-from visionattn.layers.window_attention import _plan
+from visionattn.layers.local_attention import local_plan
+from visionattn.layers.window_attention import graph_window_axis, window_axis
 from visionattn.models.davit import Downsample
 from visionattn.weights import convert_state_dict
 
@@ -70,15 +70,10 @@ def test_window_attention_is_its_definition(size, bias):
     close(layer(x.detach().transpose(1, 2)), window_attention(layer, x.transpose(1, 2)))
 
 
-def test_windows_of_a_large_map_share_their_tables(monkeypatch):
-    layer = randomised(WindowAttention2d(4, 1, 3))
-    x = torch.randn(1, 10, 14, 4, dtype=torch.float64)
-    monkeypatch.setattr(LocalPlan, "max_pairs", 0)
-    _plan.cache_clear()
-    close(layer(x), window_attention(layer, x))
-    (group,) = _plan(10, 14, 3).on(torch.device("cpu")).groups
-    assert len(group.pairs) == 1 and len(group.queries) == 20 and not group.masked
-    _plan.cache_clear()
+def test_windows_of_any_map_need_no_table():
+    axes = window_axis, graph_window_axis
+    (group,) = local_plan(axes, (1000, 1400), ((3,), (3,)), torch.device("cpu")).groups
+    assert group.pairs is None and group.mask is None and len(group.queries) == 334 * 467
 
 
 @pytest.mark.parametrize("version", [1, 2])

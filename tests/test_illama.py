@@ -43,8 +43,8 @@ def test_attention_is_its_definition(rate, options):
     x = torch.randn(2, 11, 24, **DOUBLE)
     expected = definition(layer, x, rate)
     torch.testing.assert_close(layer(x, soft_mask_rate=rate), expected, rtol=0, atol=1e-12)
-    cos, sin = rotary_table(11, 8, **DOUBLE)
-    shared = layer(x, (cos, sin), torch.tensor(rate, **DOUBLE), causal_halves(11))
+    cos, sin = rotary_table(11, 8, x.device, x.dtype)
+    shared = layer(x, (cos, sin), torch.tensor(rate, **DOUBLE), causal_halves(11, x.device))
     torch.testing.assert_close(shared, expected, rtol=0, atol=1e-12)
     angles = torch.rand(11, 4, **DOUBLE)
     torch.testing.assert_close(layer(x, angles, rate), definition(layer, x, rate, angles), rtol=0, atol=1e-12)
@@ -53,7 +53,7 @@ def test_attention_is_its_definition(rate, options):
 def test_only_differences_of_positions_matter():
     layer = CausalSelfAttention(16, 2, **DOUBLE)
     x = torch.randn(1, 5, 16, **DOUBLE)
-    cos, sin = rotary_table(9, 8, **DOUBLE)
+    cos, sin = rotary_table(9, 8, x.device, x.dtype)
     torch.testing.assert_close(layer(x, (cos[4:], sin[4:])), layer(x), rtol=0, atol=1e-12)
 
 

@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -17,10 +18,10 @@ from visionattn.layers import (
     SelfAttention,
     TokenRelPosAttention,
     VanAttention,
+    local_attention,
+    size_constant,
 )
 from visionattn.layers.cache import ParameterCache
-from visionattn.layers.local_attention import LocalPlan
-from visionattn.layers.neighborhood_attention import _plan, neighborhood_axis
 
 
 def keys_of(query, length, kernel, dilation, stride):
@@ -101,10 +102,10 @@ def test_stride_of_the_kernel_is_window_attention():
 def test_neighborhood_attention_never_gathers_per_query():
     """Keys copied per query stay near (1 + (K - 1) / T)^2, far from K^2; bias memory does not grow with the map."""
     for size, groups in ((56, 1), (112, 9), (224, 9)):
-        plan = LocalPlan(neighborhood_axis(size, 7), neighborhood_axis(size, 7)).on(torch.device("cpu"))
+        plan = local_attention.local_plan(NeighborhoodAttention2d.axes, (size, size), ((7,), (7,)), torch.device("cpu"))
         assert sum(group.keys.numel() for group in plan.groups) / size**2 < 4
         assert len(plan.groups) == groups
-        assert sum(group.pairs.numel() for group in plan.groups) <= LocalPlan.max_pairs
+        assert sum(group.pairs.numel() for group in plan.groups) <= local_attention.MAX_PAIRS
 
 
 @pytest.mark.parametrize("rel_pos_bias", [True, False])
@@ -112,11 +113,11 @@ def test_large_maps_share_biases(rel_pos_bias, monkeypatch):
     layer = randomised(NeighborhoodAttention2d(8, 2, 3, 2, rel_pos_bias=rel_pos_bias))
     x = torch.randn(2, 40, 37, 8, dtype=torch.float64)
     expected = layer(x)
-    monkeypatch.setattr(LocalPlan, "max_pairs", 0)
-    _plan.cache_clear()
+    monkeypatch.setattr(local_attention, "MAX_PAIRS", 0)
+    monkeypatch.setattr(size_constant, "_kept", OrderedDict())
     torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-12)
-    assert len(_plan((40, 3, 2, 1), (37, 3, 2, 1))._groups) > 9
-    _plan.cache_clear()
+    ((plan, _),) = size_constant._kept.values()
+    assert len(plan.groups) > 9
 
 
 def test_attention_dropout():

@@ -152,12 +152,12 @@ def test_published_values(layer, shape, values, names):
 
 
 def test_distance_buckets():
-    buckets = distance_buckets(1, 2000, 20, 40, 160)[0] - 40
+    buckets = distance_buckets(1, 2000, (20, 40, 160), torch.device("cpu"))[0] - 40
     assert buckets[:21].tolist() == list(range(21))
     for d, q in {21: 20, 22: 21, 23: 21, 24: 22, 32: 25, 40: 27, 48: 28, 59: 30, 160: 40, 1999: 40}.items():
         assert buckets[d] == q
-    table = distance_buckets(5, 7, 20, 40, 160)
-    assert table.shape == (35, 35) and (table == table.T).all() and (np.diag(table) == 40).all()
+    table = distance_buckets(5, 7, (20, 40, 160), torch.device("cpu"))
+    assert table.shape == (35, 35) and (table == table.T).all() and (table.diag() == 40).all()
     assert table[0, 8] == 41  # the root of 2 rounds down
 
 

@@ -1,15 +1,16 @@
 """Keeping what depends on parameters and sizes but not on the input, so that it is not made in every forward pass.
 
 A model may be called by several threads, first in inference mode and later to be trained, by a tracer or under
-`torch.func`'s transforms. What is kept is therefore made as outside all of these, and never a tracer's or a transform's
-tensor, which must not outlive it.
+`torch.func`'s transforms. What is kept is therefore made as outside all of these (`made`), and never a tracer's or a
+transform's tensor, which must not outlive it. What depends on no parameter is kept by `size_constant`.
 """
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 T = TypeVar("T")
 
@@ -23,8 +24,8 @@ class ParameterCache:
     Whether a parameter has changed is told by its values, as nothing else tells of every change: version counters do
     not count writes to `p.data`, tensors made in inference mode have none, and memory that is freed comes back at the
     same address. On the CPU that costs little beside what it saves. Other devices would have to be waited for in every
-    layer, which on a GPU costs large batches more than to make the result again, as compiled models do too: there only
-    what depends on no parameter is kept.
+    layer, which on a GPU costs large batches more than to make the result again, as compiled models do too: nothing is
+    kept there.
 
     Attributes:
         max_bytes: size of the largest result that is kept.
@@ -39,10 +40,9 @@ class ParameterCache:
         """`build()`, or what it returned last time if nothing has changed since.
 
         Args:
-            key: what the result depends on besides the parameters: sizes, precisions and, if there are no parameters,
-                the device.
+            key: what the result depends on besides the parameters: sizes and precisions.
             parameters: tensors the result depends on.
-            build: computes the result, which consists of tensors and None in tuples and lists.
+            build: computes the result: tensors and None in tuples and lists.
         """
         if torch.compiler.is_compiling() or torch.is_grad_enabled():
             return build()
@@ -51,11 +51,8 @@ class ParameterCache:
         key = (key, *((p.dtype, p.shape) for p in parameters))
         kept_key, seen, value = self._kept  # at once, as another thread may put another result in its place
         if key != kept_key or not all(map(torch.equal, parameters, seen)):
-            with torch.inference_mode(False), torch.no_grad():  # or training could not use it
-                seen = [p.clone() for p in parameters]
-                value = build()
-            tensors = list(_tensors(value))
-            if all(map(is_plain, tensors)) and sum(tensor.nbytes for tensor in tensors) <= self.max_bytes:
+            (seen, value), size = made(torch.no_grad()(lambda: ([p.clone() for p in parameters], build())))
+            if size is not None and size <= self.max_bytes:
                 self._kept = key, seen, value
         return value
 
@@ -66,15 +63,18 @@ class ParameterCache:
         return ParameterCache, ()
 
 
+def made(build: Callable[[], T]) -> tuple[T, int | None]:
+    """What `build` returns and its bytes, or None instead of these if it must not be kept.
+
+    Args:
+        build: makes tensors in tuples and lists.
+    """
+    with torch.inference_mode(False):  # or training could not use it
+        value = build()
+    tensors = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+    return value, sum(tensor.nbytes for tensor in tensors) if all(map(is_plain, tensors)) else None
+
+
 def is_plain(tensor: Tensor) -> bool:
     """Whether a tensor holds values of its own, and is none of a tracer's or of one of `torch.func`'s transforms."""
     return type(tensor) in (Tensor, torch.nn.Parameter) and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """The tensors in nested tuples and lists."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for part in value:
-            yield from _tensors(part)

@@ -5,28 +5,34 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .self_attention import SelfAttention
-from .symbolic import for_batch
+from .size_constant import size_constant
+from .symbolic import Size, for_batch
 
 
-def rotary_table(length: int, head_dim: int, device=None, dtype=None) -> tuple[Tensor, Tensor]:
+@size_constant
+def rotary_table(length: Size, head_dim: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Cosine and sine (N, d / 2) of the angles p * 10000^(-2t / d) for positions p and channel pairs t.
 
     Args:
         length: positions N.
         head_dim: channels d of a head.
+        device: of the tables.
+        dtype: of the tables.
     """
-    frequency = 10000.0 ** -(torch.arange(0, head_dim, 2, device=device, dtype=dtype or torch.float32) / head_dim)
-    angles = torch.arange(length, device=device, dtype=frequency.dtype)[:, None] * frequency
+    frequency = 10000.0 ** -(torch.arange(0, head_dim, 2, device=device, dtype=dtype) / head_dim)
+    angles = torch.arange(length, device=device, dtype=dtype)[:, None] * frequency
     return angles.cos(), angles.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Channels (2t, 2t + 1) of (..., N, d), as pairs, rotated by the angles of a rotary table; in float32 at least."""
+    # timm's apply_rot_embed has the same bits, but wants each angle twice and takes 1.4 times as long.
     a, b = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2).to(x.dtype)
 
 
-def causal_halves(length: int, device=None) -> Tensor:
+@size_constant
+def causal_halves(length: Size, device: torch.device) -> Tensor:
     """Mask (N, 2N) of queries against keys that are there twice: up to the query, and after it."""
     causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
     return torch.cat([causal, ~causal], 1)
@@ -86,11 +92,11 @@ class CausalSelfAttention(SelfAttention):
         soft_mask_rate: float | Tensor = 0.0,
         mask: Tensor | None = None,
     ) -> Tensor:
-        return self.merge(_attend(self, self.heads(x), rotary, soft_mask_rate, mask))
+        return self.merge(_causal_attention(self, self.heads(x), rotary, soft_mask_rate, mask))
 
 
 @torch.fx.wrap
-def _attend(
+def _causal_attention(
     attention: CausalSelfAttention,
     qkv: Tensor,
     rotary: Tensor | tuple[Tensor, Tensor] | None,

@@ -1,8 +1,5 @@
 """Blocked local attention with halos."""
 
-from functools import lru_cache
-from operator import index
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -10,9 +7,9 @@ from timm.layers import make_divisible, trunc_normal_
 from torch import Tensor, nn
 
 from .cache import ParameterCache
-from .local_attention import AxisTiles, LocalPlan, PlanTensors, graph_plan, local_attention, pair_mask
+from .local_attention import AxisTiles, local_attention, local_plan
 from .pointwise import Pointwise
-from .symbolic import Size, ceil_div, is_symbolic
+from .symbolic import Size, ceil_div, fixed, is_symbolic
 
 
 def halo_axis(length: int, block_size: int, halo_size: int, stride: int = 1, mask: str = "pad") -> AxisTiles:
@@ -53,16 +50,6 @@ def graph_halo_axis(
     place = torch.arange(num_queries, device=device)
     places = place // queries, place % queries
     return AxisTiles(query, keys, torch.where(counts, 0, -1)[:, None], num_queries, length + 1, 1, places)
-
-
-@lru_cache(maxsize=128)
-def _plan(height: int, width: int, *window) -> LocalPlan:
-    return LocalPlan(halo_axis(height, *window), halo_axis(width, *window))
-
-
-@torch.compiler.assume_constant_result
-def _plan_on(height: int, width: int, window: tuple, device: torch.device) -> PlanTensors:
-    return _plan(height, width, *window).on(device)
 
 
 class HaloAttention2d(nn.Module):
@@ -189,7 +176,7 @@ class HaloAttention2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         s = self.query_stride
         x = x.permute(0, 2, 3, 1)
-        return self.pool(_attend(self, self.q(x[:, ::s, ::s]), self.kv(x)).permute(0, 3, 1, 2))
+        return self.pool(_halo_attention(self, self.q(x[:, ::s, ::s]), self.kv(x)).permute(0, 3, 1, 2))
 
     def extra_repr(self) -> str:
         return (
@@ -210,35 +197,28 @@ def _relative(table: Tensor, queries: int, block: int) -> Tensor:
 
 
 @torch.fx.wrap
-def _attend(attention: HaloAttention2d, q: Tensor, kv: Tensor) -> Tensor:
+def _halo_attention(layer: HaloAttention2d, q: Tensor, kv: Tensor) -> Tensor:
     """(B, H / s, W / s, D_qk) queries and (B, H, W, D_qk + D_v) keys and values to (B, H / s, W / s, D_v). Opaque to
     symbolic tracing, as its tiling depends on the size."""
-    (B, rows, cols, _), (H, W) = q.shape, kv.shape[1:3]
-    heads, d, stride = attention.num_heads, attention.dim_head, attention.query_stride
-    block, halo = attention.block_size, attention.halo_size
-    window = block, halo, stride, attention.mask
+    (rows, cols), (H, W) = q.shape[1:3], fixed(*kv.shape[1:3])
+    heads, d, block, halo = layer.num_heads, layer.dim_head, layer.block_size, layer.halo_size
+    window = block, halo, layer.query_stride, layer.mask
+    plan = local_plan((halo_axis, graph_halo_axis), (H, W), (window, window), q.device, heads)
     if is_symbolic(H, W):
-        plan = graph_plan(*(graph_halo_axis(length, *window, device=q.device) for length in (H, W)))
-        padding = 0, 0, 0, 1, 0, 1
-    else:
-        H, W = index(H), index(W)
-        plan = _plan_on(H, W, window, q.device)
-        padding = (0, 0, *(halo,) * 4) if attention.mask == "pad" else None
-    tables = [attention.height_rel, attention.width_rel]
+        kv = F.pad(kv, (0, 0, 0, 1, 0, 1))
+    elif layer.mask == "pad":
+        kv = F.pad(kv, (0, 0, *(halo,) * 4))
+    tables = [layer.height_rel, layer.width_rel]
 
-    def relative() -> tuple[Tensor, Tensor, list[Tensor | None]]:
-        height, width = (
-            _relative(table, n, block // stride).to(q.dtype) for table, n in zip(tables, (rows, cols), strict=True)
-        )
-        return height, width, pair_mask(plan, heads)
+    def relative() -> list[Tensor]:
+        sizes = zip(tables, (rows, cols), strict=True)
+        return [_relative(table, n, block // layer.query_stride).to(q.dtype) for table, n in sizes]
 
-    height, width, mask = attention._cache((H, W, block, q.dtype, q.device), tables, relative)
-    if padding:
-        kv = F.pad(kv, padding)
-    k, v = kv.flatten(1, 2).unflatten(2, (heads, -1)).transpose(1, 2).split([d, attention.dim_out // heads], -1)
+    height, width = layer._cache((H, W, block, q.dtype), tables, relative)
+    k, v = kv.flatten(1, 2).unflatten(2, (heads, -1)).transpose(1, 2).split([d, layer.dim_out // heads], -1)
     q = q.unflatten(3, (heads, d)).permute(0, 3, 1, 2, 4)  # (B, heads, H / s, W / s, d)
-    position = q * attention.scale if attention.scale_pos_embed else q
+    position = q * layer.scale if layer.scale_pos_embed else q
     height = torch.einsum("bnyxd,yud->bnyxu", position, height).flatten(2, 3)
     width = torch.einsum("bnyxd,xud->bnyxu", position, width).flatten(2, 3)
-    out = local_attention(q.flatten(2, 3), k, v, plan, mask, attention.scale, axis_logits=(height, width))
-    return out.transpose(1, 2).reshape(B, rows, cols, attention.dim_out)
+    out = local_attention(q.flatten(2, 3), k, v, plan, scale=layer.scale, axis_logits=(height, width))
+    return out.transpose(1, 2).flatten(2).unflatten(1, (rows, cols))

@@ -1,41 +1,42 @@
 """Blocked local attention: tiles of queries against windows of keys, through fused dense attention.
 
 Window, halo, neighbourhood and grid attention are one computation. The map is cut into tiles of queries; all queries of
-a tile see parts of one rectangular window of keys. A `LocalPlan` says which queries form a tile, which keys its window
+a tile see parts of one rectangular window of keys. A `Plan` says which queries form a tile, which keys its window
 holds and which (query, key) pairs count; `local_attention` gathers tiles and windows, calls
 `scaled_dot_product_attention` and puts the result back. A key is copied once per tile that sees it, not per query.
 
-A plan depends on sizes alone. It is built in NumPy from Python integers, cached, and a constant to compilers. Where a
-graph leaves the size open, the plan is arithmetic in the graph (`graph_plan`), on tiles that are the same at any size.
+A plan depends on sizes alone. It is built in NumPy from Python integers and kept. Where a graph leaves the size open,
+the plan is arithmetic in the graph, on tiles that are the same at any size.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from itertools import product
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .cache import is_plain
-from .symbolic import Size, for_batch
+from .size_constant import size_constant
+from .symbolic import Size, for_batch, is_symbolic
+
+MAX_PAIRS = 2**20
 
 
-@dataclass(frozen=True)
-class AxisTiles:
+class AxisTiles(NamedTuple):
     """Tiles along one axis of a map.
 
     Args:
         queries: (tiles, T) position of each query. A partial tile repeats a query; the copies are dropped.
         keys: (tiles, w) position of each key of the window.
         pairs: (tiles, T, w) index of each (query, key) pair into this axis of a relative table, -1 if the pair does not
-            count. Every query must have one pair that counts.
+            count. Every query must have one pair that counts. None where all count and there is no table.
         num_queries: length of the axis in queries.
         num_keys: length of the axis in keys; it exceeds `num_queries` where the caller pads the keys.
         num_entries: length of this axis of the relative table.
 
-    The tiles of a `graph_plan` are tensors. Their `pairs` may be (tiles, 1, w), or None where all count, and they have
+    The tiles of a graph are tensors. Their `pairs` may be (tiles, 1, w), and they have
         places: (num_queries,) tile of each query, and its place in the tile.
     """
 
@@ -48,114 +49,118 @@ class AxisTiles:
     places: tuple[Tensor, Tensor] | None = None
 
 
-@dataclass(frozen=True)
-class TileGroup:
+class TileGroup(NamedTuple):
     """Tiles that are attended in one call.
 
     Args:
         queries: (tiles, T) flat position of each query.
         keys: (tiles, w) flat position of each key.
-        pairs: (tiles, T, w) index of each pair into the flattened relative table, or (1, T, w) if all tiles share it;
-            pairs that do not count point one past its end.
-        mask: of the same shape, whether a pair counts.
-        masked: whether there are pairs that do not.
         shared: whether there are several tiles and they share their pairs.
+        pairs: (tiles, T, w) index of each pair into the flattened relative table, or (1, T, w) if all tiles share it;
+            pairs that do not count point one past its end. None in plans for no table.
+        mask: in these, whether a pair counts, for every head: (1, heads * tiles, T, w), or (1, heads, T, w) if all
+            tiles share it. None where every pair counts.
     """
 
     queries: Tensor
     keys: Tensor
-    pairs: Tensor | None
-    mask: Tensor | None
-    masked: bool
     shared: bool
+    pairs: Tensor | None = None
+    mask: Tensor | None = None
 
 
-@dataclass(frozen=True)
-class PlanTensors:
-    """A plan on a device: the groups of tiles, and (N,) where to find each query among all those of the groups."""
+class Plan(NamedTuple):
+    """Gather tables of blocked attention on a map; a tile's window is the product of its row and column windows.
+
+    Args:
+        groups: of tiles.
+        inverse: (N,) where to find each query among all those of the groups.
+        padding: keys below and to the right of the map.
+    """
 
     groups: tuple[TileGroup, ...]
     inverse: Tensor
+    padding: tuple[int, int]
 
 
-class LocalPlan:
-    """Gather tables of blocked attention on a map; a tile's window is the product of its row and column windows.
-
-    On a map of moderate size every tile has a bias of its own, and all are attended in one call. On a large one, tiles
-    with equal tables of pairs (all interior ones, say) form a group that shares its bias, whose memory then does not
-    grow with the map.
+def local_plan(
+    axes: tuple[Callable[..., AxisTiles], Callable[..., AxisTiles]],
+    size: tuple[Size, Size],
+    windows: tuple[tuple, tuple],
+    device: torch.device,
+    heads: int | None = None,
+) -> Plan:
+    """The plan for a map.
 
     Args:
-        rows: tiles along the height.
-        cols: tiles along the width.
+        axes: two functions that make the tiles of an axis: `axis(length, *window)`, and `axis(length, *window,
+            device=device)` in a graph that leaves the size open.
+        size: (height, width) of the map, as `fixed` returns it.
+        windows: what the tiles of rows and of columns depend on besides the length.
+        device: of the tensors.
+        heads: of the mask; None for a relative table.
     """
+    (rows, cols), (height, width) = windows, size
+    if is_symbolic(height, width):
+        return _graph_plan(axes[1](height, *rows, device=device), axes[1](width, *cols, device=device), heads)
+    return _plan(axes[0], (height, *rows), (width, *cols), device, heads)
 
-    max_pairs = 2**20
 
-    def __init__(self, rows: AxisTiles, cols: AxisTiles) -> None:
-        self._tensors: dict[torch.device, PlanTensors] = {}
-        self._groups: list[tuple[np.ndarray, ...]] = []
-        large = rows.pairs.size * cols.pairs.size > self.max_pairs
-        row_classes, col_classes = (_classes(axis.pairs) if large else [slice(None)] for axis in (rows, cols))
-        for row, col in product(row_classes, col_classes):
-            queries = _product(rows.queries[row], cols.queries[col], cols.num_queries)
-            keys = _product(rows.keys[row], cols.keys[col], cols.num_keys)
-            row_pairs, col_pairs = rows.pairs[row], cols.pairs[col]
+@size_constant
+def _plan(axis: Callable[..., AxisTiles], rows: tuple, cols: tuple, device: torch.device, heads: int | None) -> Plan:
+    """On a map of moderate size every tile has a bias of its own, and all are attended in one call. On a large one,
+    tiles with equal tables of pairs (all interior ones, say) form a group that shares its bias, whose memory then does
+    not grow with the map."""
+    rows, cols = axis(*rows), axis(*cols)
+    large = rows.pairs is not None and rows.pairs.size * cols.pairs.size > MAX_PAIRS
+    classes = (_classes(tiles.pairs) if large else [slice(None)] for tiles in (rows, cols))
+
+    def tensor(array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(device)
+
+    groups, position = [], []
+    for row, col in product(*classes):
+        queries = _product(rows.queries[row], cols.queries[col], cols.num_queries)
+        keys = _product(rows.keys[row], cols.keys[col], cols.num_keys)
+        pairs = mask = None
+        if rows.pairs is not None:
+            y, x = rows.pairs[row], cols.pairs[col]
             if large:
-                row_pairs, col_pairs = row_pairs[:1], col_pairs[:1]
-            y, x = row_pairs[:, None, :, None, :, None], col_pairs[None, :, None, :, None, :]
-            mask = (y >= 0) & (x >= 0)
-            pairs = np.where(mask, y * cols.num_entries + x, rows.num_entries * cols.num_entries)
-            shape = (-1, queries.shape[1], keys.shape[1])
-            self._groups.append((queries, keys, pairs.reshape(shape), mask.reshape(shape)))
-        position = np.concatenate([queries.ravel() for queries, *_ in self._groups])
-        self._inverse = np.empty(rows.num_queries * cols.num_queries, dtype=np.int64)
-        self._inverse[position] = np.arange(position.size)
-
-    def on(self, device: torch.device) -> PlanTensors:
-        """The plan's tensors on `device`."""
-        if device in self._tensors:
-            return self._tensors[device]
-
-        def tensor(array: np.ndarray) -> Tensor:
-            return torch.from_numpy(array).to(device)
-
-        with torch.inference_mode(False):  # or training could not use them
-            groups = tuple(
-                TileGroup(
-                    *(tensor(array) for array in (q, k, pairs, mask)),
-                    masked=not mask.all(),
-                    shared=len(pairs) < len(q),
-                )
-                for q, k, pairs, mask in self._groups
-            )
-            tensors = PlanTensors(groups, tensor(self._inverse))
-        if is_plain(tensors.inverse):
-            self._tensors[device] = tensors
-        return tensors
+                y, x = y[:1], x[:1]
+            y, x = y[:, None, :, None, :, None], x[None, :, None, :, None, :]
+            shape = -1, queries.shape[1], keys.shape[1]
+            counts = ((y >= 0) & (x >= 0)).reshape(shape)
+            if heads is None:
+                pairs = (y * cols.num_entries + x).reshape(shape)
+                pairs = tensor(np.where(counts, pairs, rows.num_entries * cols.num_entries))
+            elif not counts.all():
+                mask = tensor(np.tile(counts, (heads, 1, 1))[None])
+        groups.append(TileGroup(tensor(queries), tensor(keys), large and len(queries) > 1, pairs, mask))
+        position.append(queries.ravel())
+    position = np.concatenate(position)
+    inverse = np.empty(rows.num_queries * cols.num_queries, dtype=np.int64)
+    inverse[position] = np.arange(position.size)
+    return Plan(tuple(groups), tensor(inverse), tuple(tiles.num_keys - tiles.num_queries for tiles in (rows, cols)))
 
 
-def graph_plan(rows: AxisTiles, cols: AxisTiles) -> PlanTensors:
-    """The plan of tiles that are tensors, as part of a graph: one group, in which every tile has a bias of its own.
-
-    Args:
-        rows: tiles along the height.
-        cols: tiles along the width.
-    """
+def _graph_plan(rows: AxisTiles, cols: AxisTiles, heads: int | None) -> Plan:
+    """The plan of tiles that are tensors, as part of a graph: one group, in which every tile has a bias of its own."""
     queries = _product(rows.queries, cols.queries, cols.num_queries)
     keys = _product(rows.keys, cols.keys, cols.num_keys)
     pairs = mask = None
     if rows.pairs is not None:
         y = rows.pairs.reshape([n for length in rows.pairs.shape for n in (length, 1)])
         x = cols.pairs.reshape([n for length in cols.pairs.shape for n in (1, length)])
-        mask = (y >= 0) & (x >= 0)
-        pairs = torch.where(mask, y * cols.num_entries + x, rows.num_entries * cols.num_entries)
+        counts = (y >= 0) & (x >= 0)
         shape = queries.shape[0], rows.pairs.shape[1] * cols.pairs.shape[1], keys.shape[1]
-        pairs, mask = pairs.reshape(shape), mask.reshape(shape)
+        if heads is None:
+            pairs = torch.where(counts, y * cols.num_entries + x, rows.num_entries * cols.num_entries).reshape(shape)
+        else:
+            mask = counts.reshape(shape).repeat(heads, 1, 1)[None]
     (row, y), (col, x), length = rows.places, cols.places, queries.shape[1]
     row, col = row * (cols.queries.shape[0] * length) + y * cols.queries.shape[1], col * length + x
     inverse = (row[:, None] + col).flatten()
-    return PlanTensors((TileGroup(queries, keys, pairs, mask, mask is not None, False),), inverse)
+    return Plan((TileGroup(queries, keys, False, pairs, mask),), inverse, (1, 1))
 
 
 def _classes(pairs: np.ndarray) -> list[np.ndarray]:
@@ -187,7 +192,7 @@ def pad_projection(x: Tensor, bias: Tensor | None, height: int, width: int) -> T
     return torch.cat([x, padding.expand(B, height, W + width, C)], 1)
 
 
-def relative_bias(table: Tensor, plan: PlanTensors) -> list[Tensor]:
+def relative_bias(table: Tensor, plan: Plan) -> list[Tensor]:
     """Additive attention bias of each group of tiles, -inf where a pair does not count.
 
     Args:
@@ -202,11 +207,6 @@ def relative_bias(table: Tensor, plan: PlanTensors) -> list[Tensor]:
         table.index_select(1, group.pairs.flatten()).unflatten(1, group.pairs.shape).flatten(0, 1)[None]
         for group in plan.groups
     ]
-
-
-def pair_mask(plan: PlanTensors, heads: int) -> list[Tensor | None]:
-    """Boolean mask of each group of tiles, shaped as `relative_bias`, or None where every pair counts."""
-    return [group.mask.repeat(heads, 1, 1)[None] if group.masked else None for group in plan.groups]
 
 
 def _with_axis_logits(q: Tensor, v: Tensor, rows: Tensor, cols: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -231,8 +231,8 @@ def local_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    plan: PlanTensors,
-    bias: Sequence[Tensor | None],
+    plan: Plan,
+    bias: Sequence[Tensor] | None = None,
     scale: float | None = None,
     dropout: float = 0.0,
     axis_logits: tuple[Tensor, Tensor] | None = None,
@@ -244,7 +244,7 @@ def local_attention(
         k: keys (B, heads, M, d).
         v: values (B, heads, M, d_v).
         plan: tiles and windows; N and M are those of its axes.
-        bias: for each group of tiles an additive bias or boolean mask as `relative_bias` shapes it, or None.
+        bias: for each group of tiles what `relative_bias` returns, or None for the masks of the plan.
         scale: factor of the logits, d**-0.5 if None.
         dropout: rate of dropout on the attention weights.
         axis_logits: (B, heads, N, w_rows) and (B, heads, N, w_cols), what each query adds to its logits for the keys
@@ -259,7 +259,7 @@ def local_attention(
         q, places, v = _with_axis_logits(q * (d**-0.5 if scale is None else scale), v, *axis_logits)
         scale = 1.0
     outs = []
-    for group, group_bias in zip(plan.groups, bias, strict=True):
+    for group, group_bias in zip(plan.groups, bias or [group.mask for group in plan.groups], strict=True):
         # Tiles join the heads, where each has its own bias, or the batch, where they share one.
         join = group.shared and group_bias is not None
         tiles = [

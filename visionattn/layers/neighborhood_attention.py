@@ -1,27 +1,16 @@
 """Neighbourhood attention, dilated and strided, without a custom kernel."""
 
-from functools import lru_cache
-from operator import index
-
 import numpy as np
 import torch
 from timm.layers import to_2tuple, trunc_normal_
 from torch import Tensor, nn
 
 from .cache import ParameterCache
-from .local_attention import (
-    AxisTiles,
-    LocalPlan,
-    PlanTensors,
-    graph_plan,
-    local_attention,
-    pad_projection,
-    pair_mask,
-    relative_bias,
-)
+from .heads import check_heads, split_heads
+from .local_attention import AxisTiles, local_attention, local_plan, pad_projection, relative_bias
 from .pointwise import Pointwise
 from .position import resize_table
-from .symbolic import Size, ceil_div, is_symbolic
+from .symbolic import Size, ceil_div, fixed
 
 
 def neighborhood_axis(length: int, kernel_size: int, dilation: int = 1, stride: int = 1) -> AxisTiles:
@@ -86,21 +75,11 @@ def graph_neighborhood_axis(
     return AxisTiles(*tables, length, length + 1, 2 * K - 1, places)
 
 
-def graph_global_axis(length: Size, device: torch.device) -> AxisTiles:
+def graph_global_axis(length: Size, *window, device: torch.device) -> AxisTiles:
     """One tile, in a graph: every query sees every key but that of padding."""
     position = torch.arange(length, device=device)
     pairs, places = position - position[:, None] + (length - 1), (torch.zeros_like(position), position)
     return AxisTiles(position[None], position[None], pairs[None], length, length + 1, 2 * length - 1, places)
-
-
-@lru_cache(maxsize=128)
-def _plan(rows: tuple[int, ...], cols: tuple[int, ...]) -> LocalPlan:
-    return LocalPlan(neighborhood_axis(*rows), neighborhood_axis(*cols))
-
-
-@torch.compiler.assume_constant_result
-def _plan_on(rows: tuple[int, ...], cols: tuple[int, ...], device: torch.device) -> PlanTensors:
-    return _plan(rows, cols).on(device)
 
 
 class NeighborhoodAttention2d(nn.Module):
@@ -138,6 +117,8 @@ class NeighborhoodAttention2d(nn.Module):
         torch.Size([1, 30, 41, 64])
     """
 
+    axes = neighborhood_axis, graph_neighborhood_axis
+
     def __init__(
         self,
         dim: int,
@@ -154,10 +135,9 @@ class NeighborhoodAttention2d(nn.Module):
         dtype=None,
     ) -> None:
         super().__init__()
+        check_heads(dim, num_heads)
         dd = {"device": device, "dtype": dtype}
         self.kernel_size, self.dilation, self.stride = map(to_2tuple, (kernel_size, dilation or 1, stride))
-        if dim % num_heads:
-            raise ValueError(f"dim {dim} is not divisible by num_heads {num_heads}")
         for k, d, s in zip(self.kernel_size, self.dilation, self.stride, strict=True):
             if k < 2 or d < 1 or not 1 <= s <= k:
                 raise ValueError(
@@ -183,22 +163,17 @@ class NeighborhoodAttention2d(nn.Module):
         """Dilate for maps of `factor` times the resolution."""
         self.dilation = tuple(factor * d for d in self.dilation)
 
-    def window(self, height: int, width: int) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    def window(self, height: Size, width: Size) -> tuple[tuple[Size, int, int], tuple[Size, int, int]]:
         """(kernel size, dilation, stride) of each axis on a map of that size."""
         rows, cols = zip(self.kernel_size, self.dilation, self.stride, strict=True)
         return rows, cols
-
-    def graph_plan(self, height: Size, width: Size, device: torch.device) -> PlanTensors:
-        """The plan for a map of a size that the graph leaves open."""
-        windows = zip((height, width), self.kernel_size, self.dilation, self.stride, strict=True)
-        return graph_plan(*(graph_neighborhood_axis(*window, device=device) for window in windows))
 
     def table(self, height: Size, width: Size) -> Tensor | None:
         """Relative position bias (heads, 2 K_h - 1, 2 K_w - 1) on a map of that size."""
         return self.rpb
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj_drop(self.proj(_attend(self, self.qkv(x))))
+        return self.proj_drop(self.proj(_neighborhood_attention(self, self.qkv(x))))
 
     def extra_repr(self) -> str:
         return (
@@ -208,36 +183,21 @@ class NeighborhoodAttention2d(nn.Module):
 
 
 @torch.fx.wrap
-def _attend(attention: NeighborhoodAttention2d, qkv: Tensor) -> Tensor:
+def _neighborhood_attention(layer: NeighborhoodAttention2d, qkv: Tensor) -> Tensor:
     """(B, H, W, 3C) projections to (B, H, W, C). Opaque to symbolic tracing, as its tiling depends on the size."""
-    B, H, W, C = qkv.shape
-    heads, has_table = attention.num_heads, attention.rpb is not None
-    if is_symbolic(H, W):
-        rows = cols = None
-        plan, pad_h, pad_w = attention.graph_plan(H, W, qkv.device), 1, 1
-    else:
-        H, W = index(H), index(W)
-        rows, cols = ((length, *window) for length, window in zip((H, W), attention.window(H, W), strict=True))
-        plan = _plan_on(rows, cols, qkv.device)
-        pad_h, pad_w = (max(kernel * dilation - length, 0) for length, kernel, dilation, _ in (rows, cols))
-    q, k, v = _heads(qkv, heads)
-    if pad_h or pad_w:  # padded positions are keys only
-        _, k, v = _heads(pad_projection(qkv, attention.qkv.bias, pad_h, pad_w), heads)
+    (H, W), heads, table = fixed(*qkv.shape[1:3]), layer.num_heads, layer.rpb
+    window = layer.window(H, W)
+    plan = local_plan(layer.axes, (H, W), window, qkv.device, heads if table is None else None)
+    q, k, v = split_heads(qkv, heads)
+    if any(plan.padding):  # padded positions are keys only
+        _, k, v = split_heads(pad_projection(qkv, layer.qkv.bias, *plan.padding), heads)
 
-    def bias() -> list[Tensor | None]:
-        return (
-            relative_bias(attention.table(H, W).flatten(1).to(qkv.dtype), plan) if has_table else pair_mask(plan, heads)
-        )
+    def bias() -> list[Tensor]:
+        return relative_bias(layer.table(H, W).flatten(1).to(qkv.dtype), plan)
 
-    key, tables = (rows, cols, qkv.dtype, qkv.device), [attention.rpb] if has_table else []
-    dropout = attention.attn_drop if attention.training else 0.0
-    out = local_attention(q, k, v, plan, attention._bias_cache(key, tables, bias), attention.scale, dropout)
-    return out.transpose(1, 2).reshape(B, H, W, C // 3)
-
-
-def _heads(qkv: Tensor, heads: int) -> Tensor:
-    """(B, H, W, 3C) to queries, keys and values (3, B, heads, H * W, d)."""
-    return qkv.flatten(1, 2).unflatten(2, (3, heads, qkv.shape[-1] // (3 * heads))).permute(2, 0, 3, 1, 4)
+    biases = None if table is None else layer._bias_cache((H, W, window, qkv.dtype), [table], bias)
+    out = local_attention(q, k, v, plan, biases, layer.scale, layer.attn_drop if layer.training else 0.0)
+    return out.transpose(1, 2).flatten(2).unflatten(1, (H, W))
 
 
 class TokenNeighborhoodAttention(NeighborhoodAttention2d):
@@ -253,11 +213,10 @@ class TokenRelPosAttention(TokenNeighborhoodAttention):
     The bias table is made for a `kernel_size` map; it is resampled bicubically for others.
     """
 
-    def window(self, height: int, width: int) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-        return (height, 1, 1), (width, 1, 1)
+    axes = neighborhood_axis, graph_global_axis
 
-    def graph_plan(self, height: Size, width: Size, device: torch.device) -> PlanTensors:
-        return graph_plan(graph_global_axis(height, device), graph_global_axis(width, device))
+    def window(self, height: Size, width: Size) -> tuple[tuple[Size, int, int], tuple[Size, int, int]]:
+        return (height, 1, 1), (width, 1, 1)
 
     def table(self, height: Size, width: Size) -> Tensor:
         return resize_table(self.rpb, (2 * height - 1, 2 * width - 1))

@@ -1,18 +1,18 @@
 """Partial convolution and the attention that PATNet gives to the channels it leaves alone."""
 
 import math
-from functools import lru_cache
-from operator import index
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .cache import ParameterCache, is_plain
+from .cache import ParameterCache
 from .fuse import is_batch_norm, scale_and_shift, scale_output
+from .heads import split_heads
 from .pointwise import Pointwise, Pointwise2d
-from .symbolic import Size, for_batch, is_symbolic
+from .size_constant import size_constant
+from .symbolic import Size, fixed, for_batch, is_symbolic
 
 
 class PartialConv2d(nn.Module):
@@ -253,39 +253,37 @@ class PartialSelfAttention(PartialConv2d):
         self._bias_cache = ParameterCache()
 
     def attend(self, x: Tensor) -> Tensor:
-        out = _attend(self, self.qkv(self.norm(x.permute(0, 2, 3, 1))))
+        out = _distance_biased_attention(self, self.qkv(self.norm(x.permute(0, 2, 3, 1))))
         return self.proj_drop(self.proj(out)).permute(0, 3, 1, 2)
 
 
 @torch.fx.wrap
-def _attend(layer: PartialSelfAttention, qkv: Tensor) -> Tensor:
+def _distance_biased_attention(layer: PartialSelfAttention, qkv: Tensor) -> Tensor:
     """(B, H, W, 3C) projections to (B, H, W, C). Opaque to symbolic tracing, as the bias depends on the size."""
-    B, H, W, _ = qkv.shape
-    symbolic = is_symbolic(H, W)
-    if not symbolic:
-        H, W = index(H), index(W)
+    H, W = fixed(*qkv.shape[1:3])
 
     def bias() -> Tensor:
-        buckets = (_graph_buckets if symbolic else _buckets_on)(H, W, layer.rpe, qkv.device)
+        buckets = (_graph_buckets if is_symbolic(H, W) else distance_buckets)(H, W, layer.rpe, qkv.device)
         return layer.rpb.index_select(1, buckets.flatten()).unflatten(1, buckets.shape)[None].to(qkv.dtype)
 
-    q, k, v = qkv.flatten(1, 2).unflatten(2, (3, layer.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    q, k, v = split_heads(qkv, layer.num_heads)
     mask = for_batch(layer._bias_cache((H, W, qkv.dtype), [layer.rpb], bias), q)
     dropout = layer.attn_drop if layer.training else 0.0
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
     out = out.transpose(1, 2)
     if torch.compiler.is_exporting():  # kernels differ in the layout of what they return, and a view would choose one
         out = out.clone(memory_format=torch.contiguous_format)
-    return out.reshape(B, H, W, -1)
+    return out.flatten(2).unflatten(1, (H, W))
 
 
-def distance_buckets(height: int, width: int, alpha: int, beta: int, gamma: int) -> np.ndarray:
+@size_constant
+def distance_buckets(height: int, width: int, rpe: tuple[int, int, int], device: torch.device) -> Tensor:
     """(N, N) column of the bias table for each pair of the N = height * width positions of a map."""
     # In float32, as the published tables were trained.
     dy, dx = np.ogrid[:height, :width]
-    bucket = _bucket(np.round(np.sqrt((dy**2 + dx**2).astype(np.float32))), alpha, beta, gamma)
+    bucket = _bucket(np.round(np.sqrt((dy**2 + dx**2).astype(np.float32))), *rpe)
     y, x = np.divmod(np.arange(height * width), width)
-    return bucket[abs(y[:, None] - y), abs(x[:, None] - x)]
+    return torch.from_numpy(bucket[abs(y[:, None] - y), abs(x[:, None] - x)]).to(device)
 
 
 def _bucket(distance: np.ndarray, alpha: int, beta: int, gamma: int) -> np.ndarray:
@@ -302,32 +300,6 @@ def _graph_buckets(height: Size, width: Size, rpe: tuple[int, int, int], device:
     return _bucket_table(rpe, device)[distance]
 
 
-@torch.compiler.assume_constant_result
+@size_constant
 def _bucket_table(rpe: tuple[int, int, int], device: torch.device) -> Tensor:
     return torch.from_numpy(_bucket(np.arange(rpe[-1] + 1, dtype=np.float32), *rpe)).to(device)
-
-
-class _Buckets:
-    """`distance_buckets` on the devices it was asked for."""
-
-    def __init__(self, *args) -> None:
-        self._array, self._tensors = distance_buckets(*args), {}
-
-    def on(self, device: torch.device) -> Tensor:
-        if device in self._tensors:
-            return self._tensors[device]
-        with torch.inference_mode(False):  # or training could not use it
-            tensor = torch.from_numpy(self._array).to(device)
-        if is_plain(tensor):
-            self._tensors[device] = tensor
-        return tensor
-
-
-@lru_cache(maxsize=32)
-def _buckets(height: int, width: int, rpe: tuple[int, int, int]) -> _Buckets:
-    return _Buckets(height, width, *rpe)
-
-
-@torch.compiler.assume_constant_result
-def _buckets_on(height: int, width: int, rpe: tuple[int, int, int], device: torch.device) -> Tensor:
-    return _buckets(height, width, rpe).on(device)

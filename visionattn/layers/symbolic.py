@@ -5,6 +5,8 @@ in Python, no constant table. `is_symbolic` tells where tables must be arithmeti
 division towards zero, such arithmetic divides what is not negative.
 """
 
+from operator import index
+
 import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import has_static_value
@@ -15,6 +17,11 @@ Size = int | torch.SymInt
 def is_symbolic(*sizes: Size) -> bool:
     """Whether a size is left open by the graph that is being made. Never the case outside of compilers."""
     return torch.compiler.is_compiling() and not all(map(has_static_value, sizes))
+
+
+def fixed(*sizes: Size) -> tuple[Size, ...]:
+    """The sizes as integers, but as they are where one is left open."""
+    return sizes if is_symbolic(*sizes) else tuple(map(index, sizes))
 
 
 def ceil_div(size: Size, divisor: int) -> Size:

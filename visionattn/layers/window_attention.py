@@ -1,15 +1,13 @@
 """Attention inside windows."""
 
-from functools import lru_cache
-from operator import index
-
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .local_attention import AxisTiles, LocalPlan, PlanTensors, graph_plan, local_attention, pad_projection, pair_mask
+from .heads import check_heads, split_heads
+from .local_attention import AxisTiles, local_attention, local_plan, pad_projection
 from .pointwise import Pointwise
-from .symbolic import Size, ceil_div, is_symbolic
+from .symbolic import Size, ceil_div, fixed
 
 
 def window_axis(length: int, window_size: int) -> AxisTiles:
@@ -21,8 +19,7 @@ def window_axis(length: int, window_size: int) -> AxisTiles:
     """
     tiles = -(-length // window_size)
     keys = np.arange(tiles * window_size).reshape(tiles, window_size)
-    pairs = np.zeros((tiles, window_size, window_size), dtype=np.int64)
-    return AxisTiles(np.minimum(keys, length - 1), keys, pairs, length, keys.size, 1)
+    return AxisTiles(np.minimum(keys, length - 1), keys, None, length, keys.size, 1)
 
 
 def graph_window_axis(length: Size, window_size: int, device: torch.device) -> AxisTiles:
@@ -32,16 +29,6 @@ def graph_window_axis(length: Size, window_size: int, device: torch.device) -> A
     queries, keys = position.clamp(max=length - 1), position.clamp(max=length)
     query = torch.arange(length, device=device)
     return AxisTiles(queries, keys, None, length, length + 1, 1, (query // window_size, query % window_size))
-
-
-@lru_cache(maxsize=128)
-def _plan(height: int, width: int, window_size: int) -> LocalPlan:
-    return LocalPlan(window_axis(height, window_size), window_axis(width, window_size))
-
-
-@torch.compiler.assume_constant_result
-def _plan_on(height: int, width: int, window_size: int, device: torch.device) -> PlanTensors:
-    return _plan(height, width, window_size).on(device)
 
 
 class WindowAttention2d(nn.Module):
@@ -76,8 +63,7 @@ class WindowAttention2d(nn.Module):
         self, dim: int, num_heads: int, window_size: int = 7, qkv_bias: bool = True, device=None, dtype=None
     ) -> None:
         super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"dim {dim} is not divisible by num_heads {num_heads}")
+        check_heads(dim, num_heads)
         if window_size < 1:
             raise ValueError(f"expected window_size >= 1, got {window_size}")
         self.num_heads = num_heads
@@ -86,22 +72,18 @@ class WindowAttention2d(nn.Module):
         self.proj = Pointwise(dim, dim, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(_attend(self, self.qkv(x)))
+        return self.proj(window_attention(self.qkv(x), self.qkv.bias, self.num_heads, self.window_size))
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, window_size={self.window_size}"
 
 
 @torch.fx.wrap
-def _attend(attention: WindowAttention2d, qkv: Tensor) -> Tensor:
-    """(B, H, W, 3C) projections to (B, H, W, C). Opaque to symbolic tracing, as its tiling depends on the size."""
-    return window_attention(qkv, attention.qkv.bias, attention.num_heads, attention.window_size)
-
-
 def window_attention(
     qkv: Tensor, bias: Tensor | None, heads: int, size: int, scale: float | None = None, dropout: float = 0.0
 ) -> Tensor:
-    """Attention inside windows; the padding to full windows takes part as keys.
+    """Attention inside windows; the padding to full windows takes part as keys. Opaque to symbolic tracing, as its
+    tiling depends on the size.
 
     Args:
         qkv: (B, H, W, 3C) projections, ordered (query | key | value, head, channel).
@@ -114,15 +96,8 @@ def window_attention(
     Returns:
         (B, H, W, C).
     """
-    B, H, W, C = qkv.shape
-    if is_symbolic(H, W):
-        plan = graph_plan(*(graph_window_axis(length, size, qkv.device) for length in (H, W)))
-        padded = pad_projection(qkv, bias, 1, 1)
-    else:
-        H, W = index(H), index(W)
-        plan = _plan_on(H, W, size, qkv.device)
-        padded = pad_projection(qkv, bias, -H % size, -W % size)
-    q = qkv.reshape(B, H * W, 3, heads, C // (3 * heads)).permute(2, 0, 3, 1, 4)[0]
-    _, k, v = padded.flatten(1, 2).unflatten(2, (3, heads, C // (3 * heads))).permute(2, 0, 3, 1, 4)
-    out = local_attention(q, k, v, plan, pair_mask(plan, heads), scale, dropout)
-    return out.transpose(1, 2).reshape(B, H, W, C // 3)
+    H, W = fixed(*qkv.shape[1:3])
+    plan = local_plan((window_axis, graph_window_axis), (H, W), ((size,), (size,)), qkv.device)
+    q, (_, k, v) = split_heads(qkv, heads)[0], split_heads(pad_projection(qkv, bias, *plan.padding), heads)
+    out = local_attention(q, k, v, plan, None, scale, dropout)
+    return out.transpose(1, 2).flatten(2).unflatten(1, (H, W))

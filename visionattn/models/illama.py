@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from ..backbone import Isotropic
 from ..layers import CausalSelfAttention
 from ..layers.block import Block
-from ..layers.cache import ParameterCache
 from ..layers.causal_attention import causal_halves, rotary_table
 from ..layers.init import init_weights
 from ..layers.pointwise import Pointwise
@@ -30,7 +29,7 @@ RULES = [
 RMS_NORM = partial(nn.RMSNorm, eps=1e-6)
 
 
-class SwiGlu(nn.Module):
+class SwiGlu(nn.Module):  # as timm's SwiGLU, whose parameters have other names, and whose products are not Pointwise
     """fc2(silu(fc1(x)) * fc3(x)) without biases: (..., C) to (..., C).
 
     Args:
@@ -50,26 +49,11 @@ class SwiGlu(nn.Module):
         return self.fc2(F.silu(self.fc1(x)) * self.fc3(x))
 
 
-class SequenceTables(nn.Module):
-    """What all blocks share on a sequence (B, N, C): the rotary table and the halves of the causal mask."""
-
-    def __init__(self, head_dim: int) -> None:
-        super().__init__()
-        self.head_dim = head_dim
-        self._cache = ParameterCache()
-
-    def forward(self, x: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        return _tables(self, x)
-
-
 @torch.fx.wrap
-def _tables(module: SequenceTables, x: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
+def _tables(x: Tensor, head_dim: int) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """What all blocks share on a sequence (B, N, C): the rotary table and the halves of the causal mask."""
     length, dtype = x.shape[1], torch.promote_types(x.dtype, torch.float32)
-
-    def build() -> tuple[tuple[Tensor, Tensor], Tensor]:
-        return rotary_table(length, module.head_dim, x.device, dtype), causal_halves(length, x.device)
-
-    return module._cache((length, dtype, x.device), [], build)
+    return rotary_table(length, head_dim, x.device, dtype), causal_halves(length, x.device)
 
 
 class ILLaMA(Isotropic):
@@ -140,14 +124,14 @@ class ILLaMA(Isotropic):
             num_classes=num_classes, in_chans=in_chans, global_pool=global_pool, drop_rate=drop_rate, **dd,
         )  # fmt: skip
         self.head_drop = nn.Identity()
-        self.tables = SequenceTables(embed_dim // num_heads)
+        self.head_dim = embed_dim // num_heads
         self.soft_mask_rate = soft_mask_rate
         self.soft_mask_epochs, self.soft_mask_schedule = soft_mask_epochs, soft_mask_schedule
         self.advance(0.0)
         self.apply(init_weights)
 
     def block_arguments(self, x: Tensor, grid: tuple[int, int]) -> tuple:
-        rotary, mask = (self.tables(x)[i] for i in range(2))  # which tracers cannot unpack
+        rotary, mask = (_tables(x, self.head_dim)[i] for i in range(2))  # which tracers cannot unpack
         return rotary, mask
 
     def _run(self, block: int, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
