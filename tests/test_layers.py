@@ -153,7 +153,7 @@ def test_large_kernel_attention():
     bare = copy.deepcopy(unit)
     bare.shortcut = False
     torch.testing.assert_close(unit(x) - bare(x), x)
-    with pytest.raises(ValueError, match="odd kernel sizes, got 4 and 7"):
+    with pytest.raises(ValueError, match="an odd kernel_size, got 4"):
         LargeKernelAttention(6, kernel_size=4)
 
 

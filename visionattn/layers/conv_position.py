@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .large_kernel_attention import depthwise
+from .depthwise import depthwise
 
 
 class ConvPosEnc(nn.Module):
@@ -32,8 +32,6 @@ class ConvPosEnc(nn.Module):
 
     def __init__(self, dim: int, kernel_size: int = 3, act: bool = False, device=None, dtype=None) -> None:
         super().__init__()
-        if kernel_size % 2 == 0:
-            raise ValueError(f"expected an odd kernel_size, got {kernel_size}")
         self.proj = depthwise(dim, kernel_size, device=device, dtype=dtype)
         self.act = act
 

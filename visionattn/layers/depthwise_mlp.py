@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from .large_kernel_attention import depthwise
+from .depthwise import depthwise
 from .pointwise import Pointwise2d
 
 

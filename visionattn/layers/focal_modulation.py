@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .large_kernel_attention import depthwise
+from .depthwise import depthwise
 from .pointwise import Pointwise
 
 

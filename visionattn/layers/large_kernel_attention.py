@@ -4,15 +4,8 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from .depthwise import depthwise
 from .pointwise import Pointwise2d
-
-
-def depthwise(dim: int, kernel_size: int, dilation: int = 1, bias: bool = True, device=None, dtype=None) -> nn.Conv2d:
-    """Depthwise convolution of (B, C, H, W) that keeps the size; `kernel_size` is odd."""
-    padding = kernel_size // 2 * dilation
-    return nn.Conv2d(
-        dim, dim, kernel_size, padding=padding, dilation=dilation, groups=dim, bias=bias, device=device, dtype=dtype
-    )
 
 
 class LargeKernelAttention(nn.Module):
@@ -50,8 +43,6 @@ class LargeKernelAttention(nn.Module):
         dtype=None,
     ) -> None:
         super().__init__()
-        if kernel_size % 2 == 0 or dilated_kernel_size % 2 == 0:
-            raise ValueError(f"expected odd kernel sizes, got {kernel_size} and {dilated_kernel_size}")
         dd = {"device": device, "dtype": dtype}
         self.depthwise = depthwise(dim, kernel_size, bias=bias, **dd)
         self.dilated = depthwise(dim, dilated_kernel_size, dilation, bias=bias, **dd)

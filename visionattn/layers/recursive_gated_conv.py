@@ -8,7 +8,7 @@ from timm.layers import LayerNorm2d, trunc_normal_
 from torch import Tensor, nn
 
 from .cache import ParameterCache
-from .large_kernel_attention import depthwise
+from .depthwise import depthwise
 from .pointwise import Pointwise2d
 from .symbolic import is_symbolic
 
@@ -181,8 +181,6 @@ class RecursiveGatedConv(nn.Module):
         super().__init__()
         if order < 1 or dim % 2 ** (order - 1):
             raise ValueError(f"expected order >= 1 and dim divisible by 2^(order - 1), got order {order} and dim {dim}")
-        if kernel_size % 2 == 0:
-            raise ValueError(f"expected an odd kernel_size, got {kernel_size}")
         if filter not in ("dw", "global_local"):
             raise ValueError(f"expected filter 'dw' or 'global_local', got {filter!r}")
         dd = {"device": device, "dtype": dtype}

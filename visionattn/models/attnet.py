@@ -15,8 +15,8 @@ from ..backbone import Hierarchical, Stage
 from ..layers import AttentiveConv2d
 from ..layers.block import Block
 from ..layers.conv_norm import ConvNorm
+from ..layers.depthwise import depthwise
 from ..layers.init import init_weights
-from ..layers.large_kernel_attention import depthwise
 from ..layers.layout import channels_last
 from ..layers.norm import ChannelNorm, ChannelRmsNorm
 from ..layers.pointwise import Pointwise2d
