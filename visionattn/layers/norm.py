@@ -15,6 +15,8 @@ class ChannelNorm(nn.LayerNorm):
 class ChannelRmsNorm(nn.RMSNorm):
     """Root mean square norm over dimension 1 of maps (B, C, H, W), at every position."""
 
+    # timm's RmsNorm2d squares in the precision of its input: in float16, values above 256 make the result 0.
+
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight.to(x.dtype)  # fused kernels want one dtype, also under autocast
         return F.rms_norm(x.movedim(1, -1), self.normalized_shape, weight, self.eps).movedim(-1, 1)

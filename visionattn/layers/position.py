@@ -21,6 +21,7 @@ def resample_rows(
         prefix: rows in front that belong to no position; kept.
         suffix: rows behind that belong to no position; kept.
     """
+    # timm's resample_abs_pos_embed knows no rows behind, and decides by the size, which graphs may leave open.
     front, rows, behind = table.split([prefix, old[0] * old[1], suffix])
     dtype = torch.promote_types(table.dtype, torch.float32)
     rows = F.interpolate(rows.T.unflatten(1, old)[None].to(dtype), new, mode="bicubic", align_corners=False)
