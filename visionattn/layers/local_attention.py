@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .heads import split_heads
 from .size_constant import size_constant
 from .symbolic import Size, for_batch, is_symbolic
 
@@ -75,7 +76,7 @@ class Plan(NamedTuple):
     Args:
         groups: of tiles.
         inverse: (N,) where to find each query among all those of the groups.
-        padding: keys below and to the right of the map.
+        padding: keys that each axis has beyond its queries.
     """
 
     groups: tuple[TileGroup, ...]
@@ -175,21 +176,24 @@ def _product(rows: np.ndarray | Tensor, cols: np.ndarray | Tensor, width: Size) 
     return (rows[:, None, :, None] * width + cols[None, :, None, :]).reshape(shape)
 
 
-def pad_projection(x: Tensor, bias: Tensor | None, height: int, width: int) -> Tensor:
-    """Projection of a map that was zero-padded, from that of the map: the projection of a zero is the bias.
+def padded_heads(qkv: Tensor, bias: Tensor | None, heads: int, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries (B, heads, N, d) of a map, and keys and values (B, heads, M, d) of it, zero-padded as a plan wants.
 
     Args:
-        x: (B, H, W, C) projections.
-        bias: (C,) of the projection.
-        height: rows to add at the bottom.
-        width: columns to add at the right.
+        qkv: (B, H, W, 3C) projections of the map, that is, of what is not padded: the projection of a zero is the bias.
+        bias: (3C,) of the projection.
+        heads: number of heads.
+        plan: says how much padding there is.
     """
-    if not height and not width:
-        return x
-    B, H, W, C = x.shape
-    padding = x.new_zeros(C) if bias is None else bias.to(x.dtype)
-    x = torch.cat([x, padding.expand(B, H, width, C)], 2)
-    return torch.cat([x, padding.expand(B, height, W + width, C)], 1)
+    q, k, v = split_heads(qkv, heads)
+    height, width = plan.padding
+    if height or width:
+        B, H, W, C = qkv.shape
+        padding = qkv.new_zeros(C) if bias is None else bias.to(qkv.dtype)
+        qkv = torch.cat([qkv, padding.expand(B, H, width, C)], 2)
+        qkv = torch.cat([qkv, padding.expand(B, height, W + width, C)], 1)
+        _, k, v = split_heads(qkv, heads)
+    return q, k, v
 
 
 def relative_bias(table: Tensor, plan: Plan) -> list[Tensor]:

@@ -6,8 +6,8 @@ from timm.layers import to_2tuple, trunc_normal_
 from torch import Tensor, nn
 
 from .cache import ParameterCache
-from .heads import check_heads, split_heads
-from .local_attention import AxisTiles, local_attention, local_plan, pad_projection, relative_bias
+from .heads import check_heads
+from .local_attention import AxisTiles, local_attention, local_plan, padded_heads, relative_bias
 from .pointwise import Pointwise
 from .position import resize_table
 from .symbolic import Size, ceil_div, fixed
@@ -165,8 +165,7 @@ class NeighborhoodAttention2d(nn.Module):
 
     def window(self, height: Size, width: Size) -> tuple[tuple[Size, int, int], tuple[Size, int, int]]:
         """(kernel size, dilation, stride) of each axis on a map of that size."""
-        rows, cols = zip(self.kernel_size, self.dilation, self.stride, strict=True)
-        return rows, cols
+        return tuple(zip(self.kernel_size, self.dilation, self.stride, strict=True))
 
     def table(self, height: Size, width: Size) -> Tensor | None:
         """Relative position bias (heads, 2 K_h - 1, 2 K_w - 1) on a map of that size."""
@@ -188,9 +187,7 @@ def _neighborhood_attention(layer: NeighborhoodAttention2d, qkv: Tensor) -> Tens
     (H, W), heads, table = fixed(*qkv.shape[1:3]), layer.num_heads, layer.rpb
     window = layer.window(H, W)
     plan = local_plan(layer.axes, (H, W), window, qkv.device, heads if table is None else None)
-    q, k, v = split_heads(qkv, heads)
-    if any(plan.padding):  # padded positions are keys only
-        _, k, v = split_heads(pad_projection(qkv, layer.qkv.bias, *plan.padding), heads)
+    q, k, v = padded_heads(qkv, layer.qkv.bias, heads, plan)
 
     def bias() -> list[Tensor]:
         return relative_bias(layer.table(H, W).flatten(1).to(qkv.dtype), plan)

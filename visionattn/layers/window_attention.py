@@ -4,8 +4,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .heads import check_heads, split_heads
-from .local_attention import AxisTiles, local_attention, local_plan, pad_projection
+from .heads import check_heads
+from .local_attention import AxisTiles, local_attention, local_plan, padded_heads
 from .pointwise import Pointwise
 from .symbolic import Size, ceil_div, fixed
 
@@ -98,6 +98,5 @@ def window_attention(
     """
     H, W = fixed(*qkv.shape[1:3])
     plan = local_plan((window_axis, graph_window_axis), (H, W), ((size,), (size,)), qkv.device)
-    q, (_, k, v) = split_heads(qkv, heads)[0], split_heads(pad_projection(qkv, bias, *plan.padding), heads)
-    out = local_attention(q, k, v, plan, None, scale, dropout)
+    out = local_attention(*padded_heads(qkv, bias, heads, plan), plan, None, scale, dropout)
     return out.transpose(1, 2).flatten(2).unflatten(1, (H, W))
