@@ -271,7 +271,7 @@ def test_a_certain_model_stays_certain_when_its_maps_are_resized(tta: TtaConfig,
         (found,) = task.predict(Certain(value), [image])
     assert not found.isnan().any()
     for size in ((40, 56), (97, 33), (20, 28)):
-        assert not task.restore(found, size).any()
+        assert not task.to_full_size(found, size).any()
 
 
 def test_views_of_an_image_one_pixel_high_are_averaged():

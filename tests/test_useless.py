@@ -12,7 +12,8 @@ import visionattn
 from visionattn.cli import main as command
 from visionattn.cli import models_table
 from visionattn.errors import VisionattnError
-from visionattn.tasks.useless import FOREIGN, INSTEAD_OF_JOINT, RULES, given
+from visionattn.tasks import TASKS
+from visionattn.tasks.useless import RULES, given
 from visionattn.training.checkpoint import save_checkpoint
 from visionattn.training.config import TrainConfig, ValidateConfig, parse_train, parse_validate
 from visionattn.training.evaluation import options_of, validate
@@ -130,8 +131,7 @@ def test_every_option_that_is_looked_at_exists():
 
     known = names(TrainConfig()) | names(ValidateConfig())
     for name in (
-        *INSTEAD_OF_JOINT,
-        *(name for group in (*FOREIGN.values(), *(r.options for r in RULES)) for name in group),
+        name for group in (*(t.useless for t in TASKS.values()), *(r.options for r in RULES)) for name in group
     ):
         assert name in known, name
 

@@ -1,9 +1,11 @@
 """What each task adds to the loop: its data, model, loss, predictions and metrics."""
 
-from importlib import import_module
+from pkgutil import resolve_name
 
 from ..errors import optional
 from .config import TaskConfig
+from .table import TASKS as TASKS
+from .table import Known as Known
 from .task import Task
 
 
@@ -14,5 +16,5 @@ def make_task(config: TaskConfig) -> Task:
         NotInstalledError: If one of them is not installed.
     """
     with optional():
-        module = import_module(f".{config.task}", __name__)
-    return getattr(module, config.task.capitalize())(config)
+        cls = resolve_name(TASKS[config.task].place)
+    return cls(config)

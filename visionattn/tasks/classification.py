@@ -5,20 +5,18 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from PIL import Image
 from timm.data import Mixup
 from timm.data.mixup import mixup_target
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..create import create_described, create_model, describe_place, is_place
 from ..data.class_maps import match_classes
 from ..data.config import AugmentConfig
 from ..data.images import ImageSet, dataset_name, load_datasets, load_validation
 from ..data.labels import labels_of, load_labelled, load_labelled_validation
-from ..data.loader import Collate, Stream, collate_tensors, seeded
-from ..data.transforms import OnImage, eval_transform, input_size, preprocessing, resolve_preprocessing, train_transform
+from ..data.loader import Stream, seeded
+from ..data.transforms import OnImage
 from ..errors import VisionattnError
 from .config import LossConfig, TaskConfig
 from .task import Metrics, Task, Validation
@@ -33,6 +31,9 @@ class Classification(Task):
     def __init__(self, config: TaskConfig) -> None:
         super().__init__(config)
         self.multi_label = getattr(config, "loss", LossConfig()).multi_label
+        augment = getattr(config, "augment", None)  # which validate.py has not
+        if augment and (augment.mixup or augment.cutmix) and config.data.batch_size % 2:
+            raise VisionattnError(f"mixup and cutmix pair images: data.batch_size {config.data.batch_size} is odd")
         self.metric = "mAP" if self.multi_label else "top1"
         self.shown = ("mAP", "loss") if self.multi_label else ("top1", "top5", "loss")
 
@@ -52,33 +53,8 @@ class Classification(Task):
         data = replace(self.config.data, labels=labels_of(self.config.data))
         return load_labelled_validation(data) if data.labels else load_validation(data)
 
-    def create_model(self, num_classes: int | None) -> nn.Module:
-        config = self.config
-        kwargs = config.model_kwargs | ({} if num_classes is None else {"num_classes": num_classes})
-        if is_place(config.model):  # which brings its weights, be it a classifier or have its backbone
-            return create_described(describe_place(config.model), None, config.checkpoint, **kwargs)
-        return create_model(config.model, config.pretrained, config.checkpoint, **kwargs)
-
     def describe(self, num_classes: int) -> dict[str, Any]:
-        model, kwargs = self.made
-        return {
-            "model": model,
-            "model_kwargs": kwargs | {"num_classes": num_classes},
-            "preprocessing": preprocessing(self.config.data),
-            **({"multi_label": True} if self.multi_label else {}),
-        }
-
-    def resolve(self, model: nn.Module) -> TaskConfig:
-        data = replace(resolve_preprocessing(self.config.data, model), name=dataset_name(self.config.data))
-        self.config = replace(self.config, data=data)
-        return self.config
-
-    def transform(self, training: bool) -> Callable[[Image.Image, Any], tuple[Tensor, Any]]:
-        data = self.config.data
-        return OnImage(train_transform(data, self.config.augment) if training else eval_transform(data))
-
-    def collate(self, training: bool) -> Collate:
-        return collate_tensors
+        return super().describe(num_classes) | ({"multi_label": True} if self.multi_label else {})
 
     def make_loss(self, images: ImageSet, training_loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> nn.Module:
         return ClassificationLoss(self.config.loss, self.config.augment, images, self.config.seed, training_loss)
@@ -91,7 +67,7 @@ class Classification(Task):
             return MultiLabelMetrics()
         return ClassificationMetrics(len(images.classes))
 
-    def prepare_validation(self, model: nn.Module, images: ImageSet, classes: list[str] | None) -> Validation:
+    def make_validation(self, model: nn.Module, images: ImageSet, classes: list[str] | None) -> Validation:
         config = self.config
         outputs = match_classes(images, classes, model.num_classes, config.model)
         if images.several:  # each of whose classes is judged for itself
@@ -100,7 +76,7 @@ class Classification(Task):
         predictor = Predictor(model, outputs, config.precision, config.tta.flip, layout, images.several)
         facts = {
             "classes": len(outputs),
-            "input_size": "x".join(map(str, input_size(config.data))),
+            "input_size": self.input_size(),
             "crop_pct": config.data.crop_pct,
             "views": config.tta.view_count,
         }
@@ -119,6 +95,13 @@ class Classification(Task):
         metrics = MultiLabelMetrics() if images.several else ClassificationMetrics(len(outputs))
         device = next(model.parameters()).device
         return Validation(predictor.to(device), OnImage(views), metrics, facts, lines)
+
+    def summarise(self, found: Tensor, classes: list[str], threshold: float | None) -> str:
+        """The five likeliest classes, or those that are at least as likely as the threshold, the likeliest first."""
+        shares = found.float().softmax(0) if threshold is None else found.float().sigmoid()
+        ranked = shares.argsort(descending=True).tolist()
+        told = ranked[:5] if threshold is None else [i for i in ranked if shares[i] >= threshold]
+        return ", ".join(f"{classes[i]} {100 * shares[i]:.1f} %" for i in told) or f"no class at {100 * threshold:g} %"
 
 
 class ClassificationLoss(nn.Module):

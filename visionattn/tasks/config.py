@@ -7,16 +7,14 @@ from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveFl
 
 from ..data.config import AnnotationConfig, DataConfig, JointConfig
 from ..errors import VisionattnError
-
-HEADS = {"detection": "fcos", "segmentation": "fpn"}
-"""What is taken where no head is named."""
+from .table import TASKS
 
 
 @dataclass
 class TaskConfig:
     """Model and data"""
 
-    task: Literal["classification", "detection", "segmentation"] = "classification"
+    task: str = "classification"
     """What the model learns."""
     model: str = "test_dinat"
     """Model; `visionattn list` names them. In detection and segmentation, the backbone. Or a checkpoint of ours,
@@ -37,7 +35,7 @@ class TaskConfig:
     joint: JointConfig = field(default_factory=JointConfig)
 
     def __post_init__(self) -> None:
-        self.head = self.head or HEADS.get(self.task, "")
+        self.head = self.head or TASKS[self.task].head
 
 
 @dataclass

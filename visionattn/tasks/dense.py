@@ -1,8 +1,7 @@
 """What detection and segmentation share: a head over a backbone, and images of any size."""
 
-import math
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any, ClassVar
 
@@ -11,12 +10,11 @@ from torch import Tensor, nn
 
 from ..data.annotations import kind_of
 from ..data.drawing import to_image
-from ..data.images import ImageSet
 from ..data.joint import MapTransform, ObjectTransform
 from ..data.preprocessing import model_preprocessing
 from ..weights.description import load_described
 from .config import TaskConfig
-from .task import Task, Validation, autocast
+from .task import Task
 
 
 class DenseTask(Task):
@@ -24,11 +22,11 @@ class DenseTask(Task):
 
     Attributes:
         create: `create_detector` or `create_segmenter`.
-        prepare: Class of the transform.
+        transform_class: Class of the transform.
     """
 
     create: ClassVar[Callable[..., nn.Module]]
-    prepare: ClassVar[type[ObjectTransform | MapTransform]]
+    transform_class: ClassVar[type[ObjectTransform | MapTransform]]
 
     def create_model(self, num_classes: int | None) -> nn.Module:
         config = self.config
@@ -58,45 +56,29 @@ class DenseTask(Task):
         return self.config
 
     def transform(self, training: bool) -> Callable[[Image.Image, Any], tuple[Tensor, Any]]:
-        return self.prepare(self.config.joint, self.config.data.mean, self.config.data.std, training)
+        return self.transform_class(self.config.joint, self.config.data.mean, self.config.data.std, training)
 
-    def prepare_validation(self, model: nn.Module, images: ImageSet, classes: list[str] | None) -> Validation:
-        def predict(batch: Sequence[Tensor]) -> list:
-            with autocast(batch[0].device, self.config.precision):
-                return self.predict(model, batch)
-
-        def lines(figures: dict[str, float], per_class: dict[str, dict]) -> list[tuple[str, str]]:
-            told = [(name.replace("_", " "), _percent(value)) for name, value in figures.items()]
-            each = {name: next(iter(values.values())) for name, values in per_class.items()}
-            known = ", ".join(f"{name} {value:.1f}" for name, value in each.items() if value is not None)
-            return [*told, ("per class", known)]
-
+    def input_size(self) -> str:
         joint = self.config.joint
         side = joint.eval_size or max(joint.min_size or [0])
-        facts = {
-            "classes": len(images.classes),
-            "input_size": f"shorter side {side}" if side else "as they are",
-            "views": self.config.tta.view_count,
-        }
-        metrics = self.metrics(images, 0, 1)
-        return Validation(predict, self.transform(False), metrics, facts, lines)
+        return f"shorter side {side}" if side else "as they are"
 
     def draw(self, image: Tensor, target: Any, output: Any, classes: list[str]) -> list[Image.Image]:
         height, width = self.size_of(target)
         picture = to_image(image, self.config.data.mean, self.config.data.std).resize((width, height))
-        return [self.draw_on(picture, found, classes) for found in (target, self.restore(output, (height, width)))]
+        return [self.draw_on(picture, found, classes) for found in (target, self.to_full_size(output, (height, width)))]
 
     @abstractmethod
     def size_of(self, target: Any) -> tuple[int, int]:
         """Height and width of an image itself, from its target."""
 
     @abstractmethod
-    def restore(self, output: Any, size: tuple[int, int]) -> Any:
+    def to_full_size(self, output: Any, size: tuple[int, int]) -> Any:
         """What `predict` found in a resized image, for the image itself, of this height and width."""
 
     @abstractmethod
     def draw_on(self, picture: Image.Image, found: Any, classes: list[str], threshold: float = 0.5) -> Image.Image:
-        """The picture with a target, or with what `restore` gave, drawn over it.
+        """The picture with a target, or with what `to_full_size` gave, drawn over it.
 
         Args:
             picture: The image itself.
@@ -104,11 +86,3 @@ class DenseTask(Task):
             classes: Names of the classes.
             threshold: Least score of the objects that are drawn.
         """
-
-    @abstractmethod
-    def summarise(self, found: Any, classes: list[str], threshold: float) -> str:
-        """What `restore` gave, in a few words."""
-
-
-def _percent(value: float) -> str:
-    return "nothing to count" if math.isnan(value) else f"{value:.4f} %"

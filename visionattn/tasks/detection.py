@@ -44,7 +44,7 @@ class Detection(DenseTask):
     """Boxes of objects and, if the head finds them, their masks."""
 
     create = staticmethod(create_detector)
-    prepare = ObjectTransform
+    transform_class = ObjectTransform
 
     def __init__(self, config: TaskConfig) -> None:
         super().__init__(config)
@@ -79,15 +79,15 @@ class Detection(DenseTask):
     def size_of(self, target: dict[str, Tensor]) -> tuple[int, int]:
         return tuple(target["size"].tolist())
 
-    def restore(self, output: dict[str, Tensor], size: tuple[int, int]) -> dict[str, Tensor]:
-        return restore(output, size)
+    def to_full_size(self, output: dict[str, Tensor], size: tuple[int, int]) -> dict[str, Tensor]:
+        return to_full_size(output, size)
 
     def draw_on(
         self, picture: Image.Image, found: dict[str, Tensor], classes: list[str], threshold: float = 0.5
     ) -> Image.Image:
         return draw_objects(picture, found, classes, threshold)
 
-    def summarise(self, found: dict[str, Tensor], classes: list[str], threshold: float) -> str:
+    def summarise(self, found: dict[str, Tensor], classes: list[str], threshold: float | None) -> str:
         counts = Counter(found["labels"][found["scores"] >= threshold].tolist())
         return ", ".join(f"{count} x {classes[label - 1]}" for label, count in counts.most_common()) or "nothing found"
 
@@ -123,7 +123,7 @@ class DetectionMetrics(Metrics):
         self.computed: dict[str, Any] = {}
 
     def update(self, outputs: Sequence[dict[str, Tensor]], targets: Sequence[dict[str, Tensor]]) -> None:
-        found = [restore(output, target["size"].tolist()) for output, target in zip(outputs, targets, strict=True)]
+        found = [to_full_size(output, target["size"].tolist()) for output, target in zip(outputs, targets, strict=True)]
         kept = ("boxes", "labels", "iscrowd", "area", *(["masks"] if "mask" in self.kinds else []))
         self.metric.update(found, [{key: target[key].cpu() for key in kept} for target in targets])
 
@@ -156,7 +156,7 @@ class DetectionMetrics(Metrics):
         return f"{self.kinds[kind]}_" if len(self.kinds) > 1 else ""
 
 
-def restore(output: dict[str, Tensor], size: Sequence[int]) -> dict[str, Tensor]:
+def to_full_size(output: dict[str, Tensor], size: Sequence[int]) -> dict[str, Tensor]:
     """What was found in a resized image, in the pixels of the image itself.
 
     Args:

@@ -27,7 +27,7 @@ class Segmentation(DenseTask):
     """A class for every pixel."""
 
     create = staticmethod(create_segmenter)
-    prepare = MapTransform
+    transform_class = MapTransform
     metric = "mIoU"
     shown = ("mIoU", "pixel_accuracy", "mean_accuracy")
 
@@ -70,13 +70,13 @@ class Segmentation(DenseTask):
     def size_of(self, target: Tensor) -> tuple[int, int]:
         return tuple(target.shape)
 
-    def restore(self, output: Tensor, size: tuple[int, int]) -> Tensor:
-        return restore(output, size).cpu()
+    def to_full_size(self, output: Tensor, size: tuple[int, int]) -> Tensor:
+        return to_full_size(output, size).cpu()
 
     def draw_on(self, picture: Image.Image, found: Tensor, classes: list[str], threshold: float = 0.5) -> Image.Image:
         return draw_map(picture, found, classes)
 
-    def summarise(self, found: Tensor, classes: list[str], threshold: float) -> str:
+    def summarise(self, found: Tensor, classes: list[str], threshold: float | None) -> str:
         shares = found.flatten().bincount(minlength=len(classes)) / found.numel()
         ranked = sorted(zip(shares.tolist(), classes, strict=True), reverse=True)
         return ", ".join(f"{name} {100 * share:.1f} %" for share, name in ranked if share >= 0.001)
@@ -149,7 +149,7 @@ class SegmentationMetrics(Metrics):
         """Count the pixels of images (classes, h, w) with these maps (H, W); logits are resized, not maps."""
         classes = len(self.confusion)
         for logits, target in zip(outputs, targets, strict=True):
-            predicted = restore(logits, target.shape)
+            predicted = to_full_size(logits, target.shape)
             counted = target != IGNORED
             pairs = target[counted] * classes + predicted[counted]
             self.confusion += pairs.bincount(minlength=classes**2).view(classes, classes).cpu()
@@ -176,7 +176,7 @@ class SegmentationMetrics(Metrics):
         return hits / (self.confusion.sum(0) + self.confusion.sum(1) - hits)
 
 
-def restore(logits: Tensor, size: Sequence[int]) -> Tensor:
+def to_full_size(logits: Tensor, size: Sequence[int]) -> Tensor:
     """The class of each pixel (H, W) of the image itself.
 
     Args:

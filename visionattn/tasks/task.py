@@ -1,9 +1,10 @@
 """What the loop asks of a task."""
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -11,9 +12,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ..create import describe_place, is_place
-from ..data.images import ImageSet
-from ..data.loader import Collate
+from ..create import create_described, create_model, describe_place, is_place
+from ..data.images import ImageSet, dataset_name, load_datasets, load_validation
+from ..data.loader import Collate, collate_tensors
+from ..data.transforms import OnImage, eval_transform, input_size, preprocessing, resolve_preprocessing, train_transform
 from ..errors import VisionattnError
 from ..registry import find
 from ..weights.entries import EXECUTION
@@ -66,7 +68,8 @@ class Validation:
 
 
 class Task(ABC):
-    """What a task adds to training and validation.
+    """What a task adds to training and validation. Unless it says otherwise, images have a class, which a registered
+    model finds in images of one size.
 
     Args:
         config: Options of the run, or of validate.py, which needs neither loss nor augmentation.
@@ -104,33 +107,50 @@ class Task(ABC):
         base, tag, _ = find(name)
         return f"{base}.{tag}" if tag else base, {k: v for k, v in kwargs.items() if k not in EXECUTION}
 
-    @abstractmethod
     def load(self) -> tuple[ImageSet, ImageSet]:
         """The images to train on and to validate on."""
+        return load_datasets(self.config.data)
 
-    @abstractmethod
     def load_validation(self, classes: list[str] | None) -> ImageSet:
         """The images to validate a model on; `classes` are the model's, if they are known."""
+        return load_validation(self.config.data)
 
-    @abstractmethod
     def create_model(self, num_classes: int | None) -> nn.Module:
         """The model, with the weights to start from; None for the classes that its options say."""
+        config = self.config
+        kwargs = config.model_kwargs | ({} if num_classes is None else {"num_classes": num_classes})
+        if is_place(config.model):  # which brings its weights, be it a classifier or have its backbone
+            return create_described(describe_place(config.model), None, config.checkpoint, **kwargs)
+        return create_model(config.model, config.pretrained, config.checkpoint, **kwargs)
 
-    @abstractmethod
     def describe(self, num_classes: int) -> dict[str, Any]:
         """What a checkpoint tells of its model: the options that make it, and how its images are prepared."""
+        model, kwargs = self.made
+        return {
+            "task": self.config.task,
+            "model": model,
+            "model_kwargs": kwargs | {"num_classes": num_classes},
+            "preprocessing": preprocessing(self.config.data),
+        }
 
-    @abstractmethod
     def resolve(self, model: nn.Module) -> TaskConfig:
         """The options, from now on the task's own, with what they left to model or data."""
+        data = replace(resolve_preprocessing(self.config.data, model), name=dataset_name(self.config.data))
+        self.config = replace(self.config, data=data)
+        return self.config
 
-    @abstractmethod
     def transform(self, training: bool) -> Callable[[Image.Image, Any], tuple[Tensor, Any]]:
-        """How an image and its target are prepared."""
+        """How an image and its target are prepared; its method `image` prepares one alone."""
+        data = self.config.data
+        return OnImage(train_transform(data, self.config.augment) if training else eval_transform(data))
 
-    @abstractmethod
+    def input_size(self) -> str:
+        """At which size images are validated, in words."""
+        return "x".join(map(str, input_size(self.config.data)))
+
     def collate(self, training: bool) -> Collate:
         """How images and targets become those of a batch."""
+        return collate_tensors
 
     @abstractmethod
     def make_loss(self, images: ImageSet, training_loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> nn.Module:
@@ -149,14 +169,40 @@ class Task(ABC):
     def metrics(self, images: ImageSet, rank: int, processes: int) -> Metrics:
         """What counts in a validation on these images, of which this process has every `processes`-th."""
 
-    @abstractmethod
-    def prepare_validation(self, model: nn.Module, images: ImageSet, classes: list[str] | None) -> Validation:
+    def make_validation(self, model: nn.Module, images: ImageSet, classes: list[str] | None) -> Validation:
         """How validate.py is to validate a model, once `resolve` has been called.
 
         Args:
             model: In eval mode, on its device.
             images: To validate on.
             classes: The model's, if they are known.
+        """
+
+        def predict(batch: Sequence[Tensor]) -> Any:
+            with autocast(batch[0].device, self.config.precision):
+                return self.predict(model, batch)
+
+        def lines(figures: dict[str, float], per_class: dict[str, dict]) -> list[tuple[str, str]]:
+            told = [(name.replace("_", " "), _percent(value)) for name, value in figures.items()]
+            each = {name: next(iter(values.values())) for name, values in per_class.items()}
+            known = ", ".join(f"{name} {value:.1f}" for name, value in each.items() if value is not None)
+            return [*told, *([("per class", known)] if per_class else [])]
+
+        facts = {
+            "classes": len(images.classes),
+            "input_size": self.input_size(),
+            "views": self.config.tta.view_count,
+        }
+        return Validation(predict, self.transform(False), self.metrics(images, 0, 1), facts, lines)
+
+    @abstractmethod
+    def summarise(self, found: Any, classes: list[str], threshold: float | None) -> str:
+        """What the model makes of an image, in a few words.
+
+        Args:
+            found: Of `predict`, and of the size of the image itself.
+            classes: Names of the classes.
+            threshold: Least score of what is told; None for a model that finds one class in each image or pixel.
         """
 
     def draw(self, image: Tensor, target: Any, output: Any, classes: list[str]) -> list[Image.Image]:
@@ -172,3 +218,7 @@ def finite(logits: Tensor) -> Tensor:
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:
     """Mixed precision by its name in the options."""
     return torch.autocast(device.type, DTYPES[precision], enabled=precision != "no")
+
+
+def _percent(value: float) -> str:
+    return "nothing to count" if math.isnan(value) else f"{value:.4f} %"

@@ -11,23 +11,8 @@ from typing import Any, NamedTuple
 
 from ..errors import VisionattnError
 from .config import TaskConfig
+from .table import AUGMENTATION, TASKS
 
-FOREIGN = {
-    "classification": ("head", "head_kwargs", "annotations", "joint", "loss.dice", "loss.auxiliary"),
-    "detection": (
-        *("data.labels", "loss", "tta", "joint.max_class_share", "distill", "fuse", "data.download"),
-        "data.crop_pct",
-    ),
-    "segmentation": (
-        "data.labels",
-        *("loss.smoothing", "loss.bce", "loss.bce_threshold", "loss.bce_sum", "loss.multi_label", "tta.crops"),
-        *("joint.detr_crop", "annotations.box_format", "distill", "fuse", "data.download"),
-        *("data.crop_pct", "data.val_fraction"),
-    ),
-}
-"""Options that a task has no use for."""
-INSTEAD_OF_JOINT = ("augment", "data.img_size", "data.eval_img_size", "data.interpolation", "data.crop_mode")
-"""Those that classification has where the other tasks have joint."""
 FOR_ALL = ("augment.repeats",)
 """What is of use to all tasks nevertheless."""
 
@@ -44,8 +29,12 @@ def _trains(config: TaskConfig) -> bool:
     return hasattr(config, "optim")
 
 
+def _sample(config: TaskConfig) -> str:
+    return TASKS[config.task].sample
+
+
 def _kind(config: TaskConfig) -> str:
-    made = "digits" if config.task == "classification" else "scenes"
+    made = "digits" if _sample(config) == "class" else "scenes"
     return (config.data.name or ("folder" if config.data.root is not None else made)).partition("/")[0].lower()
 
 
@@ -53,7 +42,7 @@ def _lacks_folder(config: TaskConfig, split: str) -> bool:
     """Whether the folder of the data, if it is there, has none of the split."""
     from ..data.annotations import split_names
 
-    is_folder = config.task == "classification" and _kind(config) == "folder" and not config.data.labels
+    is_folder = _sample(config) == "class" and _kind(config) == "folder" and not config.data.labels
     is_folder = is_folder and os.path.isdir(config.data.root or "")  # one that is not there is told where it is opened
     return is_folder and not any(
         Path(config.data.root or "", name).is_dir() for name in split_names(config.data, split)
@@ -67,7 +56,7 @@ def _brings_validation(config: TaskConfig) -> bool:
         return kind in ("torch", "hfds", "scenes")
     if not os.path.isdir(config.data.root or ""):
         return False
-    if config.task == "detection":
+    if _sample(config) == "objects":
         from ..data.boxes import find_layout
 
         found = find_layout(config.data, config.data.val_split)
@@ -80,7 +69,7 @@ def _brings_validation(config: TaskConfig) -> bool:
 def _is_coco(config: TaskConfig) -> bool:
     root = Path(config.data.root or "")
     files = (pattern for pattern in ("annotations/*.json", "*/_annotations.coco.json"))
-    return config.task == "detection" and _kind(config) == "folder" and any(any(root.glob(p)) for p in files)
+    return _sample(config) == "objects" and _kind(config) == "folder" and any(any(root.glob(p)) for p in files)
 
 
 def _optimizer_lacks(what: str) -> Callable[[Any], bool]:
@@ -194,10 +183,9 @@ def useless(config: TaskConfig, brought: TaskConfig) -> dict[str, str]:
         config: Options of a script.
         brought: Those that it would have without being given any, or only the ones before these.
     """
-    others = () if config.task == "classification" else INSTEAD_OF_JOINT
     found = {}
-    for name in (*FOREIGN[config.task], *others):
-        hint = " (sizes and augmentation are options of joint)" if name in others else ""
+    for name in TASKS[config.task].useless:
+        hint = " (sizes and augmentation are options of joint)" if name in AUGMENTATION else ""
         found |= {each: f"to {config.task}{hint}" for each in given(config, brought, name) if each not in FOR_ALL}
     for rule in RULES:
         for name in rule.options:

@@ -21,6 +21,7 @@ from ..data.config import AugmentConfig
 from ..errors import VisionattnError
 from ..errors import run as run
 from ..tasks.config import LossConfig, TaskConfig, TtaConfig
+from ..tasks.table import TASKS
 from ..tasks.useless import given, refuse, useless
 from .command_line import make_parser, parse, values_of
 from .yaml_text import plain as plain
@@ -182,8 +183,6 @@ class TrainConfig(TaskConfig):
         super().__post_init__()
         if Path(self.name).is_absolute() or ".." in Path(self.name).parts:
             raise VisionattnError(f"option name: expected that of a folder in {self.output}, got {self.name!r}")
-        if self.task == "classification" and (self.augment.mixup or self.augment.cutmix) and self.data.batch_size % 2:
-            raise VisionattnError(f"mixup and cutmix pair images: data.batch_size {self.data.batch_size} is odd")
         window = re.fullmatch(r"(\d+)-(\d+)", self.profile)
         if self.profile and (window is None or int(window[1]) >= int(window[2])):
             raise VisionattnError(f"option profile: expected a window of updates such as 10-20, got {self.profile!r}")
@@ -226,9 +225,13 @@ FIXED = ("task", "model", "head", "pretrained", "checkpoint", "loss.multi_label"
 
 
 @cache
-def _train_parser() -> ArgumentParser:
+def _made_parser(config: type) -> ArgumentParser:
+    if config is ValidateConfig:
+        parser = make_parser(config, "validate.py", "Validate a checkpoint, or a model's published weights.")
+        parser.set_defaults({"data.crop_pct": None, "data.val_fraction": 1.0})  # where nothing was trained on the rest
+        return parser
     parser = make_parser(
-        TrainConfig,
+        config,
         "train.py",
         "Train a vision backbone; without arguments, on handwritten digits. After SIGTERM or SIGINT the run is saved "
         "and the exit code 143 or 130; it is 2 where options, data or disk are at fault.",
@@ -237,16 +240,16 @@ def _train_parser() -> ArgumentParser:
     return parser
 
 
-@cache
-def _validate_parser() -> ArgumentParser:
-    parser = make_parser(ValidateConfig, "validate.py", "Validate a checkpoint, or a model's published weights.")
-    parser.set_defaults({"data.crop_pct": None, "data.val_fraction": 1.0})  # where nothing was trained on the rest
+def _parser(config: type) -> ArgumentParser:
+    parser = _made_parser(config)
+    (task,) = (action for action in parser._actions if action.dest == "task")
+    task._typehint, task.metavar = Literal[tuple(TASKS)], f"{{{','.join(TASKS)}}}"  # those that are known by now
     return parser
 
 
 def parse_train(argv: list[str]) -> tuple[TrainConfig, Path | None]:
     """Read train.py's command line into the options and the run folder to resume, if any."""
-    parser = _train_parser()
+    parser = _parser(TrainConfig)
     resume = next((Path(folder) for folder in reversed(values_of("--resume", argv))), None)
     if resume:
         if not (resume / "config.yaml").is_file():
@@ -284,7 +287,7 @@ def _own_options(file: str) -> set[str]:
 
 def parse_validate(argv: list[str], describe: Callable[[str], dict[str, Any]]) -> ValidateConfig:
     """Read validate.py's command line; `describe(checkpoint)` gives the options a checkpoint brings as defaults."""
-    parser = _validate_parser()
+    parser = _parser(ValidateConfig)
     config = parse(parser, ValidateConfig, argv)
     if config.checkpoint and (brought := describe(config.checkpoint)):
         config = parse(parser, ValidateConfig, argv, (config.checkpoint, brought))

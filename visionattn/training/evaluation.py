@@ -19,7 +19,7 @@ from ..create import describe_place, is_place
 from ..data.loader import eval_loader, read_batches
 from ..errors import VisionattnError, printable, user_input
 from ..registry import list_models
-from ..tasks import make_task
+from ..tasks import TASKS, make_task
 from ..tasks.task import Metrics
 from ..tasks.useless import refuse, useless
 from ..weights import load_checkpoint
@@ -142,7 +142,8 @@ def validate(config: ValidateConfig, output: ResultFile | None = None) -> dict[s
     prefix = kwargs.pop("checkpoint_prefix", "") if config.checkpoint else ""
     task = make_task(replace(config, checkpoint="", model_kwargs=kwargs))
     images = task.load_validation(classes)
-    model = task.create_model(None if config.task == "classification" else len(images.classes))
+    of_images = TASKS[config.task].sample == "class"  # whose models have classes of their own, and perhaps further ones
+    model = task.create_model(None if of_images else len(images.classes))
     if config.checkpoint:
         load_checkpoint(model, config.checkpoint, prefix)
     elif named:
@@ -151,7 +152,7 @@ def validate(config: ValidateConfig, output: ResultFile | None = None) -> dict[s
     data, mode = task.resolve(model).data, image_mode(model)
     accelerator = make_accelerator("no")  # the predictor sees to the precision, which differs from model to model
     device = accelerator.device
-    validation = task.prepare_validation(_as_run(model, config, device), images, classes)
+    validation = task.make_validation(_as_run(model, config, device), images, classes)
     rank, processes = accelerator.process_index, accelerator.num_processes
     share = data.eval_batch_size, mode, data.num_workers, rank, processes
     loader = eval_loader(images, validation.transform, *share, task.collate(False))
@@ -180,7 +181,7 @@ def validate(config: ValidateConfig, output: ResultFile | None = None) -> dict[s
         "peak_memory_mib": memory.max().item(),
         "per_class": per_class,
     }
-    is_part = config.task == "classification" and len(images) < len(images.source)
+    is_part = of_images and len(images) < len(images.source)
     _print(
         record, f" of {len(images.source)} (data.val_fraction)" if is_part else "", validation.lines(figures, per_class)
     )

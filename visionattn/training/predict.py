@@ -12,7 +12,7 @@ from PIL import Image
 from ..create import create_model
 from ..data.images import to_mode
 from ..errors import VisionattnError, printable, user_input
-from ..tasks import make_task
+from ..tasks import TASKS, make_task
 from ..weights.description import read_description
 from .checkpoint import write_file
 from .config import parse_validate
@@ -44,16 +44,18 @@ def predict(
         raise VisionattnError(f"{checkpoint} was not saved by train.py: it does not say which model and classes it has")
     config = parse_validate(["--checkpoint", checkpoint], options_of)
     classes, several = description["classes"], bool(description.get("multi_label"))
-    no_pictures = config.task == "classification"
+    sample = TASKS[config.task].sample
+    no_pictures, has_scores = sample == "class", sample == "objects" or several
     useless = {
         "--output": no_pictures and output is not None,
         "--overwrite": no_pictures and overwrite,
-        "--threshold": not (config.task == "detection" or several) and threshold is not None,
+        "--threshold": not has_scores and threshold is not None,
     }
     if name := next((name for name, given in useless.items() if given), None):
         raise VisionattnError(f"option {name} is of no use to {config.task}: leave it out")
     pictures = [] if no_pictures else _pictures(files, Path(output or "predictions"), overwrite)
-    threshold = 0.5 if threshold is None else threshold
+    if has_scores and threshold is None:
+        threshold = 0.5
     task, model = make_task(config), create_model(checkpoint).eval()
     task.resolve(model)
     prepare, collate, device = task.transform(False).image, task.collate(False), make_accelerator("no").device
@@ -64,10 +66,9 @@ def predict(
         with torch.no_grad():
             output_of = task.predict(model, send_to_device(collate([prepare(image)], [0])[0], device))[0]
         if not pictures:
-            told = _above(output_of, classes, threshold) if several else _ranked(output_of, classes)
-            print(printable(f"{file}: {told}"), flush=True)
+            print(printable(f"{file}: {task.summarise(output_of, classes, threshold)}"), flush=True)
             continue
-        found = task.restore(output_of, (image.height, image.width))
+        found = task.to_full_size(output_of, (image.height, image.width))
         with user_input(f"cannot write {pictures[number]}", OSError):
             pictures[number].parent.mkdir(parents=True, exist_ok=True)
         picture = task.draw_on(image, found, classes, threshold)
@@ -85,18 +86,3 @@ def _pictures(files: Sequence[str], folder: Path, overwrite: bool) -> list[Path]
     if not overwrite and (there := next((path for path in pictures if path.exists()), None)):
         raise VisionattnError(f"{there} exists: give --output another folder, or --overwrite")
     return pictures
-
-
-def _above(logits: torch.Tensor, classes: list[str], threshold: float) -> str:
-    """The classes whose probability is at least a threshold, the likeliest first."""
-    shares = logits.float().sigmoid()
-    found = [i for i in shares.argsort(descending=True).tolist() if shares[i] >= threshold]
-    return ", ".join(f"{classes[i]} {100 * shares[i]:.1f} %" for i in found) or f"no class at {100 * threshold:g} %"
-
-
-def _ranked(logits: torch.Tensor, classes: list[str]) -> str:
-    """The five likeliest classes."""
-    shares, best = logits.float().softmax(0).topk(min(5, len(classes)))
-    return ", ".join(
-        f"{classes[i]} {100 * share:.1f} %" for share, i in zip(shares.tolist(), best.tolist(), strict=True)
-    )

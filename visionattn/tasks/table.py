@@ -1,0 +1,52 @@
+"""The tasks, and what has to be known of each before it is used: its class may need libraries that are optional."""
+
+from typing import Literal, NamedTuple
+
+
+class Known(NamedTuple):
+    """A line of `TASKS`.
+
+    Args:
+        place: Module and name of the class, a `Task`: "package.module:Class".
+        sample: What comes with an image: a class, or several; objects; or a map of its pixels. Images with a class are
+            prepared by the options augment and data.img_size, those whose annotations move along by joint.
+        head: What is built on a backbone where no head is named.
+        useless: Options that it has no use for, groups of them among them.
+    """
+
+    place: str
+    sample: Literal["class", "objects", "map"]
+    head: str = ""
+    useless: tuple[str, ...] = ()
+
+
+AUGMENTATION = ("augment", "data.img_size", "data.eval_img_size", "data.interpolation", "data.crop_mode")
+"""What images with a class have where those with annotations have joint."""
+TASKS = {
+    "classification": Known(
+        "visionattn.tasks.classification:Classification",
+        "class",
+        useless=("head", "head_kwargs", "annotations", "joint", "loss.dice", "loss.auxiliary"),
+    ),
+    "detection": Known(
+        "visionattn.tasks.detection:Detection",
+        "objects",
+        "fcos",
+        (
+            *("data.labels", "loss", "tta", "joint.max_class_share", "distill", "fuse", "data.download"),
+            *("data.crop_pct", *AUGMENTATION),
+        ),
+    ),
+    "segmentation": Known(
+        "visionattn.tasks.segmentation:Segmentation",
+        "map",
+        "fpn",
+        (
+            "data.labels",
+            *("loss.smoothing", "loss.bce", "loss.bce_threshold", "loss.bce_sum", "loss.multi_label", "tta.crops"),
+            *("joint.detr_crop", "annotations.box_format", "distill", "fuse", "data.download"),
+            *("data.crop_pct", "data.val_fraction", *AUGMENTATION),
+        ),
+    ),
+}
+"""By the names that the option task takes. A task from outside the package adds its line before options are read."""
