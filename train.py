@@ -10,7 +10,7 @@ def main(argv: list[str]) -> None:
     from visionattn.training.config import parse_train  # here, so that a library that is lacking is told in one line
 
     config, resume = parse_train(argv)
-    from visionattn.training.trainer import train  # after parsing, so that --help and typos are answered at once
+    from visionattn.training.run import train  # after parsing, so that --help and typos are answered at once
 
     train(config, resume)
 

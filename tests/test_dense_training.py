@@ -26,7 +26,8 @@ from visionattn.tasks import make_task
 from visionattn.tasks.config import TaskConfig, TtaConfig
 from visionattn.training.config import ValidateConfig, parse_train, parse_validate
 from visionattn.training.evaluation import options_of, validate
-from visionattn.training.trainer import Trainer, train
+from visionattn.training.run import train
+from visionattn.training.trainer import Trainer
 
 QUICK = ["--data.batch_size", "2", "--data.num_workers", "0", "--annotations.scene_count", "12", "--epochs", "2"]
 QUICK += ["--annotations.scene_size", "64", "--data.eval_batch_size", "2", "--schedule.warmup_epochs", "0"]
@@ -329,7 +330,7 @@ def test_two_processes_are_as_good_as_one(tmp_path: Path):
 
 @TASKS
 def test_dry_run_leaves_nothing(tmp_path: Path, task: list[str], capsys, monkeypatch):
-    monkeypatch.setattr("visionattn.training.report.SECONDS", 0.1)
+    monkeypatch.setattr("visionattn.training.run.SECONDS", 0.1)
     assert train(*parse(tmp_path, *task, "--dry_run")) is None
     assert "64 x 64 input" in capsys.readouterr().out and not list(tmp_path.iterdir())
 

@@ -15,7 +15,8 @@ from visionattn.errors import VisionattnError
 from visionattn.training.checkpoint import read_training_state, save_checkpoint
 from visionattn.training.config import parse_train, parse_validate
 from visionattn.training.evaluation import options_of, validate
-from visionattn.training.trainer import Trainer, train
+from visionattn.training.run import train
+from visionattn.training.trainer import Trainer
 from visionattn.weights.description import describe_file
 from visionattn.weights.files import DESCRIPTION, write_checkpoint
 

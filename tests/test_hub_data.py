@@ -12,7 +12,7 @@ from visionattn.data.images import load_datasets, load_validation
 from visionattn.errors import VisionattnError
 from visionattn.training.config import parse_train, parse_validate
 from visionattn.training.evaluation import options_of, validate
-from visionattn.training.trainer import train
+from visionattn.training.run import train
 
 datasets = pytest.importorskip("datasets")
 

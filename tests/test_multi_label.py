@@ -22,7 +22,7 @@ from visionattn.tasks.config import LossConfig
 from visionattn.tasks.views import Predictor
 from visionattn.training.config import parse_train, parse_validate
 from visionattn.training.evaluation import options_of, validate
-from visionattn.training.trainer import train
+from visionattn.training.run import train
 from visionattn.weights.description import read_description
 
 

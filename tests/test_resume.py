@@ -19,12 +19,12 @@ from safetensors.torch import load_file
 
 import visionattn.training.trainer as trainer_module
 from visionattn.errors import VisionattnError
-from visionattn.training.checkpoint import read_training_state, save_checkpoint
+from visionattn.training.checkpoint import make_folder, read_training_state, remove_unused, save_checkpoint
 from visionattn.training.config import parse_train
-from visionattn.training.folder import make_folder, remove_unused
 from visionattn.training.logging import RunLog
 from visionattn.training.results import ResultFile
-from visionattn.training.trainer import Trainer, train
+from visionattn.training.run import dry_run, train
+from visionattn.training.trainer import Trainer
 from visionattn.weights.description import read_description
 
 QUICK = ["--data.num_workers", "0", "--data.batch_size", "4", "--epochs", "2", "--save_every", "1", "--trackers", "[]"]
@@ -332,7 +332,7 @@ def test_a_validation_that_fails_loses_no_training(tmp_path: Path, images: str, 
 
 
 def test_a_dry_run_of_a_resumed_run_writes_nothing(begun, tmp_path: Path, monkeypatch, capsys):
-    monkeypatch.setattr("visionattn.training.report.SECONDS", 0.1)
+    monkeypatch.setattr("visionattn.training.run.SECONDS", 0.1)
     folder = tmp_path / "copy"
     shutil.copytree(begun["plain"], folder)
     state = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
@@ -355,7 +355,7 @@ def test_a_diverging_dry_run_is_one_clear_error(tmp_path: Path, images: str):
         begin(tmp_path, images, "--guard.max_bad_steps", "2", "--guard.on_divergence", "rollback"), lambda _: True
     )
     with pytest.raises(VisionattnError, match="diverged"):
-        trainer_module.dry_run(run)
+        dry_run(run)
     assert not (tmp_path / "runs").exists()
 
 

@@ -18,8 +18,9 @@ from visionattn.errors import VisionattnError
 from visionattn.training import trainer
 from visionattn.training.config import parse_train, parse_validate
 from visionattn.training.evaluation import make_accelerator, options_of, validate
+from visionattn.training.run import train
 from visionattn.training.sharding import check_sharding
-from visionattn.training.trainer import Trainer, train
+from visionattn.training.trainer import Trainer
 
 OPTIONS = ["--data.val_fraction", "0.8", "--data.num_workers", "0", "--epochs", "2", "--save_every", "6"]
 OPTIONS += ["--optim.accumulation", "2", "--ema.decay", "0.9"]

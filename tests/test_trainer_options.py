@@ -19,13 +19,14 @@ from visionattn.data.transforms import eval_transform
 from visionattn.errors import VisionattnError
 from visionattn.tasks.classification import ClassificationLoss
 from visionattn.tasks.config import LossConfig
+from visionattn.training.build import freeze
 from visionattn.training.checkpoint import read_training_state, save_checkpoint
 from visionattn.training.config import OptimConfig, ScheduleConfig, TrainConfig, parse_train
-from visionattn.training.freeze import freeze
+from visionattn.training.guard import Stopped
 from visionattn.training.logging import RunLog
 from visionattn.training.optim import Schedule, make_optimizer
-from visionattn.training.signals import Stopped
-from visionattn.training.trainer import Trainer, train
+from visionattn.training.run import train
+from visionattn.training.trainer import Trainer
 
 PREPARED = DataConfig(
     img_size=32, mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bicubic", crop_pct=1.0, crop_mode="center"

@@ -19,8 +19,9 @@ import visionattn.training.trainer as trainer_module
 from visionattn.errors import VisionattnError
 from visionattn.training.checkpoint import read_training_state, save_checkpoint
 from visionattn.training.config import parse_train
-from visionattn.training.signals import PAUSE, Signals, Stopped
-from visionattn.training.trainer import Trainer, train
+from visionattn.training.guard import PAUSE, Signals, Stopped
+from visionattn.training.run import train
+from visionattn.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]
 QUICK = ["--data.val_fraction", "0.8", "--data.num_workers", "0", "--epochs", "2", "--data.batch_size", "32"]

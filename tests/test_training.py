@@ -21,7 +21,8 @@ from visionattn.errors import VisionattnError
 from visionattn.training.checkpoint import read_training_state, save_checkpoint
 from visionattn.training.config import parse_train, parse_validate, run
 from visionattn.training.evaluation import options_of, validate
-from visionattn.training.trainer import Trainer, train
+from visionattn.training.run import train
+from visionattn.training.trainer import Trainer
 from visionattn.weights import load_checkpoint
 from visionattn.weights.description import read_description
 

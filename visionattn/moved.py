@@ -26,6 +26,13 @@ MOVED = {
     "data.detection": "data.boxes",
     "data.segmentation": "data.maps",
     "predict": "training.predict",
+    "training.folder": "training.checkpoint",
+    "training.freeze": "training.build",
+    "training.gallery": "training.logging",
+    "training.measure": "training.evaluation",
+    "training.profiler": "training.logging",
+    "training.report": "training.run",
+    "training.signals": "training.guard",
 }
 """Old names within the package, and those of today: of several modules where a part has gone elsewhere."""
 

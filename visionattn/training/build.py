@@ -1,5 +1,6 @@
-"""What a run is made of, from its options: loaders and model."""
+"""What a run is made of, from its options: loaders, and a model of which parts may not learn."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,12 +15,12 @@ from ..data.loader import Stream, TrainSampler, derive_seed, eval_loader, train_
 from ..errors import VisionattnError, user_input
 from ..tasks import make_task
 from ..tasks.task import Task
-from ..weights.description import Described, check_made, read_described
+from ..weights.description import Described, check_made, entries_of
 from ..weights.entries import check_model, longest_side
+from .checkpoint import Saved
 from .config import TrainConfig
 from .evaluation import image_mode
-from .freeze import freeze
-from .signals import leave_group
+from .guard import leave_group
 
 
 def make_model(
@@ -50,21 +51,20 @@ def make_model(
     return model, frozen
 
 
-def check_resumable(task: Task, num_classes: int, folder: Path) -> None:
+def check_resumable(task: Task, num_classes: int, folder: Path, saved: Saved) -> None:
     """Refuse options of a run whose model is not the one that its last checkpoint holds, before it is made.
 
     Args:
         task: Of the options.
         num_classes: Of the data.
         folder: Of the run.
+        saved: Its last checkpoint.
 
     Raises:
         VisionattnError: Says what differs.
     """
-    path = folder / "checkpoints" / "last.safetensors"
-    if not path.is_file():
-        raise VisionattnError(f"cannot resume {folder}: it has no checkpoints/last.safetensors")
-    content = read_described(path)[1]
+    path, content, metadata = saved
+    entries_of(path, content, metadata)
     name, kwargs = task.made
     plain = replace(task.config, model=name, model_kwargs=kwargs, pretrained=False, checkpoint="")
     entries = {"task": plain.task, "model_kwargs": kwargs}
@@ -95,3 +95,53 @@ def make_loaders(
     val_batches = eval_loader(val_images, task.transform(False), *share, task.collate(False))
     train_batches.worker_init_fn = val_batches.worker_init_fn = leave_group
     return sampler, train_batches, val_batches
+
+
+def freeze(model: nn.Module, parts: tuple[str, ...]) -> list[nn.Module]:
+    """Keep parameters as they are.
+
+    Args:
+        model: Model to freeze in part.
+        parts: Names of modules or parameters, "blocks.0-5" for a range; "backbone" for all but the head and the dropout
+            before it.
+
+    Returns:
+        The frozen modules, which must stay in eval mode for their batch norms to keep their statistics.
+
+    Raises:
+        VisionattnError: If a part does not exist, or nothing is left to learn.
+    """
+    modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
+    frozen = []
+    for part in parts:
+        for name in _backbone(model) if part == "backbone" else _expand(part):
+            if name not in modules and name not in parameters or not name:
+                known = ", ".join(dict.fromkeys(name.partition(".")[0] for name in parameters))
+                raise VisionattnError(f"freeze: the model has no {name}; its parts are {known}")
+            if name in modules:
+                frozen.append(modules[name].requires_grad_(False))
+            else:
+                parameters[name].requires_grad_(False)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise VisionattnError(f"freeze: [{', '.join(parts)}] leaves nothing to learn")
+    return frozen
+
+
+def _backbone(model: nn.Module) -> list[str]:
+    """Names of what is under a head for detection or segmentation, or of all at the top but a classifier and the
+    dropout before it."""
+    if hasattr(model, "backbone_name"):
+        return [model.backbone_name]
+    heads = getattr(model, "classifier", ())
+    heads = ("head_drop", *((heads,) if isinstance(heads, str) else heads))
+    names = [name for name, _ in model.named_children()] + [name for name, _ in model.named_parameters(recurse=False)]
+    return [name for name in names if name not in heads]
+
+
+def _expand(part: str) -> list[str]:
+    """ "blocks.0-2" as blocks.0, blocks.1, blocks.2."""
+    numbers = re.search(r"(\d+)-(\d+)", part)
+    if numbers is None:
+        return [part]
+    inside = range(int(numbers[1]), int(numbers[2]) + 1)
+    return [part[: numbers.start()] + str(i) + part[numbers.end() :] for i in inside]

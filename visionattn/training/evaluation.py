@@ -3,7 +3,9 @@
 import fnmatch
 import glob
 import sys
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,6 @@ from ..tasks.useless import refuse, useless
 from ..weights import load_checkpoint
 from ..weights.description import read_description
 from .config import ValidateConfig, parse_validate
-from .measure import Stopwatch, peak_memory, reset_peak_memory
 from .results import ResultFile
 
 
@@ -262,3 +263,40 @@ def _print(record: dict[str, Any], held_out: str, figures: list[tuple[str, str]]
     ]
     width = max(len(label) for label, _ in lines)
     print("\n".join(f"{label:{max(width, 10)}} {printable(text)}" for label, text in lines))
+
+
+class Stopwatch:
+    """Images per second, over the full batches after the first, whose time goes to warming up."""
+
+    def __init__(self) -> None:
+        self.start = time.perf_counter()
+        self.batch_size = self.images = 0
+        self.speed = 0.0
+
+    def lap(self, images: int) -> None:
+        """Note that a batch of so many images is done."""
+        now = time.perf_counter()
+        if not self.batch_size:
+            self.batch_size, self.speed = images, images / (now - self.start)  # unless another one comes
+            self.start = now
+        elif images == self.batch_size:
+            self.images += images
+            self.speed = self.images / (now - self.start)
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Start to look for the peak afresh."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with suppress(OSError):  # Linux only; elsewhere the peak is that of the process since its start
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory(device: torch.device) -> float:
+    """The most memory held at once in MiB: tensors on a GPU, else all that the process held."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    import resource  # which Windows lacks
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)

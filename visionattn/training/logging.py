@@ -1,14 +1,16 @@
-"""What a run tells while it goes and leaves behind: progress, metrics.csv, curves.png and trackers."""
+"""What a run tells while it goes and leaves behind: progress, metrics.csv, curves.png, pictures, traces, trackers."""
 
 import csv
 import io
 import sys
 import time
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
@@ -17,10 +19,12 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from ..data.drawing import grid
 from ..errors import VisionattnError, require, user_input
 from ..tasks.task import Task
 from .checkpoint import write_file
 from .config import TrainConfig, plain
+from .yaml_text import read_file, resolved
 
 
 def check_trackers(names: Sequence[str]) -> None:
@@ -174,3 +178,83 @@ def duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+class Gallery:
+    """The first images of a validation: beside each target, what the model makes of the image.
+
+    Args:
+        task: Which draws.
+        classes: Names of the classes.
+    """
+
+    count = 8
+    side = 320
+    """Most pixels of a picture's longer side."""
+
+    def __init__(self, task: Task, classes: list[str]) -> None:
+        self.task, self.classes = task, classes
+        self.pictures: list[Image.Image] = []
+
+    def add(self, images: Any, targets: Any, outputs: Any) -> None:
+        """Draw those of a batch that there is room for."""
+        for sample in islice(zip(images, targets, outputs, strict=True), self.count - len(self.pictures)):
+            if drawn := self.task.draw(*sample, self.classes):
+                for picture in drawn:
+                    picture.thumbnail((self.side, self.side))
+                self.pictures.append(grid(drawn))
+
+    def picture(self) -> Image.Image | None:
+        """All of them; None if there are none."""
+        return grid(self.pictures) if self.pictures else None
+
+
+def check_window(window: str, last: int, resumed_at: int, folder: Path | None) -> None:
+    """Refuse a window of which the run sees nothing.
+
+    Args:
+        window: As for `Profiler`.
+        last: Updates of the whole run.
+        resumed_at: Update at which it goes on.
+        folder: Of a run that is resumed; the window that it began with may be over.
+
+    Raises:
+        VisionattnError: If it lies after the run's end, or before where it goes on.
+    """
+    first, end = map(int, window.split("-"))
+    if first >= last:
+        raise VisionattnError(f"option profile is of no use: {window} is past the end, the run has {last} updates")
+    if folder is None or end > resumed_at:
+        return
+    began_with = read_file(folder / "config.yaml", f"cannot resume {folder}").get("profile")
+    if resolved(began_with) != window:
+        raise VisionattnError(f"option profile is of no use: {window} is over, the run goes on at update {resumed_at}")
+
+
+class Profiler:
+    """torch.profiler over a window of updates.
+
+    Args:
+        window: First update and the one after the last, "10-20", counted from the start of the run; empty for none.
+        folder: Where the trace goes, for chrome://tracing or https://ui.perfetto.dev.
+    """
+
+    def __init__(self, window: str, folder: Path) -> None:
+        self.first, self.end = map(int, window.split("-")) if window else (-1, -1)
+        self.file = folder / f"trace-{window}.json"
+        self.profile: torch.profiler.profile | None = None
+
+    def step(self, update: int) -> None:
+        """Begin or end the window before an update."""
+        if self.profile is None and self.first <= update < self.end:  # a resumed run may begin within
+            self.profile = torch.profiler.profile(record_shapes=True)
+            self.profile.start()
+        elif self.profile and update >= self.end:
+            self.stop()
+
+    def stop(self) -> None:
+        """End the window, if it is open, and write what was seen."""
+        if self.profile:
+            self.profile.stop()
+            self.profile.export_chrome_trace(str(self.file))
+            self.profile = None

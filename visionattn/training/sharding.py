@@ -58,7 +58,7 @@ def check_sharding(config: TrainConfig, accelerator: Accelerator) -> None:
         raise VisionattnError(f"a run split by FSDP does not take {told}")
 
 
-def prepare(
+def distribute(
     accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, average: nn.Module | None
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
     """What accelerate makes of a model and its optimizer, which from then on load whole tensors even if they are split.

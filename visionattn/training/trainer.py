@@ -2,40 +2,32 @@
 
 import math
 import os
-import shlex
-import signal
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list, send_to_device
+from accelerate.utils import send_to_device
 from timm.utils import ModelEmaV3, dispatch_clip_grad
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..backbone import Mechanics
 from ..data.loader import Batch, Stream, derive_seed, read_batches
 from ..errors import VisionattnError
 from ..tasks import make_task
 from .build import check_resumable, make_loaders, make_model, memory_format
-from .checkpoint import link, save_checkpoint, without_nan, write_file
-from .config import TrainConfig, plain, to_yaml
+from .checkpoint import read_saved, remove_temporaries, remove_unused, write_file
+from .config import TrainConfig, to_yaml
 from .distill import Distillation, check_own, make_teacher
 from .evaluation import evaluate, make_accelerator
-from .folder import keep_best, make_folder, remove_temporaries, remove_unused
-from .gallery import Gallery
-from .guard import Diverged, Guard
-from .logging import RunLog, check_trackers
+from .guard import Diverged, Guard, Signals, Stopped
+from .logging import Gallery, Profiler, RunLog, check_trackers, check_window
 from .optim import Schedule, make_optimizer
-from .profiler import Profiler, check_window
-from .report import dry_run
-from .resume import restore, state_of
-from .sharding import check_sharding, gathered, joined, prepare, whole
-from .signals import Signals, Stopped
+from .resume import Kept
+from .sharding import check_sharding, distribute, gathered, joined
 
 
-class Trainer:
+class Trainer(Kept):
     """One run: everything it needs is built, checked and, to resume, loaded before anything is written.
 
     Args:
@@ -44,6 +36,7 @@ class Trainer:
     """
 
     def __init__(self, config: TrainConfig, resume: Path | None = None) -> None:
+        super().__init__()
         check_trackers(config.trackers)
         self.accelerator = accelerator = make_accelerator(
             config.precision,
@@ -59,9 +52,10 @@ class Trainer:
         self.task = make_task(config)
         images = self.task.load()
         self.classes = images[0].classes
-        if resume is not None:
-            check_resumable(self.task, len(self.classes), resume)
-        model, self.frozen = make_model(self.task, len(self.classes), accelerator, resume is not None)
+        saved = None if resume is None else read_saved(resume)
+        if saved is not None:
+            check_resumable(self.task, len(self.classes), resume, saved)
+        model, self.frozen = make_model(self.task, len(self.classes), accelerator, saved is not None)
         self.config = config = self.task.resolve(model)
         self.sampler, self.train_batches, self.val_batches = make_loaders(
             self.task, model, images, accelerator.process_index, accelerator.num_processes
@@ -88,32 +82,14 @@ class Trainer:
         self.ema = ModelEmaV3(model, config.ema.decay, use_warmup=config.ema.warmup) if config.ema.decay else None
         if config.compile:
             self.student.compile()
-        self.model, self.optimizer = prepare(accelerator, self.student, optimizer, self.ema and self.ema.module)
+        self.model, self.optimizer = distribute(accelerator, self.student, optimizer, self.ema and self.ema.module)
         self.guard, self.signals = Guard(config.guard, accelerator), Signals()
         self.profiler: Profiler | None = None
-        self.epoch = self.update = 0  # where the next update is
-        self.train_loss, self.counted = 0.0, 0  # sum over the updates of this epoch that were not skipped; how many
-        self.ranking: list[list[float]] = []  # (score, epoch) of the best epochs, which are kept
-        self.last_is_good = True  # whether a rollback may go to the last checkpoint
-        self.has_saved = False  # whether there is more than the run began with
         self.folder = resume
-        if resume is not None:
-            restore(self, resume / "checkpoints" / "last.safetensors")
+        if saved is not None:
+            self.go_on_from(saved)
         if config.profile:
             check_window(config.profile, config.epochs * self.updates, self.epoch * self.updates + self.update, resume)
-
-    @property
-    def best(self) -> float | None:
-        """The best metric of an epoch so far."""
-        return self.ranking[0][0] if self.ranking else None
-
-    def told_best(self) -> str:
-        """The best metric of an epoch so far, in words."""
-        if self.best is None:
-            why = ": each ended in skipped updates, try a lower --optim.lr" if self.guard.in_a_row else ""
-            return f"no best among {self.epoch} epochs{why}"
-        value = f"{self.best:.4f} %" if self.best >= 0 else "nothing to count"
-        return f"best {self.task.metric} {value} in {self.epoch} epochs"
 
     def fit(self) -> Path:
         """Train to the last epoch; the run folder.
@@ -288,107 +264,5 @@ class Trainer:
         self.train_loss, self.counted = 0.0, 0
         self._save_last(metrics)
 
-    def _rank(self, score: float, metrics: dict[str, float]) -> None:
-        """Keep this epoch's weights if they are among the best."""
-        keep, own = self.config.keep_best, [score, self.epoch]
-        self.ranking = sorted([*self.ranking, own], key=lambda entry: -entry[0])[:keep]
-        name = "best" if keep == 1 else f"epoch-{self.epoch}"
-        if own in self.ranking:
-            self._save(name, metrics)
-        if self.accelerator.is_main_process:
-            keep_best(self.folder, [epoch for _, epoch in self.ranking], keep > 1)
-
     def _lr(self) -> float:
         return max(group["lr"] for group in self.optimizer.param_groups)
-
-    def _begin(self) -> None:
-        """Make the run folder, at once with options and a checkpoint in it: it can be resumed from then on."""
-        contents = self._contents(state=True)
-
-        def fill(folder: Path) -> None:
-            save_checkpoint(folder / "checkpoints" / "last.safetensors", *contents)
-
-        folder = [make_folder(self.config, fill)] if self.accelerator.is_main_process else [None]
-        self.folder = broadcast_object_list(folder)[0]
-
-    def _roll_back(self) -> None:
-        """Go on from the last good checkpoint, with a lower learning rate."""
-        counters, factor, last_is_good = self.guard.state_dict(), self.schedule.factor, self.last_is_good
-        last, good = (self.folder / "checkpoints" / f"{name}.safetensors" for name in ("last", "good"))
-        restore(self, last if last_is_good or not good.is_file() else good)  # no good one where rollbacks were off
-        self.last_is_good = last_is_good  # which is about the file, and that has not changed
-        self.guard.load_state_dict(counters | {"in_a_row": 0})
-        self.schedule.factor = factor * self.config.guard.rollback_lr_factor
-
-    def _save_last(self, metrics: dict[str, float] | None = None, regular: bool = True) -> None:
-        """Write the checkpoint that a run is resumed from.
-
-        Rollbacks go to those that are written at regular times and have no skipped updates at their end, whether or not
-        the run was interrupted in between. The last of these is kept as `good` where it is not `last`.
-        """
-        last, good = (self.folder / "checkpoints" / f"{name}.safetensors" for name in ("last", "good"))
-        is_good = regular and not self.guard.in_a_row
-        main = self.accelerator.is_main_process
-        if main and self.last_is_good and not is_good and self.config.guard.on_divergence == "rollback":
-            link(last, good)
-        self.last_is_good = is_good
-        self._save("last", metrics, state=True)
-        if main and is_good:
-            good.unlink(missing_ok=True)
-
-    def _save(self, name: str, metrics: dict[str, float] | None = None, state: bool = False) -> None:
-        """Write a checkpoint; with `state`, one that can be resumed."""
-        contents = self._contents(metrics, state)
-        if self.accelerator.is_main_process:
-            save_checkpoint(self.folder / "checkpoints" / f"{name}.safetensors", *contents)
-        self.has_saved = self.epoch + self.update > 0
-
-    def _contents(
-        self, metrics: dict[str, float] | None = None, state: bool = False
-    ) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any] | None]:
-        """What a checkpoint holds: weights, description and training state; complete in the main process alone."""
-        config, main = self.config, self.accelerator.is_main_process
-        description = self.task.describe(len(self.classes)) | {
-            "classes": self.classes,
-            "data": plain(config.data),
-            "precision": config.precision,
-            "epoch": self.epoch,
-            "metrics": metrics and without_nan(metrics),
-        }
-        weights = whole(self.validated_weights().state_dict(), main)
-        if not state:
-            return weights, description, None
-        return weights, description, state_of(self)
-
-    def validated_weights(self) -> nn.Module:
-        """The model that is validated and kept."""
-        return self.ema.module if self.ema else self.bare_model
-
-
-def train(config: TrainConfig, resume: Path | None = None) -> Path | None:
-    """Run train.py: train, tell where the results are, and return the run folder; None for a dry run.
-
-    Raises:
-        SystemExit: After SIGINT or SIGTERM, with 128 and the number of the signal, once the run is saved.
-    """
-    trainer = Trainer(config, resume)
-    if config.dry_run:
-        dry_run(trainer)
-        return None
-    try:
-        folder = trainer.fit()
-    except Stopped:
-        received = trainer.signals.received or signal.SIGTERM  # another process's
-        if trainer.accelerator.is_main_process:
-            told = f"stopped by {signal.Signals(received).name} and saved"
-            print(f"{told}; continue   python train.py --resume {shlex.quote(str(trainer.folder))}", flush=True)
-        raise SystemExit(128 + received) from None
-    if trainer.accelerator.is_main_process:
-        checkpoint = folder / "checkpoints" / "best.safetensors"
-        print(trainer.told_best())
-        made = ("metrics.csv", "skipped.csv", "curves.png", "predictions/", "config.yaml", "checkpoints/")
-        print(f"results    {folder}: {', '.join(name for name in made if (folder / name).exists())}")
-        if checkpoint.exists():
-            print(f"validate   python validate.py --checkpoint {shlex.quote(str(checkpoint))}")
-        print(f"compare    tensorboard --logdir {shlex.quote(str(folder.parent))}")
-    return folder

@@ -313,7 +313,9 @@ def _targets(rules: list[Rule], key: str) -> list[str]:
     return []
 
 
-def load_checkpoint(model: nn.Module, path: str | PathLike, checkpoint_prefix: str = "") -> None:
+def load_checkpoint(
+    model: nn.Module, path: str | PathLike, checkpoint_prefix: str = "", content: Mapping[str, Any] | None = None
+) -> None:
     """Load a checkpoint file of any published layout of the model's family, strictly: as the very model that it is of.
 
     What else the file holds is logged in one line.
@@ -322,11 +324,12 @@ def load_checkpoint(model: nn.Module, path: str | PathLike, checkpoint_prefix: s
         model: the model to load into.
         path: a file that `read_checkpoint` reads.
         checkpoint_prefix: where in the file the weights are, if there are several that fit equally well.
+        content: of the file, where it has been read already.
 
     Raises:
         VisionattnError: if the file cannot be read or does not fit the model; the model is then unchanged.
     """
-    content = read_checkpoint(path)[0]
+    content = read_checkpoint(path)[0] if content is None else content
     with told_of(f"checkpoint {path}"):
         tensors, dropped = _strictly(content, model, checkpoint_prefix)
         model.load_state_dict(tensors, strict=True)

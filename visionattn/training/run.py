@@ -1,9 +1,11 @@
-"""What a run would need, measured on a few updates of it."""
+"""train.py: a run from its options to where its results are, or what it would need, measured on a few updates."""
 
+import shlex
+import signal
 import time
 from dataclasses import replace
 from itertools import islice
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import torch
 from accelerate.utils import send_to_device
@@ -11,17 +13,46 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..data.loader import read_batches
+from .config import TrainConfig
+from .evaluation import peak_memory, reset_peak_memory
+from .guard import Stopped
 from .logging import duration
-from .measure import peak_memory, reset_peak_memory
-
-if TYPE_CHECKING:
-    from .trainer import Trainer
+from .trainer import Trainer
 
 SECONDS = 20.0
 """Time given to the updates that are measured."""
 
 
-def dry_run(trainer: "Trainer") -> None:
+def train(config: TrainConfig, resume: Path | None = None) -> Path | None:
+    """Run train.py: train, tell where the results are, and return the run folder; None for a dry run.
+
+    Raises:
+        SystemExit: After SIGINT or SIGTERM, with 128 and the number of the signal, once the run is saved.
+    """
+    trainer = Trainer(config, resume)
+    if config.dry_run:
+        dry_run(trainer)
+        return None
+    try:
+        folder = trainer.fit()
+    except Stopped:
+        received = trainer.signals.received or signal.SIGTERM  # another process's
+        if trainer.accelerator.is_main_process:
+            told = f"stopped by {signal.Signals(received).name} and saved"
+            print(f"{told}; continue   python train.py --resume {shlex.quote(str(trainer.folder))}", flush=True)
+        raise SystemExit(128 + received) from None
+    if trainer.accelerator.is_main_process:
+        checkpoint = folder / "checkpoints" / "best.safetensors"
+        print(trainer.told_best())
+        made = ("metrics.csv", "skipped.csv", "curves.png", "predictions/", "config.yaml", "checkpoints/")
+        print(f"results    {folder}: {', '.join(name for name in made if (folder / name).exists())}")
+        if checkpoint.exists():
+            print(f"validate   python validate.py --checkpoint {shlex.quote(str(checkpoint))}")
+        print(f"compare    tensorboard --logdir {shlex.quote(str(folder.parent))}")
+    return folder
+
+
+def dry_run(trainer: Trainer) -> None:
     """Train for some updates and print parameters, multiply-adds, peak memory, images/s and the time of the whole run.
 
     Args:
