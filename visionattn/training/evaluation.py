@@ -4,7 +4,7 @@ import fnmatch
 import glob
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +25,7 @@ from ..tasks import TASKS, make_task
 from ..tasks.task import Metrics
 from ..tasks.useless import refuse, useless
 from ..weights import load_checkpoint
-from ..weights.description import read_description
+from ..weights.description import read_described, read_description
 from .config import ValidateConfig, parse_validate
 from .results import ResultFile
 
@@ -82,7 +82,11 @@ def image_mode(model: nn.Module) -> str:
 
 def options_of(checkpoint: str) -> dict[str, Any]:
     """The options of validate.py that a checkpoint brings."""
-    description = read_description(checkpoint)
+    return options_in(read_description(checkpoint))
+
+
+def options_in(description: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of validate.py in what a checkpoint's header says."""
     known = ("task", "model", "model_kwargs", "head", "head_kwargs", "precision", "data", "annotations", "joint")
     return {key: description[key] for key in known if key in description}
 
@@ -99,13 +103,13 @@ def validate_all(config: ValidateConfig, argv: list[str]) -> None:
     """
     choices = _choices(config)
     if choices is None:
-        validate(parse_validate(argv, options_of))
+        _validate(argv)
         return
     output = ResultFile(config.output, many=True) if config.output else None
     main, failed = make_accelerator("no").is_main_process, 0
     for choice in choices:
         try:
-            validate(parse_validate([*argv, f"--{choice}"], options_of), output)
+            _validate([*argv, f"--{choice}"], output)
             if main:
                 print(flush=True)
         except Exception as error:  # whatever a model, a file or the device raises is the failure of that model
@@ -116,12 +120,29 @@ def validate_all(config: ValidateConfig, argv: list[str]) -> None:
         raise VisionattnError(f"{failed} of {len(choices)} models failed")
 
 
-def validate(config: ValidateConfig, output: ResultFile | None = None) -> dict[str, float]:
+def _validate(argv: list[str], output: ResultFile | None = None) -> None:
+    """Validate the model of a command line, whose checkpoint is read once."""
+    held: list[tuple[dict[str, Any], dict[str, Any]]] = []
+
+    def options_of_held(checkpoint: str) -> dict[str, Any]:
+        held.append(read_described(checkpoint))
+        return options_in(held[0][0])
+
+    config = parse_validate(argv, options_of_held)
+    validate(config, output, *held)
+
+
+def validate(
+    config: ValidateConfig,
+    output: ResultFile | None = None,
+    held: tuple[dict[str, Any], dict[str, Any]] | None = None,
+) -> dict[str, float]:
     """Validate one model: build what the options and the checkpoint say, print and write the results.
 
     Args:
         config: The options, with those that the checkpoint brings.
         output: File to write to; None for what the options name.
+        held: What the header of the checkpoint says and what it holds, where it has been read already.
 
     Returns:
         The metrics that training records.
@@ -131,11 +152,12 @@ def validate(config: ValidateConfig, output: ResultFile | None = None) -> dict[s
         raise VisionattnError(
             f"nothing to validate: {told} --model" + ("" if config.checkpoint else " or --checkpoint")
         )
-    brought = parse_validate([f"--checkpoint={config.checkpoint}"] if config.checkpoint else [], options_of)
-    refuse(useless(config, brought))
+    description, content = held or (read_described(config.checkpoint) if config.checkpoint else ({}, {}))
+    own = [f"--checkpoint={config.checkpoint}"] if config.checkpoint else []
+    refuse(useless(config, parse_validate(own, lambda _: options_in(description))))
     if output is None and config.output:
         output = ResultFile(config.output)
-    classes = read_description(config.checkpoint).get("classes") if config.checkpoint else None
+    classes = description.get("classes")
     named = not config.checkpoint and is_place(config.model)
     if named and (of := describe_place(config.model, weights=False).task) != "classification":
         raise VisionattnError(f"{config.model} is of {of}: give it as --checkpoint")
@@ -146,7 +168,7 @@ def validate(config: ValidateConfig, output: ResultFile | None = None) -> dict[s
     of_images = TASKS[config.task].sample == "class"  # whose models have classes of their own, and perhaps further ones
     model = task.create_model(None if of_images else len(images.classes))
     if config.checkpoint:
-        load_checkpoint(model, config.checkpoint, prefix)
+        load_checkpoint(model, config.checkpoint, prefix, content)
     elif named:
         classes = model.pretrained_cfg.get("label_names")
     parameters = sum(p.numel() for p in model.parameters())

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -9,14 +10,14 @@ import torch
 from accelerate.utils import send_to_device
 from PIL import Image
 
-from ..create import create_model
 from ..data.images import to_mode
 from ..errors import VisionattnError, printable, user_input
 from ..tasks import TASKS, make_task
-from ..weights.description import read_description
+from ..weights import load_checkpoint
+from ..weights.description import Described, check_made, read_described
 from .checkpoint import write_file
 from .config import parse_validate
-from .evaluation import image_mode, make_accelerator, options_of
+from .evaluation import image_mode, make_accelerator, options_in
 
 
 def predict(
@@ -39,10 +40,10 @@ def predict(
     Raises:
         VisionattnError: If a file cannot be read, or would be written over, or an option is of no use to the task.
     """
-    description = read_description(checkpoint)
+    description, content = read_described(checkpoint)
     if any(description.get(entry) is None for entry in ("model", "classes", "data")):
         raise VisionattnError(f"{checkpoint} was not saved by train.py: it does not say which model and classes it has")
-    config = parse_validate(["--checkpoint", checkpoint], options_of)
+    config = parse_validate(["--checkpoint", checkpoint], lambda _: options_in(description))
     classes, several = description["classes"], bool(description.get("multi_label"))
     sample = TASKS[config.task].sample
     no_pictures, has_scores = sample == "class", sample == "objects" or several
@@ -56,7 +57,12 @@ def predict(
     pictures = [] if no_pictures else _pictures(files, Path(output or "predictions"), overwrite)
     if has_scores and threshold is None:
         threshold = 0.5
-    task, model = make_task(config), create_model(checkpoint).eval()
+    task = make_task(replace(config, checkpoint=""))
+    name, kwargs = task.made
+    held = Described(f"checkpoint {checkpoint}", name, kwargs, {}, description, Path(checkpoint), content)
+    check_made(held, lambda: task.create_model(len(classes)))
+    model = task.create_model(len(classes)).eval()
+    load_checkpoint(model, checkpoint, content=content)
     task.resolve(model)
     prepare, collate, device = task.transform(False).image, task.collate(False), make_accelerator("no").device
     model.to(device)
