@@ -10,13 +10,13 @@ import yaml
 import visionattn
 from visionattn.cli import main as visionattn_main
 from visionattn.data.images import load_datasets
-from visionattn.errors import VisionattnError
+from visionattn.errors import VisionattnError, run
 from visionattn.training import yaml_text
 from visionattn.training.checkpoint import save_checkpoint
-from visionattn.training.config import parse_train, parse_validate, run, to_yaml
+from visionattn.training.config import parse_train, parse_validate
 from visionattn.training.evaluation import options_of
 from visionattn.training.results import ResultFile
-from visionattn.training.yaml_text import Plain, read, resolved
+from visionattn.training.yaml_text import Plain, read, resolved, to_yaml
 
 ZEN = {"class_path": "zen_of_visionattn.Zen", "init_args": {"a": 1}}
 

@@ -17,9 +17,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import visionattn
-from visionattn.errors import VisionattnError
+from visionattn.errors import VisionattnError, run
 from visionattn.training.checkpoint import read_training_state, save_checkpoint
-from visionattn.training.config import parse_train, parse_validate, run
+from visionattn.training.config import parse_train, parse_validate
 from visionattn.training.evaluation import options_of, validate
 from visionattn.training.run import train
 from visionattn.training.trainer import Trainer

@@ -104,7 +104,7 @@ def user_input(what: str, *kinds: type[Exception]) -> Iterator[None]:
     except VisionattnError:
         raise
     except kinds as error:
-        raise VisionattnError(f"{what}: {' '.join(str(error).split()) or type(error).__name__}") from error
+        raise VisionattnError(f"{what}: {all_lines(error)}") from error
 
 
 @contextmanager
@@ -168,3 +168,8 @@ def run(main: Callable[[list[str]], int | None]) -> int:
 def one_line(error: Exception) -> str:
     """What an error says, cut to its first line."""
     return printable((str(error).strip() or type(error).__name__).split("\n")[0])[:200]
+
+
+def all_lines(error: Exception) -> str:
+    """What an error says, its lines joined to one."""
+    return printable(" ".join(str(error).split()) or type(error).__name__)

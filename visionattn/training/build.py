@@ -97,6 +97,8 @@ def make_loaders(
     return sampler, train_batches, val_batches
 
 
+# timm's freeze puts other modules in place of batch norms, without their count of batches in checkpoints, and leaves
+# dropout and drop path on.
 def freeze(model: nn.Module, parts: tuple[str, ...]) -> list[nn.Module]:
     """Keep parameters as they are.
 

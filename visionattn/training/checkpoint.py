@@ -23,7 +23,8 @@ from ..weights.description import plain_name
 from ..errors import VisionattnError, user_input
 from ..weights.files import DESCRIPTION, place, read_checkpoint, write_checkpoint
 from ..weights.unwrap import TRAINING_STATE
-from .config import TrainConfig, to_yaml
+from .config import TrainConfig
+from .yaml_text import to_yaml
 
 
 def save_checkpoint(

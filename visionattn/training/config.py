@@ -19,14 +19,11 @@ from jsonargparse.typing import (
 
 from ..data.config import AugmentConfig
 from ..errors import VisionattnError
-from ..errors import run as run
 from ..tasks.config import LossConfig, TaskConfig, TtaConfig
 from ..tasks.table import TASKS
 from ..tasks.useless import given, refuse, useless
 from .command_line import make_parser, parse, values_of
-from .yaml_text import plain as plain
 from .yaml_text import read_file
-from .yaml_text import to_yaml as to_yaml
 
 
 @dataclass

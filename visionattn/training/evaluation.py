@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from ..backbone import Backbone
 from ..create import describe_place, is_place
 from ..data.loader import eval_loader, read_batches
-from ..errors import VisionattnError, printable, user_input
+from ..errors import VisionattnError, all_lines, printable, user_input
 from ..registry import list_models
 from ..tasks import TASKS, make_task
 from ..tasks.task import Metrics
@@ -55,7 +55,7 @@ def evaluate(
             metrics.update(outputs, targets)
             after_batch(images, targets, outputs)
     except Exception as error:
-        gather_object([_one_line(error)])  # the others would wait for this process's share
+        gather_object([all_lines(error)])  # the others would wait for this process's share
         raise
     if told := gather_object([]):
         raise VisionattnError(told[0])
@@ -115,7 +115,7 @@ def validate_all(config: ValidateConfig, argv: list[str]) -> None:
         except Exception as error:  # whatever a model, a file or the device raises is the failure of that model
             failed += 1
             if main:
-                print(f"error: {printable(choice.partition('=')[2])}: {_one_line(error)}", file=sys.stderr, flush=True)
+                print(f"error: {printable(choice.partition('=')[2])}: {all_lines(error)}", file=sys.stderr, flush=True)
     if failed:
         raise VisionattnError(f"{failed} of {len(choices)} models failed")
 
@@ -266,10 +266,6 @@ def _matches(option: str, part: str, pretrained: bool) -> list[str]:
     if "." in part:  # with the tag of published weights; without it, a model's default ones
         return fnmatch.filter(list_models(pretrained=True), part)
     return sorted({name.partition(".")[0] for name in list_models(part, pretrained)})
-
-
-def _one_line(error: Exception) -> str:
-    return printable(" ".join(str(error).split()) or type(error).__name__)
 
 
 def _print(record: dict[str, Any], held_out: str, figures: list[tuple[str, str]]) -> None:

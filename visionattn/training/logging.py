@@ -23,8 +23,8 @@ from ..data.drawing import grid
 from ..errors import VisionattnError, require, user_input
 from ..tasks.task import Task
 from .checkpoint import write_file
-from .config import TrainConfig, plain
-from .yaml_text import read_file, resolved
+from .config import TrainConfig
+from .yaml_text import plain, read_file, resolved
 
 
 def check_trackers(names: Sequence[str]) -> None:

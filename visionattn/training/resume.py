@@ -17,10 +17,11 @@ from ..tasks.task import Task
 from ..weights import load_checkpoint
 from ..weights.description import read_description
 from .checkpoint import Saved, keep_best, link, make_folder, read_saved, save_checkpoint, training_state, without_nan
-from .config import TrainConfig, plain
+from .config import TrainConfig
 from .guard import Guard
 from .optim import Schedule
 from .sharding import whole
+from .yaml_text import plain
 
 POSITION = ("epoch", "update", "train_loss", "counted", "ranking", "last_is_good")
 """Attributes of a run that say where it is."""

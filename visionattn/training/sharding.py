@@ -25,7 +25,8 @@ OPTIMIZERS = (
     *("adoptw", "lamb", "lambc", "lambw", "laprop", "lars", "lion", "madgrad", "momentum", "nadam", "nadamc", "nadamw"),
     *("radam", "rmsprop", "rmsproptf", "sgd", "sgdw"),
 )
-"""Those of timm's that were seen to do the same with split weights as with whole ones, and to resume."""
+"""Those of timm's that were seen to do the same with split weights as with whole ones, and to resume. No rule stands in
+for it: what timm says of an optimizer is not whether it looks beyond a weight's own part, and only a run tells."""
 
 
 def check_sharding(config: TrainConfig, accelerator: Accelerator) -> None:

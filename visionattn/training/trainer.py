@@ -2,9 +2,12 @@
 
 import math
 import os
+import warnings
 from collections.abc import Iterator
 from functools import partial
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
@@ -17,7 +20,7 @@ from ..errors import VisionattnError
 from ..tasks import make_task
 from .build import check_resumable, make_loaders, make_model, memory_format
 from .checkpoint import read_saved, remove_temporaries, remove_unused, write_file
-from .config import TrainConfig, to_yaml
+from .config import TrainConfig
 from .distill import Distillation, check_own, make_teacher
 from .evaluation import evaluate, make_accelerator
 from .guard import Diverged, Guard, Signals, Stopped
@@ -25,6 +28,7 @@ from .logging import Gallery, Profiler, RunLog, check_trackers, check_window
 from .optim import Schedule, make_optimizer
 from .resume import Kept
 from .sharding import check_sharding, distribute, gathered, joined
+from .yaml_text import to_yaml
 
 
 class Trainer(Kept):
@@ -266,3 +270,10 @@ class Trainer(Kept):
 
     def _lr(self) -> float:
         return max(group["lr"] for group in self.optimizer.param_groups)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "train":
+        warnings.warn(f"{__name__}.train is {__package__}.run.train now", FutureWarning, stacklevel=2)
+        return import_module(f"{__package__}.run").train
+    raise AttributeError(f"module {__name__} has no attribute {name}")
