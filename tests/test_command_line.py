@@ -14,8 +14,7 @@ from visionattn.errors import VisionattnError, run
 from visionattn.training import yaml_text
 from visionattn.training.checkpoint import save_checkpoint
 from visionattn.training.config import parse_train, parse_validate
-from visionattn.training.evaluation import options_of
-from visionattn.training.results import ResultFile
+from visionattn.training.evaluation import ResultFile, options_of
 from visionattn.training.yaml_text import Plain, read, resolved, to_yaml
 
 ZEN = {"class_path": "zen_of_visionattn.Zen", "init_args": {"a": 1}}

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 import visionattn
 from visionattn.cli import main as command
 from visionattn.errors import VisionattnError
-from visionattn.training.checkpoint import read_training_state, save_checkpoint
+from visionattn.training.checkpoint import read_saved, save_checkpoint, training_state
 from visionattn.training.config import parse_train, parse_validate
 from visionattn.training.evaluation import options_of, validate
 from visionattn.training.run import train
@@ -210,7 +210,7 @@ def test_damaged_training_states_are_told(tmp_path):
     run = Trainer(*parse_train([*QUICK, "--output", str(tmp_path), "--model", "test_van"]))
     run._begin()
     path = run.folder / "checkpoints" / "last.safetensors"
-    good = read_training_state(path)
+    good = training_state(read_saved(path))
     weights, description, _ = run._contents()
     for state in ({}, good | {"epoch": "first"}, good | {"optimizer": None}, good | {"ranking": [3]}):
         save_checkpoint(path, weights, description, state)

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 import visionattn
 from visionattn.errors import VisionattnError
 from visionattn.training.checkpoint import link, write_file
-from visionattn.training.results import ResultFile
+from visionattn.training.evaluation import ResultFile
 from visionattn.weights import read_checkpoint, write_checkpoint
 from visionattn.weights.pickled import LEAST_STEPS, MOST_TENSORS
 

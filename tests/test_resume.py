@@ -19,10 +19,10 @@ from safetensors.torch import load_file
 
 import visionattn.training.trainer as trainer_module
 from visionattn.errors import VisionattnError
-from visionattn.training.checkpoint import make_folder, read_training_state, remove_unused, save_checkpoint
+from visionattn.training.checkpoint import make_folder, read_saved, remove_unused, save_checkpoint, training_state
 from visionattn.training.config import parse_train
+from visionattn.training.evaluation import ResultFile
 from visionattn.training.logging import RunLog
-from visionattn.training.results import ResultFile
 from visionattn.training.run import dry_run, train
 from visionattn.training.trainer import Trainer
 from visionattn.weights.description import read_description
@@ -179,7 +179,7 @@ def test_what_an_optimizer_is_told_anew_counts_and_what_it_has_learnt_stays(begu
     run = resumed(begun["plain"], tmp_path, *told)
     groups = run.optimizer.param_groups
     assert {(tuple(group["betas"]), group["eps"], group["weight_decay"]) for group in groups} == {((0.5, 0.6), 0.01, 0)}
-    saved = read_training_state(begun["plain"] / "checkpoints" / "last.safetensors")["optimizer"]["state"]
+    saved = training_state(read_saved(begun["plain"] / "checkpoints" / "last.safetensors"))["optimizer"]["state"]
     learn = {name: parameter for name, parameter in run.bare_model.named_parameters() if parameter.requires_grad}
     assert len(run.optimizer.state) == len(learn) < len(saved)
     for name, parameter in learn.items():
@@ -187,7 +187,7 @@ def test_what_an_optimizer_is_told_anew_counts_and_what_it_has_learnt_stays(begu
 
 
 def test_an_epoch_goes_on_after_as_many_images(begun, tmp_path: Path):
-    assert (read_training_state(begun["plain"] / "checkpoints" / "last.safetensors")["update"]) == 2  # of 4
+    assert (training_state(read_saved(begun["plain"] / "checkpoints" / "last.safetensors"))["update"]) == 2  # of 4
     assert resumed(begun["plain"], tmp_path / "a", "--data.batch_size", "8").update == 1
     assert resumed(begun["plain"], tmp_path / "b", "--data.batch_size", "2").update == 4
     assert resumed(begun["plain"], tmp_path / "c", "--data.batch_size", "16").update == 0
@@ -485,4 +485,4 @@ def test_metrics_of_another_version_stay_in_the_table(begun, tmp_path: Path):
 def test_types_of_numbers_survive_a_checkpoint(tmp_path: Path):
     state = {"optimizer": {"momentum_dtype": torch.bfloat16, "others": [torch.float32, None]}}
     save_checkpoint(tmp_path / "c.safetensors", {"w": torch.ones(1)}, {}, state)
-    assert read_training_state(tmp_path / "c.safetensors") == state
+    assert training_state(read_saved(tmp_path / "c.safetensors")) == state

@@ -20,7 +20,7 @@ from visionattn.errors import VisionattnError
 from visionattn.tasks.classification import ClassificationLoss
 from visionattn.tasks.config import LossConfig
 from visionattn.training.build import freeze
-from visionattn.training.checkpoint import read_training_state, save_checkpoint
+from visionattn.training.checkpoint import read_saved, save_checkpoint, training_state
 from visionattn.training.config import OptimConfig, ScheduleConfig, TrainConfig, parse_train
 from visionattn.training.guard import Stopped
 from visionattn.training.logging import RunLog
@@ -180,7 +180,7 @@ def test_every_optimizer_goes_on_with_the_same_bits_or_is_refused(tmp_path: Path
     again = tiny()
     again.load_state_dict({k: v for k, v in load_file(tmp_path / "c.safetensors").items() if k in model.state_dict()})
     other = make_optimizer(options, again)
-    other.load_state_dict(read_training_state(tmp_path / "c.safetensors"))
+    other.load_state_dict(training_state(read_saved(tmp_path / "c.safetensors")))
     steps(model, optimizer, 3)
     steps(again, other, 3)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))

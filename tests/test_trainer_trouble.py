@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import visionattn.training.trainer as trainer_module
 from visionattn.errors import VisionattnError
-from visionattn.training.checkpoint import read_training_state, save_checkpoint
+from visionattn.training.checkpoint import read_saved, save_checkpoint, training_state
 from visionattn.training.config import parse_train
 from visionattn.training.guard import PAUSE, Signals, Stopped
 from visionattn.training.run import train
@@ -80,7 +80,7 @@ def test_too_many_skipped_updates_stop_the_run(tmp_path: Path):
     run = spoil(trainer(tmp_path, "--guard.max_bad_steps", "4"), lambda update, _: update >= 13, float("inf"))
     with pytest.raises(VisionattnError, match="diverged: 4 updates in a row .* update 6 of epoch 2.*optim.lr"):
         run.fit()
-    assert read_training_state(run.folder / "checkpoints" / "last.safetensors")["epoch"] == 1
+    assert training_state(read_saved(run.folder / "checkpoints" / "last.safetensors"))["epoch"] == 1
 
 
 def diverging(run: Trainer) -> Trainer:
@@ -182,7 +182,7 @@ def test_sigterm_to_all_processes_of_a_run_saves_it(tmp_path: Path):
     out, err = process.communicate(timeout=30)
     assert process.returncode == 143, err
     assert "stopped by SIGTERM and saved; continue   python train.py --resume" in out and not err
-    assert read_training_state(tmp_path / "test_dinat-digits" / "checkpoints" / "last.safetensors")["epoch"] >= 1
+    assert training_state(read_saved(tmp_path / "test_dinat-digits" / "checkpoints" / "last.safetensors"))["epoch"] >= 1
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 import visionattn
 from visionattn.errors import VisionattnError, run
-from visionattn.training.checkpoint import read_training_state, save_checkpoint
+from visionattn.training.checkpoint import read_saved, save_checkpoint, training_state
 from visionattn.training.config import parse_train, parse_validate
 from visionattn.training.evaluation import options_of, validate
 from visionattn.training.run import train
@@ -165,11 +165,11 @@ def test_kill_leaves_loadable_checkpoints(tmp_path: Path):
     )
     last = tmp_path / "test_dinat-digits" / "checkpoints" / "last.safetensors"
     deadline = time.time() + 300
-    while not (last.exists() and read_training_state(last)["epoch"]) and time.time() < deadline:
+    while not (last.exists() and training_state(read_saved(last))["epoch"]) and time.time() < deadline:
         time.sleep(0.1)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    epoch = read_training_state(last)["epoch"]
+    epoch = training_state(read_saved(last))["epoch"]
     for name in ("best", "last"):
         load_checkpoint(visionattn.create_model("test_dinat", num_classes=10), last.with_name(f"{name}.safetensors"))
     train(*parse_train(["--resume", str(tmp_path / "test_dinat-digits"), "--epochs", str(epoch + 1)]))
@@ -202,7 +202,7 @@ def test_two_processes_train_as_one(tmp_path: Path):
 def test_any_state_survives_a_checkpoint(tmp_path: Path):
     state = {"a": [1, 2.5, None, (True, "x")], "b": {0: {"t": torch.arange(6).view(2, 3).T}}, "inf": float("inf")}
     save_checkpoint(tmp_path / "c.safetensors", {"w": torch.ones(2)}, {"model": "m"}, state)
-    read = read_training_state(tmp_path / "c.safetensors")
+    read = training_state(read_saved(tmp_path / "c.safetensors"))
     assert torch.equal(read["b"][0].pop("t"), state["b"][0].pop("t"))
     assert read == state
     assert os.listdir(tmp_path) == ["c.safetensors"]
@@ -345,7 +345,7 @@ def test_unreadable_image_stops_the_script_in_one_line(tmp_path: Path):
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: cannot read {broken}") and done.stderr.count("\n") == 1, done.stderr
     (folder,) = (tmp_path / "runs").iterdir()  # it is one to validate on: what was trained until then is kept
-    assert read_training_state(folder / "checkpoints" / "last.safetensors")["counted"] > 0
+    assert training_state(read_saved(folder / "checkpoints" / "last.safetensors"))["counted"] > 0
     after = tree(tmp_path)
     assert {path: after[path] for path in before} == before
 

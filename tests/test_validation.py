@@ -25,8 +25,7 @@ from visionattn.tasks.config import TtaConfig
 from visionattn.tasks.views import Predictor, Views
 from visionattn.training.checkpoint import save_checkpoint
 from visionattn.training.config import parse_validate
-from visionattn.training.evaluation import options_of, validate, validate_all
-from visionattn.training.results import ResultFile
+from visionattn.training.evaluation import ResultFile, options_of, validate, validate_all
 
 ROOT = Path(__file__).parents[1]
 SYNSETS = ImageNetInfo().label_names()

@@ -32,6 +32,7 @@ MOVED = {
     "training.measure": "training.evaluation",
     "training.profiler": "training.logging",
     "training.report": "training.run",
+    "training.results": "training.evaluation",
     "training.signals": "training.guard",
 }
 """Old names within the package, and those of today: of several modules where a part has gone elsewhere."""

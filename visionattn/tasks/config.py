@@ -30,6 +30,13 @@ class TaskConfig:
     """Start from the published weights of the model, or backbone."""
     checkpoint: str = ""
     """Start from the weights in this file, of the whole model or of its backbone."""
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    """Mixed precision. Of validate.py: a checkpoint of train.py brings its own."""
+    compile: bool = False
+    """Compile the model with torch.compile. Images of many sizes may be compiled for each: after 8 times torch goes on
+    uncompiled (torch._dynamo.config.recompile_limit)."""
+    channels_last: bool = False
+    """Keep images and weights in the channels_last layout."""
     data: DataConfig = field(default_factory=DataConfig)
     annotations: AnnotationConfig = field(default_factory=AnnotationConfig)
     joint: JointConfig = field(default_factory=JointConfig)

@@ -43,8 +43,7 @@ class DenseTask(Task):
         return model
 
     def describe(self, num_classes: int) -> dict[str, Any]:
-        config = self.config
-        model, kwargs = self.made
+        config, (model, kwargs) = self.config, self.made
         options = {"task": config.task, "model": model, "model_kwargs": kwargs}
         options |= {"head": config.head, "head_kwargs": config.head_kwargs}
         return options | {"annotations": asdict(config.annotations), "joint": asdict(config.joint)}

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -24,18 +23,9 @@ from .dense import DenseTask
 from .task import Metrics
 
 SUMMARY = {
-    "AP": "map",
-    "AP50": "map_50",
-    "AP75": "map_75",
-    "APs": "map_small",
-    "APm": "map_medium",
-    "APl": "map_large",
-    "AR1": "mar_1",
-    "AR10": "mar_10",
-    "AR100": "mar_100",
-    "ARs": "mar_small",
-    "ARm": "mar_medium",
-    "ARl": "mar_large",
+    **{"AP": "map", "AP50": "map_50", "AP75": "map_75", "APs": "map_small", "APm": "map_medium", "APl": "map_large"},
+    **{"AR1": "mar_1", "AR10": "mar_10", "AR100": "mar_100"},
+    **{"ARs": "mar_small", "ARm": "mar_medium", "ARl": "mar_large"},
 }
 """COCO's twelve figures, and what torchmetrics calls them."""
 
@@ -45,6 +35,7 @@ class Detection(DenseTask):
 
     create = staticmethod(create_detector)
     transform_class = ObjectTransform
+    draw_on = staticmethod(draw_objects)
 
     def __init__(self, config: TaskConfig) -> None:
         super().__init__(config)
@@ -81,11 +72,6 @@ class Detection(DenseTask):
 
     def to_full_size(self, output: dict[str, Tensor], size: tuple[int, int]) -> dict[str, Tensor]:
         return to_full_size(output, size)
-
-    def draw_on(
-        self, picture: Image.Image, found: dict[str, Tensor], classes: list[str], threshold: float = 0.5
-    ) -> Image.Image:
-        return draw_objects(picture, found, classes, threshold)
 
     def summarise(self, found: dict[str, Tensor], classes: list[str], threshold: float | None) -> str:
         counts = Counter(found["labels"][found["scores"] >= threshold].tolist())

@@ -24,8 +24,8 @@ from .config import TaskConfig
 DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-# Only COCO's figures are torchmetrics'. Its others are the same to the last digit but for classes without images, whose
-# average precision it calls 0; they took 30 times as long on batches of 1,000 classes, and 3 s and 100 MiB to import.
+# Only COCO's figures are torchmetrics'. Its others are the same but for float32's rounding and classes without images,
+# whose average precision is 0 there; they took 30 times as long on batches of 1,000 classes, 3 s and 100 MiB to import.
 class Metrics(ABC):
     """Counts of a validation, over any number of batches and processes."""
 

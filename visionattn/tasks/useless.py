@@ -86,6 +86,14 @@ def _unless_schedule(*names: str) -> Callable[[Any], bool]:
     return lambda config: config.schedule.name not in names
 
 
+SCHEDULES = {
+    "min_lr": ("cosine", "tanh", "poly", "plateau", "onecycle", "wsd"),
+    "decay_epochs": ("step", "wsd"),
+    "decay_milestones": ("multistep",),
+    "decay_rate": ("step", "multistep", "plateau", "poly"),
+    "patience_epochs": ("plateau",),
+}
+"""Options of the schedule, and the schedules that have them."""
 RULES = (
     Rule(("pretrained",), lambda c: bool(c.checkpoint), "beside checkpoint"),
     Rule(("data.train_split", "data.val_split"), lambda c: _kind(c) in ("digits", "scenes"), "without data.root"),
@@ -133,28 +141,20 @@ RULES = (
     ),
     Rule(("loss.bce_threshold", "loss.bce_sum"), lambda c: not (c.loss.bce or c.loss.multi_label), "without loss.bce"),
     Rule(("loss.auxiliary",), lambda c: not c.head_kwargs.get("auxiliary"), "without head_kwargs.auxiliary"),
-    Rule(("optim.betas",), _optimizer_lacks("has_betas"), "to this optim.name"),
-    Rule(("optim.eps",), _optimizer_lacks("has_eps"), "to this optim.name"),
-    Rule(("optim.momentum",), _optimizer_lacks("has_momentum"), "to this optim.name"),
+    *(
+        Rule((f"optim.{name}",), _optimizer_lacks(f"has_{name}"), "to this optim.name")
+        for name in ("betas", "eps", "momentum")
+    ),
     Rule(("optim.clip_mode",), lambda c: not c.optim.clip_grad, "without optim.clip_grad"),
     Rule(
         ("schedule.warmup_lr", "schedule.warmup_prefix"),
         lambda c: not c.schedule.warmup_epochs,
         "without schedule.warmup_epochs",
     ),
-    Rule(
-        ("schedule.min_lr",),
-        _unless_schedule("cosine", "tanh", "poly", "plateau", "onecycle", "wsd"),
-        "to this schedule.name",
+    *(
+        Rule((f"schedule.{name}",), _unless_schedule(*users), "to this schedule.name")
+        for name, users in SCHEDULES.items()
     ),
-    Rule(("schedule.decay_epochs",), _unless_schedule("step", "wsd"), "to this schedule.name"),
-    Rule(("schedule.decay_milestones",), _unless_schedule("multistep"), "to this schedule.name"),
-    Rule(
-        ("schedule.decay_rate",),
-        _unless_schedule("step", "multistep", "plateau", "poly"),
-        "to this schedule.name",
-    ),
-    Rule(("schedule.patience_epochs",), _unless_schedule("plateau"), "to this schedule.name"),
     Rule(("ema.warmup",), lambda c: not c.ema.decay, "without ema.decay"),
     Rule(
         tuple(

@@ -2,7 +2,6 @@
 
 import re
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -15,7 +14,7 @@ from ..data.loader import Stream, TrainSampler, derive_seed, eval_loader, train_
 from ..errors import VisionattnError, user_input
 from ..tasks import make_task
 from ..tasks.task import Task
-from ..weights.description import Described, check_made, entries_of
+from ..weights.description import Described, check_made
 from ..weights.entries import check_model, longest_side
 from .checkpoint import Saved
 from .config import TrainConfig
@@ -51,24 +50,22 @@ def make_model(
     return model, frozen
 
 
-def check_resumable(task: Task, num_classes: int, folder: Path, saved: Saved) -> None:
+def check_resumable(task: Task, num_classes: int, saved: Saved) -> None:
     """Refuse options of a run whose model is not the one that its last checkpoint holds, before it is made.
 
     Args:
         task: Of the options.
         num_classes: Of the data.
-        folder: Of the run.
-        saved: Its last checkpoint.
+        saved: The last checkpoint of the run.
 
     Raises:
         VisionattnError: Says what differs.
     """
-    path, content, metadata = saved
-    entries_of(path, content, metadata)
+    path, content, _ = saved
     name, kwargs = task.made
     plain = replace(task.config, model=name, model_kwargs=kwargs, pretrained=False, checkpoint="")
     entries = {"task": plain.task, "model_kwargs": kwargs}
-    place = f"cannot resume {folder} with these options"
+    place = f"cannot resume {path.parents[1]} with these options"
     check_model(name, kwargs, place, "model_kwargs", longest_side(content))
     check_made(
         Described(place, name, kwargs, {}, entries, path, content), lambda: make_task(plain).create_model(num_classes)

@@ -83,15 +83,14 @@ class Saved(NamedTuple):
     metadata: dict[str, str]
 
 
-def read_saved(folder: Path, name: str = "last") -> Saved:
-    """A checkpoint of a run folder.
+def read_saved(path: Path) -> Saved:
+    """A checkpoint in a run folder.
 
     Raises:
         VisionattnError: If it is not there or cannot be read.
     """
-    path = folder / "checkpoints" / f"{name}.safetensors"
     if not path.is_file():
-        raise VisionattnError(f"cannot resume {folder}: it has no checkpoints/{path.name}")
+        raise VisionattnError(f"cannot resume {path.parents[1]}: it has no checkpoints/{path.name}")
     return Saved(path, *read_checkpoint(path))
 
 
@@ -102,11 +101,6 @@ def training_state(saved: Saved) -> dict[str, Any]:
     damaged = f"cannot resume from {saved.path}: its training state is not what train.py writes"
     with user_input(damaged, ValueError, TypeError, LookupError, AttributeError, RecursionError):
         return _unflatten(json.loads(saved.metadata["training_state"]), saved.content)
-
-
-def read_training_state(path: str | Path) -> dict[str, Any]:
-    """What `save_checkpoint` was given as state for this file."""
-    return training_state(Saved(Path(path), *read_checkpoint(path)))
 
 
 def _flatten(value: Any, key: str, tensors: dict[str, torch.Tensor]) -> Any:

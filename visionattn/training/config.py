@@ -139,13 +139,6 @@ class TrainConfig(TaskConfig):
     """Passes over the training images."""
     seed: NonNegativeInt = 0
     """Sample order, augmentation and initial weights follow from it."""
-    precision: Literal["no", "bf16", "fp16"] = "no"
-    """Mixed precision."""
-    compile: bool = False
-    """Compile the model with torch.compile. Images of many sizes may be compiled for each: after 8 times torch goes on
-    uncompiled (torch._dynamo.config.recompile_limit)."""
-    channels_last: bool = False
-    """Keep images and weights in the channels_last layout."""
     sync_bn: bool = False
     """Share the statistics of batch norms between processes."""
     grad_checkpointing: bool = False
@@ -202,13 +195,6 @@ class ValidateConfig(TaskConfig):
     """More arguments of create_model; empty: the checkpoint's."""
     pretrained: bool = False
     """Validate the published weights of the model."""
-    precision: Literal["no", "bf16", "fp16"] = "no"
-    """Mixed precision; a checkpoint of train.py brings its own."""
-    compile: bool = False
-    """Compile the model with torch.compile. Images of many sizes may be compiled for each: after 8 times torch goes on
-    uncompiled (torch._dynamo.config.recompile_limit)."""
-    channels_last: bool = False
-    """Keep images and weights in the channels_last layout."""
     fuse: bool = False
     """Merge batch norms into their neighbours first."""
     output: str = ""

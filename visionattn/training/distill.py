@@ -1,6 +1,5 @@
 """Distillation from any model, for students whose paper does not say how they learn from a teacher."""
 
-from dataclasses import fields
 from typing import Any
 
 import timm
@@ -10,12 +9,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..create import create_model
-from ..data.config import DataConfig
 from ..errors import UnknownModelError, VisionattnError, user_input
-from ..tasks.useless import given
+from ..tasks.useless import given, refuse
 from ..weights import load_checkpoint
 from ..weights.description import read_description
-from .config import DistillConfig
+from .config import DistillConfig, TrainConfig
 
 
 def make_teacher(config: DistillConfig, num_classes: int) -> nn.Module:
@@ -40,18 +38,16 @@ def make_teacher(config: DistillConfig, num_classes: int) -> nn.Module:
     return teacher.eval().requires_grad_(False)
 
 
-def check_own(config: DistillConfig, name: str) -> None:
+def check_own(config: TrainConfig) -> None:
     """Refuse options of the distillation to a model that learns from a teacher as its paper says.
 
     Raises:
         VisionattnError: If one is given.
     """
-    for option in (each.name for each in fields(DistillConfig) if each.name not in ("model", "kwargs", "checkpoint")):
-        if any(given(config, DistillConfig(), option)):
-            raise VisionattnError(
-                f"option distill.{option} is of no use to {name}, which learns from a teacher as its paper says: "
-                "leave it out"
-            )
+    names = {*given(config, TrainConfig(), "distill")} - {
+        f"distill.{name}" for name in ("model", "kwargs", "checkpoint")
+    }
+    refuse(dict.fromkeys(sorted(names), f"to {config.model}, which learns from a teacher as its paper says"))
 
 
 class Student(nn.Module):
@@ -78,9 +74,8 @@ class Distillation:
     """The loss of the labels, of the teacher's logits and of its features.
 
     Args:
-        config: Options of the distillation.
+        options: Of the run; its images are normalised for the student.
         teacher: On the device of the student.
-        data: Preparation of the images, which are normalised for the student.
         num_classes: Classes of the data.
         model: The model that learns, on its device.
         accelerator: For the precision of the teacher.
@@ -90,15 +85,10 @@ class Distillation:
     """
 
     def __init__(
-        self,
-        config: DistillConfig,
-        teacher: nn.Module,
-        data: DataConfig,
-        num_classes: int,
-        model: nn.Module,
-        accelerator: Accelerator,
+        self, options: TrainConfig, teacher: nn.Module, num_classes: int, model: nn.Module, accelerator: Accelerator
     ) -> None:
-        self.config, self.teacher, self.autocast = config, teacher, accelerator.autocast
+        self.config, self.teacher, self.autocast = options.distill, teacher, accelerator.autocast
+        config, data = options.distill, options.data
         if config.alpha and teacher.num_classes != num_classes:
             raise VisionattnError(
                 f"teacher {config.model} tells {teacher.num_classes} classes apart, the data has {num_classes}: "

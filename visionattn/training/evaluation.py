@@ -1,12 +1,17 @@
 """Validation: during training, and of any checkpoint."""
 
+import csv
 import fnmatch
 import glob
+import io
+import json
+import os
 import sys
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +30,9 @@ from ..tasks import TASKS, make_task
 from ..tasks.task import Metrics
 from ..tasks.useless import refuse, useless
 from ..weights import load_checkpoint
-from ..weights.description import read_described, read_description
+from ..weights.description import read_described
+from .checkpoint import without_nan, write_file
 from .config import ValidateConfig, parse_validate
-from .results import ResultFile
 
 
 @torch.no_grad()
@@ -80,14 +85,14 @@ def image_mode(model: nn.Module) -> str:
     return "L" if channels == 1 else "RGB"
 
 
-def options_of(checkpoint: str) -> dict[str, Any]:
+Read = Callable[[str], tuple[dict[str, Any], dict[str, Any]]]
+"""Gives what the header of a checkpoint says, and what it holds."""
+
+
+def options_of(checkpoint: str, read: Read = read_described) -> dict[str, Any]:
     """The options of validate.py that a checkpoint brings."""
-    return options_in(read_description(checkpoint))
-
-
-def options_in(description: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of validate.py in what a checkpoint's header says."""
     known = ("task", "model", "model_kwargs", "head", "head_kwargs", "precision", "data", "annotations", "joint")
+    description, _ = read(checkpoint)
     return {key: description[key] for key in known if key in description}
 
 
@@ -101,15 +106,15 @@ def validate_all(config: ValidateConfig, argv: list[str]) -> None:
     Raises:
         VisionattnError: if there is nothing to validate, or at the end if a model failed.
     """
-    choices = _choices(config)
+    choices, read = _choices(config), lru_cache(maxsize=1)(read_described)
     if choices is None:
-        _validate(argv)
+        validate(parse_validate(argv, partial(options_of, read=read)), None, read)
         return
     output = ResultFile(config.output, many=True) if config.output else None
     main, failed = make_accelerator("no").is_main_process, 0
     for choice in choices:
         try:
-            _validate([*argv, f"--{choice}"], output)
+            validate(parse_validate([*argv, f"--{choice}"], partial(options_of, read=read)), output, read)
             if main:
                 print(flush=True)
         except Exception as error:  # whatever a model, a file or the device raises is the failure of that model
@@ -120,29 +125,15 @@ def validate_all(config: ValidateConfig, argv: list[str]) -> None:
         raise VisionattnError(f"{failed} of {len(choices)} models failed")
 
 
-def _validate(argv: list[str], output: ResultFile | None = None) -> None:
-    """Validate the model of a command line, whose checkpoint is read once."""
-    held: list[tuple[dict[str, Any], dict[str, Any]]] = []
-
-    def options_of_held(checkpoint: str) -> dict[str, Any]:
-        held.append(read_described(checkpoint))
-        return options_in(held[0][0])
-
-    config = parse_validate(argv, options_of_held)
-    validate(config, output, *held)
-
-
 def validate(
-    config: ValidateConfig,
-    output: ResultFile | None = None,
-    held: tuple[dict[str, Any], dict[str, Any]] | None = None,
+    config: ValidateConfig, output: "ResultFile | None" = None, read: Read = read_described
 ) -> dict[str, float]:
     """Validate one model: build what the options and the checkpoint say, print and write the results.
 
     Args:
         config: The options, with those that the checkpoint brings.
         output: File to write to; None for what the options name.
-        held: What the header of the checkpoint says and what it holds, where it has been read already.
+        read: Reads the checkpoint, unless it has been read before.
 
     Returns:
         The metrics that training records.
@@ -152,9 +143,9 @@ def validate(
         raise VisionattnError(
             f"nothing to validate: {told} --model" + ("" if config.checkpoint else " or --checkpoint")
         )
-    description, content = held or (read_described(config.checkpoint) if config.checkpoint else ({}, {}))
+    description, content = held = read(config.checkpoint) if config.checkpoint else ({}, {})
     own = [f"--checkpoint={config.checkpoint}"] if config.checkpoint else []
-    refuse(useless(config, parse_validate(own, lambda _: options_in(description))))
+    refuse(useless(config, parse_validate(own, partial(options_of, read=lambda _: held))))
     if output is None and config.output:
         output = ResultFile(config.output)
     classes = description.get("classes")
@@ -318,3 +309,76 @@ def peak_memory(device: torch.device) -> float:
     import resource  # which Windows lacks
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+class ResultFile:
+    """Results of one or many models, on the disk as soon as they are there.
+
+    JSON holds one object, or with `many` a list, of this command alone. CSV has a row for each model, after the rows
+    that the file holds already, and leaves out what is nested.
+
+    Args:
+        path: File to write; its suffix says which.
+        many: Whether there may be several models.
+    """
+
+    def __init__(self, path: str | Path, many: bool = False) -> None:
+        self.path, self.many = Path(path), many
+        self.records: list[dict[str, Any]] = []
+        if self.path.suffix not in (".json", ".csv"):
+            raise VisionattnError(f"cannot write {path}: expected a name that ends in .json or .csv")
+        if not self.path.parent.is_dir():
+            raise VisionattnError(f"cannot write {path}: there is no folder {self.path.parent}")
+        if self.path.suffix == ".csv":
+            self._rows()  # refuses a file of another kind before anything is computed
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Write the results of one more model."""
+        self.records.append(without_nan(record))
+        with _locked(self.path):  # other processes may add their rows
+            if self.path.suffix == ".json":
+                text = json.dumps(self.records if self.many else self.records[-1], indent=2) + "\n"
+            else:
+                rows = [*self._rows(), {key: value for key, value in record.items() if not isinstance(value, dict)}]
+                table = io.StringIO()
+                columns = dict.fromkeys(key for row in rows for key in row)  # another version's may be others
+                writer = csv.DictWriter(table, list(columns), lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(rows)
+                text = table.getvalue()
+            write_file(self.path, text)
+
+    def _rows(self) -> list[dict[str, str]]:
+        if not self.path.exists():
+            return []
+        with user_input(f"cannot read {self.path}", OSError, ValueError, csv.Error):
+            table = csv.DictReader(io.StringIO(self.path.read_text(), newline=""), strict=True)
+            rows = list(table)
+        if "model" not in (table.fieldnames or ["model"]) or any(None in row or None in row.values() for row in rows):
+            raise VisionattnError(f"cannot add to {self.path}: it is not a table of results")
+        return rows
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Keep other processes from a file, by a hidden one beside it that goes with the last of them."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    name = path.with_name(f".{path.name}.lock")
+    with user_input(f"cannot write {path}", OSError):
+        while True:
+            lock = open(name, "w")  # noqa: SIM115
+            with suppress(OSError):  # some file systems have no locks
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(lock.fileno()), name.stat()):
+                    break
+            lock.close()  # whoever held it has removed it
+    try:
+        yield
+    finally:
+        name.unlink(missing_ok=True)
+        lock.close()

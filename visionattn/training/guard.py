@@ -1,8 +1,4 @@
-"""What ends a run early: too many updates in a row whose numbers are not finite, and signals.
-
-Bad updates are skipped, counted and told. After SIGTERM or SIGINT a run finishes what it is at, saves, and exits with
-128 and the number of the signal.
-"""
+"""What ends a run early: signals, and too many updates in a row whose numbers are not finite."""
 
 import math
 import os

@@ -210,10 +210,10 @@ class Gallery:
 
 
 def check_window(window: str, last: int, resumed_at: int, folder: Path | None) -> None:
-    """Refuse a window of which the run sees nothing.
+    """Refuse a window of `Profiler` of which the run sees nothing.
 
     Args:
-        window: As for `Profiler`.
+        window: First update and the one after the last.
         last: Updates of the whole run.
         resumed_at: Update at which it goes on.
         folder: Of a run that is resumed; the window that it began with may be over.

@@ -17,7 +17,7 @@ from ..weights import load_checkpoint
 from ..weights.description import Described, check_made, read_described
 from .checkpoint import write_file
 from .config import parse_validate
-from .evaluation import image_mode, make_accelerator, options_in
+from .evaluation import image_mode, make_accelerator, options_of
 
 
 def predict(
@@ -40,10 +40,10 @@ def predict(
     Raises:
         VisionattnError: If a file cannot be read, or would be written over, or an option is of no use to the task.
     """
-    description, content = read_described(checkpoint)
+    description, content = held = read_described(checkpoint)
     if any(description.get(entry) is None for entry in ("model", "classes", "data")):
         raise VisionattnError(f"{checkpoint} was not saved by train.py: it does not say which model and classes it has")
-    config = parse_validate(["--checkpoint", checkpoint], lambda _: options_in(description))
+    config = parse_validate(["--checkpoint", checkpoint], lambda _: options_of(checkpoint, lambda _: held))
     classes, several = description["classes"], bool(description.get("multi_label"))
     sample = TASKS[config.task].sample
     no_pictures, has_scores = sample == "class", sample == "objects" or several
@@ -59,8 +59,8 @@ def predict(
         threshold = 0.5
     task = make_task(replace(config, checkpoint=""))
     name, kwargs = task.made
-    held = Described(f"checkpoint {checkpoint}", name, kwargs, {}, description, Path(checkpoint), content)
-    check_made(held, lambda: task.create_model(len(classes)))
+    described = Described(f"checkpoint {checkpoint}", name, kwargs, {}, description, Path(checkpoint), content)
+    check_made(described, lambda: task.create_model(len(classes)))
     model = task.create_model(len(classes)).eval()
     load_checkpoint(model, checkpoint, content=content)
     task.resolve(model)

@@ -4,32 +4,25 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from ..arguments import describe, fits
-from ..data.loader import TrainSampler
 from ..errors import VisionattnError, user_input
-from ..tasks.task import Task
 from ..weights import load_checkpoint
 from ..weights.description import read_description
 from .checkpoint import Saved, keep_best, link, make_folder, read_saved, save_checkpoint, training_state, without_nan
-from .config import TrainConfig
-from .guard import Guard
-from .optim import Schedule
 from .sharding import whole
 from .yaml_text import plain
 
-POSITION = ("epoch", "update", "train_loss", "counted", "ranking", "last_is_good")
-"""Attributes of a run that say where it is."""
-STATE = {
+POSITION = {
     **dict.fromkeys(("epoch", "update", "counted"), int),
     "train_loss": float,
     "ranking": Sequence[Sequence[float]],
     "last_is_good": bool,
+}
+"""Attributes of a run that say where it is, and their types."""
+STATE = POSITION | {
     **dict.fromkeys(("schedule", "guard", "optimizer"), Mapping),
     **dict.fromkeys(("scaler", "raw_weights", "projection"), Mapping | None),
 }
@@ -39,39 +32,14 @@ RATES = ("lr", "initial_lr", "lr_scale", "weight_decay", "betas", "eps", "moment
 
 
 class Kept:
-    """A run as its checkpoints know it.
-
-    Attributes:
-        student: What learns: the bare model, or with it a projection to the features of a teacher.
-        folder: Of the run; None before there is one.
-        epoch: That of the next update.
-        update: Its number in the epoch.
-        train_loss: Sum over the updates of this epoch that were not skipped.
-        counted: How many these are.
-        ranking: Score and epoch of the best epochs, which are kept.
-        last_is_good: Whether a rollback may go to the last checkpoint.
-        has_saved: Whether there is more than the run began with.
-    """
-
-    accelerator: Accelerator
-    task: Task
-    config: TrainConfig
-    classes: list[str]
-    sampler: TrainSampler
-    updates: int
-    bare_model: nn.Module
-    student: nn.Module
-    ema: ModelEmaV3 | None
-    optimizer: torch.optim.Optimizer
-    schedule: Schedule
-    guard: Guard
-    folder: Path | None
+    """A run as its checkpoints know it; the Trainer makes what it consists of."""
 
     def __init__(self) -> None:
-        self.epoch = self.update = self.counted = 0
-        self.train_loss = 0.0
-        self.ranking: list[list[float]] = []
-        self.last_is_good, self.has_saved = True, False
+        self.epoch = self.update = 0  # where the next update is
+        self.train_loss, self.counted = 0.0, 0  # sum over the updates of this epoch that were not skipped; how many
+        self.ranking: list[list[float]] = []  # (score, epoch) of the best epochs, which are kept
+        self.last_is_good = True  # whether a rollback may go to the last checkpoint
+        self.has_saved = False  # whether there is more than the run began with
 
     @property
     def best(self) -> float | None:
@@ -103,8 +71,9 @@ class Kept:
     def _roll_back(self) -> None:
         """Go on from the last good checkpoint, with a lower learning rate."""
         counters, factor, last_is_good = self.guard.state_dict(), self.schedule.factor, self.last_is_good
-        has_good = (self.folder / "checkpoints" / "good.safetensors").is_file()  # not where rollbacks were off
-        self.go_on_from(read_saved(self.folder, "good" if has_good and not last_is_good else "last"))
+        last, good = (self.folder / "checkpoints" / f"{name}.safetensors" for name in ("last", "good"))
+        path = last if last_is_good or not good.is_file() else good  # no good one where rollbacks were off
+        self.go_on_from(read_saved(path))
         self.last_is_good = last_is_good  # which is about the file, and that has not changed
         self.guard.load_state_dict(counters | {"in_a_row": 0})
         self.schedule.factor = factor * self.config.guard.rollback_lr_factor

@@ -2,7 +2,6 @@
 
 import math
 import os
-import warnings
 from collections.abc import Iterator
 from functools import partial
 from importlib import import_module
@@ -56,9 +55,9 @@ class Trainer(Kept):
         self.task = make_task(config)
         images = self.task.load()
         self.classes = images[0].classes
-        saved = None if resume is None else read_saved(resume)
+        saved = None if resume is None else read_saved(resume / "checkpoints" / "last.safetensors")
         if saved is not None:
-            check_resumable(self.task, len(self.classes), resume, saved)
+            check_resumable(self.task, len(self.classes), saved)
         model, self.frozen = make_model(self.task, len(self.classes), accelerator, saved is not None)
         self.config = config = self.task.resolve(model)
         self.sampler, self.train_batches, self.val_batches = make_loaders(
@@ -73,10 +72,10 @@ class Trainer(Kept):
         if config.distill.model:
             teacher = make_teacher(config.distill, len(self.classes)).to(accelerator.device)
             if self.mechanics.learns_from_teacher:
-                check_own(config.distill, config.model)
+                check_own(config)
                 self.mechanics.learn_from(teacher)
             else:
-                distillation = Distillation(config.distill, teacher, config.data, len(self.classes), model, accelerator)
+                distillation = Distillation(config, teacher, len(self.classes), model, accelerator)
                 self.student, training_loss = distillation.student or model, distillation.loss
         self.loss = self.task.make_loss(images[0], training_loss).to(accelerator.device)
         optimizer = make_optimizer(config.optim, model, self.mechanics.learning_rates())
@@ -273,7 +272,6 @@ class Trainer(Kept):
 
 
 def __getattr__(name: str) -> Any:
-    if name == "train":
-        warnings.warn(f"{__name__}.train is {__package__}.run.train now", FutureWarning, stacklevel=2)
-        return import_module(f"{__package__}.run").train
-    raise AttributeError(f"module {__name__} has no attribute {name}")
+    if name != "train":
+        raise AttributeError(f"module {__name__} has no attribute {name}")
+    return import_module(f"{__package__}.run").train  # which was here

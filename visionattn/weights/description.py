@@ -110,21 +110,10 @@ def read_described(path: str | PathLike) -> tuple[dict[str, Any], dict[str, Any]
         path: of the file.
     """
     content, metadata = read_checkpoint(path)
-    return entries_of(path, content, metadata), content
-
-
-def entries_of(path: str | PathLike, content: Mapping[str, Any], metadata: Mapping[str, str]) -> dict[str, Any]:
-    """What the header of a file says of its model, checked.
-
-    Args:
-        path: of the file.
-        content: that `read_checkpoint` gave.
-        metadata: that it gave with it.
-    """
     place = f"checkpoint {path}"
     entries = parse(metadata.get(DESCRIPTION, "{}"), place)
     check_header(entries, place, longest_side(content))
-    return entries
+    return entries, content
 
 
 def load_described(model: nn.Module, path: str | PathLike, checkpoint_prefix: str = "") -> None:
