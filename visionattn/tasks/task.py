@@ -12,12 +12,13 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ..create import create_described, create_model, describe_place, is_place
+from ..create import create_described, create_model
 from ..data.images import ImageSet, dataset_name, load_datasets, load_validation
 from ..data.loader import Collate, collate_tensors
 from ..data.transforms import OnImage, eval_transform, input_size, preprocessing, resolve_preprocessing, train_transform
 from ..errors import VisionattnError
 from ..registry import find
+from ..weights.description import describe_place, is_place
 from ..weights.entries import EXECUTION
 from .config import TaskConfig
 

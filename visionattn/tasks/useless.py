@@ -29,12 +29,8 @@ def _trains(config: TaskConfig) -> bool:
     return hasattr(config, "optim")
 
 
-def _sample(config: TaskConfig) -> str:
-    return TASKS[config.task].sample
-
-
 def _kind(config: TaskConfig) -> str:
-    made = "digits" if _sample(config) == "class" else "scenes"
+    made = "digits" if TASKS[config.task].sample == "class" else "scenes"
     return (config.data.name or ("folder" if config.data.root is not None else made)).partition("/")[0].lower()
 
 
@@ -42,7 +38,7 @@ def _lacks_folder(config: TaskConfig, split: str) -> bool:
     """Whether the folder of the data, if it is there, has none of the split."""
     from ..data.annotations import split_names
 
-    is_folder = _sample(config) == "class" and _kind(config) == "folder" and not config.data.labels
+    is_folder = TASKS[config.task].sample == "class" and _kind(config) == "folder" and not config.data.labels
     is_folder = is_folder and os.path.isdir(config.data.root or "")  # one that is not there is told where it is opened
     return is_folder and not any(
         Path(config.data.root or "", name).is_dir() for name in split_names(config.data, split)
@@ -56,7 +52,7 @@ def _brings_validation(config: TaskConfig) -> bool:
         return kind in ("torch", "hfds", "scenes")
     if not os.path.isdir(config.data.root or ""):
         return False
-    if _sample(config) == "objects":
+    if TASKS[config.task].sample == "objects":
         from ..data.boxes import find_layout
 
         found = find_layout(config.data, config.data.val_split)
@@ -69,7 +65,9 @@ def _brings_validation(config: TaskConfig) -> bool:
 def _is_coco(config: TaskConfig) -> bool:
     root = Path(config.data.root or "")
     files = (pattern for pattern in ("annotations/*.json", "*/_annotations.coco.json"))
-    return _sample(config) == "objects" and _kind(config) == "folder" and any(any(root.glob(p)) for p in files)
+    return (
+        TASKS[config.task].sample == "objects" and _kind(config) == "folder" and any(any(root.glob(p)) for p in files)
+    )
 
 
 def _optimizer_lacks(what: str) -> Callable[[Any], bool]:
@@ -80,10 +78,6 @@ def _optimizer_lacks(what: str) -> Callable[[Any], bool]:
         return name in list_optimizers() and not getattr(get_optimizer_info(name), what)
 
     return lacks
-
-
-def _unless_schedule(*names: str) -> Callable[[Any], bool]:
-    return lambda config: config.schedule.name not in names
 
 
 SCHEDULES = {
@@ -152,7 +146,7 @@ RULES = (
         "without schedule.warmup_epochs",
     ),
     *(
-        Rule((f"schedule.{name}",), _unless_schedule(*users), "to this schedule.name")
+        Rule((f"schedule.{name}",), lambda c, users=users: c.schedule.name not in users, "to this schedule.name")
         for name, users in SCHEDULES.items()
     ),
     Rule(("ema.warmup",), lambda c: not c.ema.decay, "without ema.decay"),

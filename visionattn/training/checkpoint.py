@@ -19,8 +19,8 @@ from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
-from ..weights.description import plain_name
 from ..errors import VisionattnError, user_input
+from ..weights.description import plain_name
 from ..weights.files import DESCRIPTION, place, read_checkpoint, write_checkpoint
 from ..weights.unwrap import TRAINING_STATE
 from .config import TrainConfig

@@ -22,7 +22,6 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from ..backbone import Backbone
-from ..create import describe_place, is_place
 from ..data.loader import eval_loader, read_batches
 from ..errors import VisionattnError, all_lines, printable, user_input
 from ..registry import list_models
@@ -30,7 +29,7 @@ from ..tasks import TASKS, make_task
 from ..tasks.task import Metrics
 from ..tasks.useless import refuse, useless
 from ..weights import load_checkpoint
-from ..weights.description import read_described
+from ..weights.description import describe_place, is_place, read_described
 from .checkpoint import without_nan, write_file
 from .config import ValidateConfig, parse_validate
 
@@ -85,12 +84,8 @@ def image_mode(model: nn.Module) -> str:
     return "L" if channels == 1 else "RGB"
 
 
-Read = Callable[[str], tuple[dict[str, Any], dict[str, Any]]]
-"""Gives what the header of a checkpoint says, and what it holds."""
-
-
-def options_of(checkpoint: str, read: Read = read_described) -> dict[str, Any]:
-    """The options of validate.py that a checkpoint brings."""
+def options_of(checkpoint: str, read: Callable = read_described) -> dict[str, Any]:
+    """The options of validate.py that a checkpoint brings; `read` gives what its header says and what it holds."""
     known = ("task", "model", "model_kwargs", "head", "head_kwargs", "precision", "data", "annotations", "joint")
     description, _ = read(checkpoint)
     return {key: description[key] for key in known if key in description}
@@ -126,7 +121,7 @@ def validate_all(config: ValidateConfig, argv: list[str]) -> None:
 
 
 def validate(
-    config: ValidateConfig, output: "ResultFile | None" = None, read: Read = read_described
+    config: ValidateConfig, output: "ResultFile | None" = None, read: Callable = read_described
 ) -> dict[str, float]:
     """Validate one model: build what the options and the checkpoint say, print and write the results.
 

@@ -68,7 +68,10 @@ class Guard:
         what = f"loss {loss}" if not math.isfinite(loss) else "a gradient that is not finite"
         if self.accelerator.is_main_process:
             if folder:
-                self._record(folder, f"{epoch},{update},{loss},{' '.join(map(str, images))}")
+                file = folder / "skipped.csv"  # in which the run may have gone further than it was last saved
+                lines = file.read_text().splitlines()[1 : self.skipped] if file.exists() else []
+                line = f"{epoch},{update},{loss},{' '.join(map(str, images))}"
+                write_file(file, "\n".join(["epoch,update,loss,images", *lines, line, ""]))
             few = ", ".join(map(str, images[:8])) + (", ..." if len(images) > 8 else "")
             listed = " (all in skipped.csv)" if folder else ""
             print(f"skipped {place}: {what}; images {few}{listed}", flush=True)
@@ -81,12 +84,6 @@ class Guard:
         if self.accelerator.is_main_process:
             print(f"{told}: going on from the last good checkpoint with a lower learning rate", flush=True)
         raise Diverged
-
-    def _record(self, folder: Path, line: str) -> None:
-        """Add a line to skipped.csv, after those that the run had when it was last saved."""
-        file = folder / "skipped.csv"
-        lines = file.read_text().splitlines() if file.exists() else []
-        write_file(file, "\n".join(["epoch,update,loss,images", *lines[1 : self.skipped], line, ""]))
 
     def state_dict(self) -> dict[str, int]:
         """The counters."""
