@@ -63,11 +63,9 @@ def _brings_validation(config: TaskConfig) -> bool:
 
 
 def _is_coco(config: TaskConfig) -> bool:
-    root = Path(config.data.root or "")
-    files = (pattern for pattern in ("annotations/*.json", "*/_annotations.coco.json"))
-    return (
-        TASKS[config.task].sample == "objects" and _kind(config) == "folder" and any(any(root.glob(p)) for p in files)
-    )
+    files, root = ("annotations/*.json", "*/_annotations.coco.json"), Path(config.data.root or "")
+    is_folder = TASKS[config.task].sample == "objects" and _kind(config) == "folder"
+    return is_folder and any(any(root.glob(pattern)) for pattern in files)
 
 
 def _optimizer_lacks(what: str) -> Callable[[Any], bool]:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -101,15 +101,16 @@ def validate_all(config: ValidateConfig, argv: list[str]) -> None:
     Raises:
         VisionattnError: if there is nothing to validate, or at the end if a model failed.
     """
-    choices, read = _choices(config), lru_cache(maxsize=1)(read_described)
+    choices, held = _choices(config), {}
+    options_held = partial(options_of, read=lambda path: held.setdefault(path, read_described(path)))
     if choices is None:
-        validate(parse_validate(argv, partial(options_of, read=read)), None, read)
+        validate(parse_validate(argv, options_held), None, held.pop)
         return
     output = ResultFile(config.output, many=True) if config.output else None
     main, failed = make_accelerator("no").is_main_process, 0
     for choice in choices:
         try:
-            validate(parse_validate([*argv, f"--{choice}"], partial(options_of, read=read)), output, read)
+            validate(parse_validate([*argv, f"--{choice}"], options_held), output, held.pop)
             if main:
                 print(flush=True)
         except Exception as error:  # whatever a model, a file or the device raises is the failure of that model
@@ -128,7 +129,7 @@ def validate(
     Args:
         config: The options, with those that the checkpoint brings.
         output: File to write to; None for what the options name.
-        read: Reads the checkpoint, unless it has been read before.
+        read: Gives what the header of the checkpoint says and what it holds, which is let go once it is loaded.
 
     Returns:
         The metrics that training records.
@@ -138,9 +139,9 @@ def validate(
         raise VisionattnError(
             f"nothing to validate: {told} --model" + ("" if config.checkpoint else " or --checkpoint")
         )
-    description, content = held = read(config.checkpoint) if config.checkpoint else ({}, {})
+    description, content = read(config.checkpoint) if config.checkpoint else ({}, {})
     own = [f"--checkpoint={config.checkpoint}"] if config.checkpoint else []
-    refuse(useless(config, parse_validate(own, partial(options_of, read=lambda _: held))))
+    refuse(useless(config, parse_validate(own, partial(options_of, read=lambda _: (description, {})))))
     if output is None and config.output:
         output = ResultFile(config.output)
     classes = description.get("classes")
@@ -155,6 +156,7 @@ def validate(
     model = task.create_model(None if of_images else len(images.classes))
     if config.checkpoint:
         load_checkpoint(model, config.checkpoint, prefix, content)
+        del content
     elif named:
         classes = model.pretrained_cfg.get("label_names")
     parameters = sum(p.numel() for p in model.parameters())

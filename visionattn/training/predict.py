@@ -43,7 +43,7 @@ def predict(
     description, content = held = read_described(checkpoint)
     if any(description.get(entry) is None for entry in ("model", "classes", "data")):
         raise VisionattnError(f"{checkpoint} was not saved by train.py: it does not say which model and classes it has")
-    config = parse_validate(["--checkpoint", checkpoint], lambda _: options_of(checkpoint, lambda _: held))
+    config = parse_validate(["--checkpoint", checkpoint], partial(options_of, read=lambda _: held))
     classes, several = description["classes"], bool(description.get("multi_label"))
     sample = TASKS[config.task].sample
     no_pictures, has_scores = sample == "class", sample == "objects" or several
@@ -55,8 +55,7 @@ def predict(
     if name := next((name for name, given in useless.items() if given), None):
         raise VisionattnError(f"option {name} is of no use to {config.task}: leave it out")
     pictures = [] if no_pictures else _pictures(files, Path(output or "predictions"), overwrite)
-    if has_scores and threshold is None:
-        threshold = 0.5
+    threshold = 0.5 if has_scores and threshold is None else threshold
     task = make_task(replace(config, checkpoint=""))
     name, kwargs = task.made
     described = Described(f"checkpoint {checkpoint}", name, kwargs, {}, description, Path(checkpoint), content)
