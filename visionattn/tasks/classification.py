@@ -26,8 +26,6 @@ from .views import Predictor, Views
 class Classification(Task):
     """One class for each image, or several."""
 
-    otherwise = Task.otherwise | {"checkpoint_path": "give --checkpoint"}
-
     def __init__(self, config: TaskConfig) -> None:
         super().__init__(config)
         self.multi_label = getattr(config, "loss", LossConfig()).multi_label

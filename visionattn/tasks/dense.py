@@ -25,6 +25,7 @@ class DenseTask(Task):
         transform_class: Class of the transform.
     """
 
+    otherwise = {name: what for name, what in Task.otherwise.items() if name != "checkpoint_path"}  # of the backbone
     create: ClassVar[Callable[..., nn.Module]]
     transform_class: ClassVar[type[ObjectTransform | MapTransform]]
 

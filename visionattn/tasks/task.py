@@ -88,6 +88,7 @@ class Task(ABC):
     otherwise: ClassVar[dict[str, str]] = {
         "name": "give --model",
         "pretrained": "give --pretrained",
+        "checkpoint_path": "give --checkpoint",
         "features_only": "a task takes the whole model",
         "start": "give --checkpoint",
         "device": "accelerate says where it runs",
