@@ -277,6 +277,7 @@ def test_class_weights_scale_the_loss_of_their_class():
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
     """File of a timm model that knows the digits."""
+    torch.manual_seed(0)
     model = timm.create_model("resnet10t", num_classes=10, stem_width=8, channels=(8, 16, 32, 64))
     digits, _ = load_datasets(DataConfig())
     optimizer = torch.optim.AdamW(model.parameters(), 5e-3)
