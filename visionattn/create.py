@@ -54,7 +54,7 @@ def create_model(
             the last map, smaller than the published one where the family's blocks can be dilated.
 
     Returns:
-        The model, or a list-of-maps feature extractor with `features_only=True`. If the file is train.py's checkpoint
+        the model, or a list-of-maps feature extractor with `features_only=True`. If the file is train.py's checkpoint
         of a detector or segmenter: that, with `**kwargs` those of `create_detector` or `create_segmenter` (another
         `num_classes` or `head` is then new); or with `features_only=True` the features of its backbone.
 
@@ -123,7 +123,7 @@ def create_detector(
         **kwargs: further options of torchvision's model (`box_score_thresh`, `box_detections_per_img`, ...).
 
     Returns:
-        The detector, an instance of torchvision's class.
+        the detector, an instance of torchvision's class.
 
     Raises:
         UnknownModelError: if there is no such backbone.

@@ -40,7 +40,7 @@ def convert_file(
         checkpoint_prefix: where in the file the weights are, if there are several that fit equally well.
 
     Returns:
-        What the header says of the weights: model, model_kwargs, source, license, sha256 of `path`, classes,
+        what the header says of the weights: model, model_kwargs, source, license, sha256 of `path`, classes,
         num_classes, preprocessing, and what is not from the file.
 
     Raises:
@@ -86,7 +86,7 @@ def push(path: str, place: str, private: bool = False, message: str = "Add model
         message: of the commit.
 
     Returns:
-        What to pass to `create_model`.
+        what to pass to `create_model`.
 
     Raises:
         VisionattnError: if the checkpoint does not say which model it is of, or the hub refuses it.

@@ -129,7 +129,7 @@ class Backbone(Mechanics, nn.Module):
         """Merge batch norms into the products next to them, in place, for faster inference.
 
         Returns:
-            This model, whose output is the same up to rounding and whose parameters are others.
+            this model, whose output is the same up to rounding and whose parameters are others.
 
         Raises:
             VisionattnError: in training mode.

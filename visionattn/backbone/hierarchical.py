@@ -235,7 +235,7 @@ class Hierarchical(Backbone):
             intermediates_only: do not return the final features.
 
         Returns:
-            The maps, or (final features, maps).
+            the maps, or (final features, maps).
         """
         check_output_format(output_fmt)
         take, last = feature_take_indices(len(self.stages), indices)
@@ -263,7 +263,7 @@ class Hierarchical(Backbone):
             prune_head: remove the head.
 
         Returns:
-            Absolute indices of the kept intermediates.
+            absolute indices of the kept intermediates.
         """
         take, last = feature_take_indices(len(self.stages), indices)
         shorter = last < len(self.stages) - 1

@@ -225,7 +225,7 @@ class Isotropic(Backbone):
             intermediates_only: do not return the final features.
 
         Returns:
-            The outputs, or (final features, outputs).
+            the outputs, or (final features, outputs).
         """
         check_output_format(output_fmt)
         take, last = feature_take_indices(len(self.blocks), indices)
@@ -252,7 +252,7 @@ class Isotropic(Backbone):
             prune_head: remove the head.
 
         Returns:
-            Absolute indices of the kept intermediates.
+            absolute indices of the kept intermediates.
         """
         take, last = feature_take_indices(len(self.blocks), indices)
         shorter = last < len(self.blocks) - 1

@@ -50,6 +50,6 @@ class Mechanics:
             logits: what it returned.
 
         Returns:
-            The loss to minimise.
+            the loss to minimise.
         """
         return loss

@@ -37,9 +37,9 @@ def to_xywh(box: Sequence[float], box_format: str, size: Sequence[int] | None) -
     """Left, top, width and height in pixels.
 
     Args:
-        box: Four numbers.
-        box_format: One of annotations.box_format.
-        size: Height and width of the image, which relative boxes need.
+        box: four numbers.
+        box_format: one of annotations.box_format.
+        size: height and width of the image, which relative boxes need.
     """
     x, y, width, height = box
     if box_format.endswith("xyxy"):
@@ -55,9 +55,9 @@ def check_box(box: Sequence[float], written: Sequence[float], where: str) -> Non
     """Raise an error if a box (x, y, width, height) has a negative side.
 
     Args:
-        box: To check.
-        written: As the annotations have it.
-        where: They are.
+        box: to check.
+        written: as the annotations have it.
+        where: they are.
     """
     if box[2] < 0 or box[3] < 0:
         raise VisionattnError(
@@ -75,14 +75,14 @@ def check_format(
     """The format of boxes: the one that is asked for, or the default if nothing speaks against it.
 
     Args:
-        boxes: Four numbers each, as they are written.
-        sizes: Height and width of the image of each, where known.
-        box_format: What annotations.box_format says.
-        default: What such annotations are.
-        where: They are, for errors.
+        boxes: four numbers each, as they are written.
+        sizes: height and width of the image of each, where known.
+        box_format: what annotations.box_format says.
+        default: what such annotations are.
+        where: they are, for errors.
 
     Raises:
-        VisionattnError: Many boxes leave their images, or all lie between 0 and 1, and another format fits.
+        VisionattnError: many boxes leave their images, or all lie between 0 and 1, and another format fits.
     """
     if box_format is not None or not len(boxes):
         return box_format or default

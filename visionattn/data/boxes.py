@@ -30,12 +30,12 @@ def load_detection(config: DataConfig, annotations: AnnotationConfig, masks: boo
     """Images with `Objects` to train on and to validate on.
 
     Args:
-        config: Where they are.
-        annotations: How they are annotated.
-        masks: Whether masks are needed.
+        config: where they are.
+        annotations: how they are annotated.
+        masks: whether masks are needed.
 
     Raises:
-        VisionattnError: If there are none, or an annotation is wrong, whose file and id it names.
+        VisionattnError: if there are none, or an annotation is wrong, whose file and id it names.
     """
     train = _open(config, annotations, masks, False, None)
     train = train if kind_of(config) == "scenes" else _only_useful(train)
@@ -48,10 +48,10 @@ def load_detection_validation(
     """Images with `Objects` to validate on, labelled as in `classes`, of which there need not be all.
 
     Args:
-        config: Where they are.
-        annotations: How they are annotated.
-        masks: Whether masks are needed.
-        classes: Names of the model's classes.
+        config: where they are.
+        annotations: how they are annotated.
+        masks: whether masks are needed.
+        classes: names of the model's classes.
     """
     return not_empty(_open(config, annotations, masks, True, classes), "image to validate on")
 

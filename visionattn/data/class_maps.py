@@ -18,12 +18,12 @@ def match_classes(images: ImageSet, classes: list[str] | None, num_classes: int,
     and get no other outputs. In all other cases the model's other classes follow, so that they can be mistaken for.
 
     Args:
-        images: The data set. Its classes go by the model's names, for ImageNet by synsets (ImageNet-Sketch, -A, -R) or
+        images: the data set. Its classes go by the model's names, for ImageNet by synsets (ImageNet-Sketch, -A, -R) or
             by index (ImageNet-V2).
-        classes: The model's classes, where its checkpoint tells; else a model of 1000 is taken for one of ImageNet-1k
+        classes: the model's classes, where its checkpoint tells; else a model of 1000 is taken for one of ImageNet-1k
             if the names of the data say so, and classes that are as many are matched by position.
-        num_classes: Number of the model's outputs.
-        model: Name of the model, for errors.
+        num_classes: number of the model's outputs.
+        model: name of the model, for errors.
 
     Raises:
         VisionattnError: if the data has other classes than the model.

@@ -24,8 +24,8 @@ def find_coco(root: Path, splits: Sequence[str]) -> Found | None:
     """The file of a split in a folder, or the one of all images.
 
     Args:
-        root: The folder.
-        splits: Names of the split, the first as the options have it.
+        root: the folder.
+        splits: names of the split, the first as the options have it.
     """
     for name in splits:
         if (folder := child(root, [name])) and (file := child(folder, ["_annotations.coco.json"], Path.is_file)):

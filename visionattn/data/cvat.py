@@ -19,8 +19,8 @@ def find_cvat(root: Path, splits: Sequence[str]) -> Found | None:
     """The images of a subset of annotations.xml, or all of them if it has no subsets.
 
     Args:
-        root: The folder.
-        splits: Names of the split, the first as the options have it.
+        root: the folder.
+        splits: names of the split, the first as the options have it.
     """
     file = child(root, ["annotations.xml"], Path.is_file)
     if file is None:

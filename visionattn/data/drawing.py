@@ -25,11 +25,11 @@ def draw_objects(
     """The image with boxes, names and, if there are any, masks.
 
     Args:
-        image: The image.
+        image: the image.
         found: "boxes", "labels" from 1 and, if any, "masks" (N, H, W) in the image's pixels; "scores" if a model found
             them.
-        classes: Names of the classes.
-        threshold: Least score of what is drawn.
+        classes: names of the classes.
+        threshold: least score of what is drawn.
     """
     found = {name: value.cpu() for name, value in found.items()}
     scores = found.get("scores")
@@ -53,9 +53,9 @@ def draw_map(image: Image.Image, labels: Tensor, classes: Sequence[str]) -> Imag
     """The image under the colours of its classes; background and pixels that do not count stay as they are.
 
     Args:
-        image: The image.
+        image: the image.
         labels: (H, W), the class of each pixel.
-        classes: Names of the classes.
+        classes: names of the classes.
     """
     labels = labels.cpu()
     shown = [label for label in labels.unique().tolist() if label != IGNORED and classes[label] != "background"]

@@ -23,10 +23,10 @@ class HubObjects:
     """A Hugging Face dataset with columns of images and objects.
 
     Args:
-        dataset: The dataset.
-        image: Its column of images.
-        objects: Its column of objects.
-        read: Makes records of objects of a row of that column and the image's height and width, if known.
+        dataset: the dataset.
+        image: its column of images.
+        objects: its column of objects.
+        read: makes records of objects of a row of that column and the image's height and width, if known.
     """
 
     def __init__(self, dataset: Any, image: str, objects: str, read: Callable[..., list[dict[str, Any]]]) -> None:

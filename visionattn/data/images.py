@@ -28,10 +28,10 @@ class ImageSet:
 
     Args:
         source: `source[i]` is (PIL image or binary file, label).
-        indices: Those entries of the source that belong to the set.
-        classes: Names of the classes, by label.
-        name: What errors call the source.
-        several: Whether labels are vectors of 0 and 1, for any number of classes at once.
+        indices: those entries of the source that belong to the set.
+        classes: names of the classes, by label.
+        name: what errors call the source.
+        several: whether labels are vectors of 0 and 1, for any number of classes at once.
     """
 
     source: Any
@@ -66,7 +66,7 @@ class FolderImages:
     """Files and their labels.
 
     Args:
-        samples: Path and label of each.
+        samples: path and label of each.
     """
 
     def __init__(self, samples: list[tuple[str, int]]) -> None:

@@ -91,14 +91,14 @@ class ObjectTransform:
     """Image and `Objects` to tensors.
 
     Args:
-        joint: What to do.
-        mean: Of the channels, for normalisation.
-        std: Of the channels, for normalisation.
-        training: Augment, and give what is learnt from: no crowds, and boxes within the image. Else the image is
+        joint: what to do.
+        mean: of the channels, for normalisation.
+        std: of the channels, for normalisation.
+        training: augment, and give what is learnt from: no crowds, and boxes within the image. Else the image is
             resized, and the objects stay as they are in the image's own pixels.
 
     Returns:
-        The image (C, H, W) and a dictionary: "boxes" (N, 4), "labels" (N,) and if there are masks "masks" (N, H, W);
+        the image (C, H, W) and a dictionary: "boxes" (N, 4), "labels" (N,) and if there are masks "masks" (N, H, W);
         in validation also "iscrowd", "area" (N,) and "size", the image's own height and width.
     """
 
@@ -157,10 +157,10 @@ class MapTransform:
     """Image and semantic map to tensors.
 
     Args:
-        joint: What to do.
-        mean: Of the channels, for normalisation.
-        std: Of the channels, for normalisation.
-        training: Augment both. Else the image is resized, and the map stays as it is.
+        joint: what to do.
+        mean: of the channels, for normalisation.
+        std: of the channels, for normalisation.
+        training: augment both. Else the image is resized, and the map stays as it is.
 
     Shape:
         Image and (h, w) to (C, H, W) and (H, W).

@@ -29,8 +29,8 @@ class Labelled:
 
     Args:
         images: `images[i]` is an open file; `images.paths[i]`, if there is such, is its path.
-        labels: Numbers of the classes of each image.
-        classes: How many classes there are.
+        labels: numbers of the classes of each image.
+        classes: how many classes there are.
     """
 
     def __init__(self, images: Any, labels: Sequence[Sequence[int]], classes: int) -> None:
@@ -74,8 +74,8 @@ def labels_of(config: DataConfig, wanted: bool = False) -> str:
     """Where the images that the options name have several labels each: a CSV file, a column, or nowhere, "".
 
     Args:
-        config: Where the images are.
-        wanted: Take a column of lists where there is one of single classes too.
+        config: where the images are.
+        wanted: take a column of lists where there is one of single classes too.
     """
     if config.labels or not _is_hub(config):
         return config.labels
@@ -106,11 +106,11 @@ class _Table:
     """A CSV file of labels.
 
     Args:
-        path: Of the file.
-        paths: Of the images.
-        labels: Names of each image's classes.
-        splits: Names of the splits of the images, or None for all of them.
-        classes: Names of all classes; in order, if each has a column.
+        path: of the file.
+        paths: of the images.
+        labels: names of each image's classes.
+        splits: names of the splits of the images, or None for all of them.
+        classes: names of all classes; in order, if each has a column.
     """
 
     path: Path

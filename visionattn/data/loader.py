@@ -95,13 +95,13 @@ class TrainSampler(Sampler):
     repeated to fill it.
 
     Args:
-        length: Number of images.
-        batch_size: Images per batch of one process.
-        seed: Seed of the order.
-        accumulation: Batches of one process per update.
-        rank: Number of this process.
-        processes: Number of processes.
-        repeats: Draws in a row of each image an epoch takes; its length stays, so it takes fewer images.
+        length: number of images.
+        batch_size: images per batch of one process.
+        seed: seed of the order.
+        accumulation: batches of one process per update.
+        rank: number of this process.
+        processes: number of processes.
+        repeats: draws in a row of each image an epoch takes; its length stays, so it takes fewer images.
     """
 
     def __init__(
@@ -154,12 +154,12 @@ class SampleDataset(Dataset):
     """Decodes and transforms the image at (draw, index), or the next one that is readable.
 
     Args:
-        images: The images.
-        transform: Makes a tensor of an image, and its target, from the image and what the set says of it.
-        seed: Seed of the augmentation.
-        mode: What images are converted to.
-        num_workers: Number of loading processes.
-        max_bad: Unreadable images that one pass may meet.
+        images: the images.
+        transform: makes a tensor of an image, and its target, from the image and what the set says of it.
+        seed: seed of the augmentation.
+        mode: what images are converted to.
+        num_workers: number of loading processes.
+        max_bad: unreadable images that one pass may meet.
     """
 
     def __init__(

@@ -39,7 +39,7 @@ class Labelling:
     """What the values of masks mean.
 
     Args:
-        names: The class of each value, from 0; empty for one that does not count. Equal names are one class.
+        names: the class of each value, from 0; empty for one that does not count. Equal names are one class.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
@@ -82,8 +82,8 @@ class MaskedFiles:
     """Image files and their masks.
 
     Args:
-        pairs: Paths of an image and its mask.
-        labelling: What the values of masks mean.
+        pairs: paths of an image and its mask.
+        labelling: what the values of masks mean.
     """
 
     def __init__(self, pairs: Sequence[tuple[Path, Path]], labelling: Labelling) -> None:
@@ -125,11 +125,11 @@ def load_segmentation(config: DataConfig, annotations: AnnotationConfig) -> tupl
     """Images with semantic maps (H, W) of bytes to train on and to validate on.
 
     Args:
-        config: Where they are.
-        annotations: How they are annotated.
+        config: where they are.
+        annotations: how they are annotated.
 
     Raises:
-        VisionattnError: If there are none.
+        VisionattnError: if there are none.
     """
     train = not_empty(_open(config, annotations, False), "image to train on")
     return train, load_segmentation_validation(config, annotations, train.classes)
@@ -141,9 +141,9 @@ def load_segmentation_validation(
     """Images with semantic maps to validate on.
 
     Args:
-        config: Where they are.
-        annotations: How they are annotated.
-        classes: Names of the model's classes, which are to be those of the data.
+        config: where they are.
+        annotations: how they are annotated.
+        classes: names of the model's classes, which are to be those of the data.
     """
     images = not_empty(_open(config, annotations, True), "image to validate on")
     if classes is not None and images.classes != classes:

@@ -19,9 +19,9 @@ def check_mask(mask: Any, size: Sequence[int] | None, where: str) -> list | dict
     """A segmentation that can be drawn in an image, with work in proportion to the image.
 
     Args:
-        mask: As a file has it.
-        size: Height and width of the image, if they are known.
-        where: It is, for errors.
+        mask: as a file has it.
+        size: height and width of the image, if they are known.
+        where: it is, for errors.
 
     Raises:
         VisionattnError: it is none.

@@ -38,12 +38,12 @@ class AnnotatedFiles:
     """Image files and their objects.
 
     Args:
-        paths: Of the images.
-        records: Of each image as COCO's JSON has it, {"size": [height, width], "objects": [...]}, where `label` counts
+        paths: of the images.
+        records: of each image as COCO's JSON has it, {"size": [height, width], "objects": [...]}, where `label` counts
             classes from 1; without a size where the file could not be read either. They are kept as text, since loading
             processes copy Python's objects as they look at them.
-        masks: Decode the masks too.
-        origin: What the records are from, for errors.
+        masks: decode the masks too.
+        origin: what the records are from, for errors.
     """
 
     def __init__(self, paths: Sequence[Path], records: Sequence[dict[str, Any]], masks: bool, origin: Path) -> None:
@@ -70,9 +70,9 @@ def to_objects(items: list[dict[str, Any]], size: tuple[int, int], masks: bool) 
     """Objects of an image.
 
     Args:
-        items: As the records of `AnnotatedFiles` have them.
-        size: Height and width of the image.
-        masks: Decode the masks too.
+        items: as the records of `AnnotatedFiles` have them.
+        size: height and width of the image.
+        masks: decode the masks too.
     """
     boxes = np.array([item["bbox"] for item in items], np.float64).reshape(-1, 4)
     areas = np.array([item.get("area", item["bbox"][2] * item["bbox"][3]) for item in items], np.float64)
@@ -97,14 +97,14 @@ def place_boxes(
     """Records of images whose objects have boxes as they are written.
 
     Args:
-        images: Size (height, width), if known, and objects of each, with the key "where" for errors.
-        wanted: Says how boxes are written, if not as such annotations have them.
-        default: How such annotations have them.
-        origin: They are from, for errors.
-        from_one: Corners are pixels, counted from 1.
+        images: size (height, width), if known, and objects of each, with the key "where" for errors.
+        wanted: says how boxes are written, if not as such annotations have them.
+        default: how such annotations have them.
+        origin: they are from, for errors.
+        from_one: corners are pixels, counted from 1.
 
     Raises:
-        VisionattnError: A box has a negative side, or many are not what they are read as.
+        VisionattnError: a box has a negative side, or many are not what they are read as.
     """
     written = [(item["bbox"], size) for size, items in images for item in items if not item.get("iscrowd")]
     boxes, sizes = zip(*written, strict=True) if written else ((), ())
@@ -153,7 +153,7 @@ def named_classes(annotations: AnnotationConfig, root: Path | None = None, *file
     """Names of the classes that the options give, or the first of some files in the folder, a line each.
 
     Raises:
-        VisionattnError: A line between others is empty, so that the rest may be numbered wrongly.
+        VisionattnError: a line between others is empty, so that the rest may be numbered wrongly.
     """
     file = annotations.classes or (root and child(root, files, Path.is_file))
     if not file:

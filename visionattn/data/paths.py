@@ -32,9 +32,9 @@ def find_files(folder: str | Path, extensions: Sequence[str] = EXTENSIONS, deep:
     """Files with one of the extensions, sorted by path; links are followed, no folder is read twice.
 
     Args:
-        folder: Where they are.
-        extensions: In lower case, with their points.
-        deep: Look into the folders below too.
+        folder: where they are.
+        extensions: in lower case, with their points.
+        deep: look into the folders below too.
     """
     return sorted(Path(path) for path in _walk(str(folder), tuple(extensions), deep, set()))
 
@@ -132,10 +132,10 @@ def locate(
     longest first.
 
     Args:
-        name: As the annotations have it.
-        folders: In `root`; the earlier ones go first.
-        root: The folder of the data, out of which no name leads.
-        test: What it must be.
+        name: as the annotations have it.
+        folders: in `root`; the earlier ones go first.
+        root: the folder of the data, out of which no name leads.
+        test: what it must be.
     """
     if not name or len(name) > 4096:  # no system has longer ones
         return None

@@ -65,7 +65,7 @@ class ResizedCrop:
 
     Args:
         resize: torchvision's or timm's step.
-        crop: Crops the centre, or five parts.
+        crop: crops the centre, or five parts.
     """
 
     def __init__(self, resize: Resize | ResizeKeepRatio, crop: CenterCrop | CenterCropOrPad | FiveCrop) -> None:

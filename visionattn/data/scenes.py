@@ -47,12 +47,12 @@ class Scenes:
     """The scenes of a split.
 
     Args:
-        config: Their size and so on.
-        validation: Make those to validate on.
+        config: their size and so on.
+        validation: make those to validate on.
         semantic: `scenes[i]` is (image, semantic map); else (image, objects).
 
     Attributes:
-        names: Names of the objects, by label - 1.
+        names: names of the objects, by label - 1.
     """
 
     def __init__(self, config: AnnotationConfig, validation: bool, semantic: bool) -> None:
@@ -142,9 +142,9 @@ def open_scenes(config: AnnotationConfig, validation: bool, semantic: bool) -> I
     """The scenes of a split.
 
     Args:
-        config: Their size and so on.
-        validation: Those to validate on.
-        semantic: Annotated by semantic maps, whose first class is the background; else by objects.
+        config: their size and so on.
+        validation: those to validate on.
+        semantic: annotated by semantic maps, whose first class is the background; else by objects.
     """
     scenes = Scenes(config, validation, semantic)
     names = [*(["background"] if semantic else []), *scenes.names]

@@ -36,7 +36,7 @@ class OnImage:
     """Transform of an image that leaves its target alone.
 
     Args:
-        transform: Of the image.
+        transform: of the image.
     """
 
     def __init__(self, transform: Callable[[Image.Image], Tensor]) -> None:
@@ -104,7 +104,7 @@ class Narrowed:
     """Takes a part of images of extreme shape alone, as long as is worth to be resized.
 
     Args:
-        at_random: Take it anywhere, not from the middle.
+        at_random: take it anywhere, not from the middle.
     """
 
     def __init__(self, at_random: bool) -> None:

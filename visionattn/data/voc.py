@@ -26,8 +26,8 @@ def find_voc(root: Path, splits: Sequence[str]) -> Found | None:
     """The list of a split of a VOC folder, or all its annotations if it has no lists.
 
     Args:
-        root: The folder.
-        splits: Names of the split, the first as the options have it.
+        root: the folder.
+        splits: names of the split, the first as the options have it.
     """
     if not ((root / "JPEGImages").is_dir() and (root / "Annotations").is_dir()):
         return None
@@ -81,7 +81,7 @@ def read_list(root: Path, listed: Path, folder: Path, suffixes: Sequence[str]) -
     Entries may be followed by 1, 0 or -1, as in VOC's lists of a class, and may be paths.
 
     Raises:
-        VisionattnError: An entry leads out of the data.
+        VisionattnError: an entry leads out of the data.
     """
     found = []
     for line in filter(None, read_names(listed)):

@@ -31,8 +31,8 @@ def find_yolo(root: Path, splits: Sequence[str]) -> Found | None:
     """The images of a split with text files to them, or all images.
 
     Args:
-        root: The folder.
-        splits: Names of the split, the first as the options have it.
+        root: the folder.
+        splits: names of the split, the first as the options have it.
     """
     described = _described(root)
     if described is not None:

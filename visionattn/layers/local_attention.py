@@ -204,7 +204,7 @@ def relative_bias(table: Tensor, plan: Plan) -> list[Tensor]:
         plan: tiles to expand it for.
 
     Returns:
-        For each group a (1, heads * tiles, T, w) tensor, or (1, heads, T, w) if its tiles share it.
+        for each group a (1, heads * tiles, T, w) tensor, or (1, heads, T, w) if its tiles share it.
     """
     table = F.pad(table, (0, 1), value=-torch.inf)
     return [
@@ -220,7 +220,7 @@ def _with_axis_logits(q: Tensor, v: Tensor, rows: Tensor, cols: Tensor) -> tuple
     of 8: zeros fill them up.
 
     Returns:
-        Queries (B, heads, N, width), the features (w_rows * w_cols, width - d) that every window's keys get, and values
+        queries (B, heads, N, width), the features (w_rows * w_cols, width - d) that every window's keys get, and values
         (B, heads, M, width).
     """
     features = q.shape[-1] + rows.shape[-1] + cols.shape[-1]

@@ -13,7 +13,7 @@ def make_task(config: TaskConfig) -> Task:
     """The task that the options name, whose libraries are imported with it.
 
     Raises:
-        NotInstalledError: If one of them is not installed.
+        NotInstalledError: if one of them is not installed.
     """
     with optional():
         cls = resolve_name(TASKS[config.task].place)

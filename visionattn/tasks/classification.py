@@ -106,14 +106,14 @@ class ClassificationLoss(nn.Module):
     """Loss on mixed or plain targets.
 
     Args:
-        loss: Options of the loss.
-        augment: Options of the augmentation, for mixup and cutmix.
-        images: The images to train on, for their classes and, if these are to be balanced, their labels.
-        seed: Seed of the mixtures.
-        training_loss: What the model makes of the loss, from (loss, images, logits); see `Mechanics.training_loss`.
+        loss: options of the loss.
+        augment: options of the augmentation, for mixup and cutmix.
+        images: the images to train on, for their classes and, if these are to be balanced, their labels.
+        seed: seed of the mixtures.
+        training_loss: what the model makes of the loss, from (loss, images, logits); see `Mechanics.training_loss`.
 
     Raises:
-        VisionattnError: If the class weights do not fit the classes.
+        VisionattnError: if the class weights do not fit the classes.
     """
 
     def __init__(
@@ -168,8 +168,8 @@ class WeightedCrossEntropy(nn.Module):
     """Cross-entropy with a weight for each class, averaged over the images as it is without weights.
 
     Args:
-        weight: Of each class.
-        smoothing: Label smoothing of targets that are numbers of classes.
+        weight: of each class.
+        smoothing: label smoothing of targets that are numbers of classes.
     """
 
     def __init__(self, weight: Tensor, smoothing: float) -> None:
@@ -236,11 +236,11 @@ def average_precision(scores: Tensor, targets: Tensor) -> Tensor:
     """Mean precision at the images that have the label, by falling score; equal scores count as one.
 
     Args:
-        scores: Of the images for a class.
+        scores: of the images for a class.
         targets: 1 for the images that have the label, else 0.
 
     Returns:
-        The figure, nan if no image has the label.
+        the figure, nan if no image has the label.
     """
     scores, order = scores.sort(descending=True)
     last = torch.cat([scores[1:] != scores[:-1], torch.tensor([True])])  # of those with an equal score
@@ -253,7 +253,7 @@ class ClassificationMetrics(Metrics):
     """Sums for accuracy, loss and calibration over any number of batches and processes.
 
     Args:
-        num_classes: Number of classes.
+        num_classes: number of classes.
     """
 
     bins = 15

@@ -22,7 +22,7 @@ class DenseTask(Task):
 
     Attributes:
         create: `create_detector` or `create_segmenter`.
-        transform_class: Class of the transform.
+        transform_class: class of the transform.
     """
 
     otherwise = {name: what for name, what in Task.otherwise.items() if name != "checkpoint_path"}  # of the backbone
@@ -81,8 +81,8 @@ class DenseTask(Task):
         """The picture with a target, or with what `to_full_size` gave, drawn over it.
 
         Args:
-            picture: The image itself.
-            found: What to draw.
-            classes: Names of the classes.
-            threshold: Least score of the objects that are drawn.
+            picture: the image itself.
+            found: what to draw.
+            classes: names of the classes.
+            threshold: least score of the objects that are drawn.
         """

@@ -89,8 +89,8 @@ class DetectionMetrics(Metrics):
     """COCO's metrics of boxes and masks over any number of batches and processes.
 
     Args:
-        masks: Whether masks count too.
-        num_classes: Number of classes.
+        masks: whether masks count too.
+        num_classes: number of classes.
     """
 
     def __init__(self, masks: bool, num_classes: int) -> None:
@@ -146,11 +146,11 @@ def to_full_size(output: dict[str, Tensor], size: Sequence[int]) -> dict[str, Te
     """What was found in a resized image, in the pixels of the image itself.
 
     Args:
-        output: Of `Detection.predict`.
-        size: The image's own height and width.
+        output: of `Detection.predict`.
+        size: the image's own height and width.
 
     Returns:
-        Boxes, scores, labels and, if there are any, masks (N, H, W) of true and false, in the main memory.
+        boxes, scores, labels and, if there are any, masks (N, H, W) of true and false, in the main memory.
     """
     found = {key: value.detach().cpu() for key, value in output.items()}
     (height, width), (input_height, input_width) = size, found.pop("input_size").tolist()

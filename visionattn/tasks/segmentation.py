@@ -86,11 +86,11 @@ class PixelLoss(nn.Module):
     """Cross-entropy of the pixels that count and, if asked for, Dice loss.
 
     Args:
-        options: Of the loss.
-        num_classes: Number of classes.
+        options: of the loss.
+        num_classes: number of classes.
 
     Raises:
-        VisionattnError: If the class weights do not fit the classes.
+        VisionattnError: if the class weights do not fit the classes.
     """
 
     def __init__(self, options: LossConfig, num_classes: int) -> None:
@@ -139,7 +139,7 @@ class SegmentationMetrics(Metrics):
     """Confusion matrix over any number of batches and processes.
 
     Args:
-        num_classes: Number of classes.
+        num_classes: number of classes.
     """
 
     def __init__(self, num_classes: int) -> None:
@@ -181,7 +181,7 @@ def to_full_size(logits: Tensor, size: Sequence[int]) -> Tensor:
 
     Args:
         logits: (classes, h, w) of the resized image.
-        size: The image's own height and width.
+        size: the image's own height and width.
     """
     if logits.shape[-2:] != tuple(size):
         logits = F.interpolate(finite(logits)[None], tuple(size), mode="bilinear")[0]

@@ -7,11 +7,11 @@ class Known(NamedTuple):
     """A line of `TASKS`.
 
     Args:
-        place: Module and name of the class, a `Task`: "package.module:Class".
-        sample: What comes with an image: a class, or several; objects; or a map of its pixels. Images with a class are
+        place: module and name of the class, a `Task`: "package.module:Class".
+        sample: what comes with an image: a class, or several; objects; or a map of its pixels. Images with a class are
             prepared by the options augment and data.img_size, those whose annotations move along by joint.
-        head: What is built on a backbone where no head is named.
-        useless: Options that it has no use for, groups of them among them.
+        head: what is built on a backbone where no head is named.
+        useless: options that it has no use for, groups of them among them.
     """
 
     place: str

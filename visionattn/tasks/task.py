@@ -56,11 +56,11 @@ class Validation:
     """How validate.py validates a model.
 
     Args:
-        predict: Makes of images what `metrics` counts.
-        transform: Of an image and its target.
-        metrics: What counts, new.
-        facts: What to record of the way that it is done.
-        lines: Makes of the figures, and of those of each class by name, what to print of them: labels and texts.
+        predict: makes of images what `metrics` counts.
+        transform: of an image and its target.
+        metrics: what counts, new.
+        facts: what to record of the way that it is done.
+        lines: makes of the figures, and of those of each class by name, what to print of them: labels and texts.
     """
 
     predict: Callable[[Any], Any]
@@ -75,12 +75,12 @@ class Task(ABC):
     model finds in images of one size.
 
     Args:
-        config: Options of the run, or of validate.py, which needs neither loss nor augmentation.
+        config: options of the run, or of validate.py, which needs neither loss nor augmentation.
 
     Attributes:
-        metric: Name of the metric that says which epoch is best.
-        shown: Names of the metrics for which a line on the screen has room.
-        otherwise: Arguments of `create_model` that options of other names stand for, or none, and what to do.
+        metric: name of the metric that says which epoch is best.
+        shown: names of the metrics for which a line on the screen has room.
+        otherwise: arguments of `create_model` that options of other names stand for, or none, and what to do.
     """
 
     metric: str
@@ -161,8 +161,8 @@ class Task(ABC):
         """Module that gives the loss of a batch from (model, images, targets, number of the update).
 
         Args:
-            images: To train on.
-            training_loss: What a classifier makes of the loss, from (loss, images, logits); `Mechanics.training_loss`.
+            images: to train on.
+            training_loss: what a classifier makes of the loss, from (loss, images, logits); `Mechanics.training_loss`.
         """
 
     @abstractmethod
@@ -177,9 +177,9 @@ class Task(ABC):
         """How validate.py is to validate a model, once `resolve` has been called.
 
         Args:
-            model: In eval mode, on its device.
-            images: To validate on.
-            classes: The model's, if they are known.
+            model: in eval mode, on its device.
+            images: to validate on.
+            classes: the model's, if they are known.
         """
 
         def predict(batch: Sequence[Tensor]) -> Any:
@@ -204,9 +204,9 @@ class Task(ABC):
         """What the model makes of an image, in a few words.
 
         Args:
-            found: Of `predict`, and of the size of the image itself.
-            classes: Names of the classes.
-            threshold: Least score of what is told; None for a model that finds one class in each image or pixel.
+            found: of `predict`, and of the size of the image itself.
+            classes: names of the classes.
+            threshold: least score of what is told; None for a model that finds one class in each image or pixel.
         """
 
     def draw(self, image: Tensor, target: Any, output: Any, classes: list[str]) -> list[Image.Image]:

@@ -172,8 +172,8 @@ def useless(config: TaskConfig, brought: TaskConfig) -> dict[str, str]:
     """Options that are given but have no effect, and why.
 
     Args:
-        config: Options of a script.
-        brought: Those that it would have without being given any, or only the ones before these.
+        config: options of a script.
+        brought: those that it would have without being given any, or only the ones before these.
     """
     found = {}
     for name in TASKS[config.task].useless:

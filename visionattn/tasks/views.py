@@ -22,8 +22,8 @@ class Views:
     """Transform of an image to its crops, which `Predictor` mirrors.
 
     Args:
-        data: Resolved preparation.
-        tta: Which crops to take.
+        data: resolved preparation.
+        tta: which crops to take.
 
     Shape:
         PIL image to (V, C, H, W).
@@ -55,12 +55,12 @@ class Predictor(nn.Module):
     """Logits of a model for the classes of a data set; of several views, those of their mean probabilities.
 
     Args:
-        model: The model.
-        outputs: Those of its outputs to take, in this order.
+        model: the model.
+        outputs: those of its outputs to take, in this order.
         precision: "bf16" or "fp16" for mixed precision.
-        flip: Add the mirror image of each view.
-        memory_format: Layout of the images.
-        several: Images have any number of labels, so that each class has a probability of its own.
+        flip: add the mirror image of each view.
+        memory_format: layout of the images.
+        several: images have any number of labels, so that each class has a probability of its own.
 
     Shape:
         (B, V, C, H, W) to (B, len(outputs)).

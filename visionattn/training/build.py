@@ -28,10 +28,10 @@ def make_model(
     """The model on its device, and its parts that stay in eval mode.
 
     Args:
-        task: Which makes it.
-        num_classes: Classes of the data.
-        accelerator: The run's accelerator.
-        resumes: Do without the weights to start from, which need not be there any more: others will be loaded.
+        task: which makes it.
+        num_classes: classes of the data.
+        accelerator: the run's accelerator.
+        resumes: do without the weights to start from, which need not be there any more: others will be loaded.
     """
     config = task.config
     if resumes:
@@ -54,12 +54,12 @@ def check_resumable(task: Task, num_classes: int, saved: Saved) -> None:
     """Refuse options of a run whose model is not the one that its last checkpoint holds, before it is made.
 
     Args:
-        task: Of the options.
-        num_classes: Of the data.
-        saved: The last checkpoint of the run.
+        task: of the options.
+        num_classes: of the data.
+        saved: the last checkpoint of the run.
 
     Raises:
-        VisionattnError: Says what differs.
+        VisionattnError: says what differs.
     """
     path, content, _ = saved
     name, kwargs = task.made
@@ -100,15 +100,15 @@ def freeze(model: nn.Module, parts: tuple[str, ...]) -> list[nn.Module]:
     """Keep parameters as they are.
 
     Args:
-        model: Model to freeze in part.
-        parts: Names of modules or parameters, "blocks.0-5" for a range; "backbone" for all but the head and the dropout
+        model: model to freeze in part.
+        parts: names of modules or parameters, "blocks.0-5" for a range; "backbone" for all but the head and the dropout
             before it.
 
     Returns:
-        The frozen modules, which must stay in eval mode for their batch norms to keep their statistics.
+        the frozen modules, which must stay in eval mode for their batch norms to keep their statistics.
 
     Raises:
-        VisionattnError: If a part does not exist, or nothing is left to learn.
+        VisionattnError: if a part does not exist, or nothing is left to learn.
     """
     modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
     frozen = []

@@ -87,7 +87,7 @@ def read_saved(path: Path) -> Saved:
     """A checkpoint in a run folder.
 
     Raises:
-        VisionattnError: If it is not there or cannot be read.
+        VisionattnError: if it is not there or cannot be read.
     """
     if not path.is_file():
         raise VisionattnError(f"cannot resume {path.parents[1]}: it has no checkpoints/{path.name}")
@@ -181,9 +181,9 @@ def keep_best(folder: Path, epochs: list[int], several: bool) -> None:
     """Keep the checkpoints of these epochs and of no others.
 
     Args:
-        folder: Run folder.
-        epochs: The best ones, in order; the first is kept as best too.
-        several: Whether they have files of their own; else there is best alone, which is left as it is.
+        folder: run folder.
+        epochs: the best ones, in order; the first is kept as best too.
+        several: whether they have files of their own; else there is best alone, which is left as it is.
     """
     checkpoints = folder / "checkpoints"
     best = checkpoints / "best.safetensors"

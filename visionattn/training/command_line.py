@@ -34,9 +34,9 @@ class Source:
     """Where options come from.
 
     Args:
-        place: What errors call it; empty for the command line.
-        values: Of the options by their full names, those of a free dictionary in one.
-        lines: Of the options in a file.
+        place: what errors call it; empty for the command line.
+        values: of the options by their full names, those of a free dictionary in one.
+        lines: of the options in a file.
     """
 
     place: str = ""
@@ -71,14 +71,14 @@ def parse(
     """The options: those of the command line over those in its files, over those that a checkpoint brings.
 
     Args:
-        parser: From `make_parser`.
-        config: The dataclass.
-        argv: The command line.
-        brought: Name of a checkpoint, and the options that it brings.
+        parser: from `make_parser`.
+        config: the dataclass.
+        argv: the command line.
+        brought: name of a checkpoint, and the options that it brings.
 
     Raises:
-        SystemExit: After --help and --print_config.
-        VisionattnError: If an option is unknown or its value is not what it takes.
+        SystemExit: after --help and --print_config.
+        VisionattnError: if an option is unknown or its value is not what it takes.
     """
     if {"-h", "--help"} & set(argv):
         parser.print_help()
@@ -229,7 +229,7 @@ def _as_taken(value: Any, hint: Any) -> Any:
     """A value as an option of this type takes it: a scalar without quotes as its text, or as what YAML reads.
 
     Raises:
-        ValueError: If it is a text, a null or a mapping, and the option takes no such thing.
+        ValueError: if it is a text, a null or a mapping, and the option takes no such thing.
     """
     members = _members(hint)
     if isinstance(value, list):

@@ -20,8 +20,8 @@ def make_teacher(config: DistillConfig, num_classes: int) -> nn.Module:
     """The teacher with its weights, in eval mode.
 
     Args:
-        config: Options of the distillation.
-        num_classes: Classes of the data, those of a teacher whose weights are in a file that does not say otherwise.
+        config: options of the distillation.
+        num_classes: classes of the data, those of a teacher whose weights are in a file that does not say otherwise.
     """
     kwargs: dict[str, Any] = dict(config.kwargs)
     if config.checkpoint:
@@ -42,7 +42,7 @@ def check_own(config: TrainConfig) -> None:
     """Refuse options of the distillation to a model that learns from a teacher as its paper says.
 
     Raises:
-        VisionattnError: If one is given.
+        VisionattnError: if one is given.
     """
     names = {*given(config, TrainConfig(), "distill")} - {
         f"distill.{name}" for name in ("model", "kwargs", "checkpoint")
@@ -54,8 +54,8 @@ class Student(nn.Module):
     """A model that keeps its pooled features, projected to the width of the teacher's, for the loss.
 
     Args:
-        model: The model that learns.
-        width: Channels of the teacher's pooled features.
+        model: the model that learns.
+        width: channels of the teacher's pooled features.
     """
 
     def __init__(self, model: nn.Module, width: int) -> None:
@@ -74,14 +74,14 @@ class Distillation:
     """The loss of the labels, of the teacher's logits and of its features.
 
     Args:
-        options: Of the run; its images are normalised for the student.
-        teacher: On the device of the student.
-        num_classes: Classes of the data.
-        model: The model that learns, on its device.
-        accelerator: For the precision of the teacher.
+        options: of the run; its images are normalised for the student.
+        teacher: on the device of the student.
+        num_classes: classes of the data.
+        model: the model that learns, on its device.
+        accelerator: for the precision of the teacher.
 
     Attributes:
-        student: The model with the projection of its features; None if they do not matter.
+        student: the model with the projection of its features; None if they do not matter.
     """
 
     def __init__(

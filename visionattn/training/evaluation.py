@@ -45,11 +45,11 @@ def evaluate(
     """Metrics of a model over the loaders of all processes, which fail together if one of them does.
 
     Args:
-        predict: Makes of images what the metrics count.
-        loader: This process's images.
-        accelerator: The run's accelerator.
-        metrics: What counts, new.
-        after_batch: Called with images, targets and outputs after each batch.
+        predict: makes of images what the metrics count.
+        loader: this process's images.
+        accelerator: the run's accelerator.
+        metrics: what counts, new.
+        after_batch: called with images, targets and outputs after each batch.
     """
     try:
         for batch in read_batches(loader):
@@ -95,8 +95,8 @@ def validate_all(config: ValidateConfig, argv: list[str]) -> None:
     """Run validate.py: for each model that the options name; one that fails does not stop the others.
 
     Args:
-        config: The options without those that checkpoints bring.
-        argv: The command line.
+        config: the options without those that checkpoints bring.
+        argv: the command line.
 
     Raises:
         VisionattnError: if there is nothing to validate, or at the end if a model failed.
@@ -127,12 +127,12 @@ def validate(
     """Validate one model: build what the options and the checkpoint say, print and write the results.
 
     Args:
-        config: The options, with those that the checkpoint brings.
-        output: File to write to; None for what the options name.
-        read: Gives what the header of the checkpoint says and what it holds, which is let go once it is loaded.
+        config: the options, with those that the checkpoint brings.
+        output: file to write to; None for what the options name.
+        read: gives what the header of the checkpoint says and what it holds, which is let go once it is loaded.
 
     Returns:
-        The metrics that training records.
+        the metrics that training records.
     """
     if not config.model:
         told = f"{config.checkpoint} does not say which model it belongs to: add" if config.checkpoint else "give"
@@ -315,8 +315,8 @@ class ResultFile:
     that the file holds already, and leaves out what is nested.
 
     Args:
-        path: File to write; its suffix says which.
-        many: Whether there may be several models.
+        path: file to write; its suffix says which.
+        many: whether there may be several models.
     """
 
     def __init__(self, path: str | Path, many: bool = False) -> None:

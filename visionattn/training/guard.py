@@ -30,13 +30,13 @@ class Guard:
     """Counts skipped updates.
 
     Args:
-        config: What happens when there are too many.
-        accelerator: The run's accelerator.
+        config: what happens when there are too many.
+        accelerator: the run's accelerator.
 
     Attributes:
-        in_a_row: Updates skipped since the last good one.
-        skipped: Updates skipped in the run.
-        rollbacks: Times that the run was rolled back.
+        in_a_row: updates skipped since the last good one.
+        skipped: updates skipped in the run.
+        rollbacks: times that the run was rolled back.
     """
 
     def __init__(self, config: GuardConfig, accelerator: Accelerator) -> None:
@@ -51,15 +51,15 @@ class Guard:
         """Count and tell an update that was skipped.
 
         Args:
-            folder: Run folder, where skipped.csv lists the images; None for none.
-            epoch: Epoch of the update.
-            update: Number of the update in it.
-            loss: Its loss.
-            samples: Indices of its images in this process.
+            folder: run folder, where skipped.csv lists the images; None for none.
+            epoch: epoch of the update.
+            update: number of the update in it.
+            loss: its loss.
+            samples: indices of its images in this process.
 
         Raises:
-            Diverged: If there are too many in a row and the run is to be rolled back.
-            VisionattnError: If it is to stop.
+            Diverged: if there are too many in a row and the run is to be rolled back.
+            VisionattnError: if it is to stop.
         """
         self.in_a_row += 1
         self.skipped += 1
@@ -102,7 +102,7 @@ class Signals:
     """Notes a signal for the run to heed; one more, later, ends the process at once.
 
     Attributes:
-        received: Number of the signal, 0 for none.
+        received: number of the signal, 0 for none.
     """
 
     def __init__(self) -> None:

@@ -39,12 +39,12 @@ class RunLog:
     """Log of one run, kept by the main process; the others' calls do nothing.
 
     Args:
-        folder: Run folder.
-        accelerator: The run's accelerator, which owns the trackers.
-        config: Options of the run.
-        task: Which says what metrics to show.
-        updates: Updates of an epoch.
-        start: Epoch to go on from; rows of metrics.csv from there on are dropped, since they come again.
+        folder: run folder.
+        accelerator: the run's accelerator, which owns the trackers.
+        config: options of the run.
+        task: which says what metrics to show.
+        updates: updates of an epoch.
+        start: epoch to go on from; rows of metrics.csv from there on are dropped, since they come again.
     """
 
     def __init__(
@@ -184,8 +184,8 @@ class Gallery:
     """The first images of a validation: beside each target, what the model makes of the image.
 
     Args:
-        task: Which draws.
-        classes: Names of the classes.
+        task: which draws.
+        classes: names of the classes.
     """
 
     count = 8
@@ -213,13 +213,13 @@ def check_window(window: str, last: int, resumed_at: int, folder: Path | None) -
     """Refuse a window of `Profiler` of which the run sees nothing.
 
     Args:
-        window: First update and the one after the last.
-        last: Updates of the whole run.
-        resumed_at: Update at which it goes on.
-        folder: Of a run that is resumed; the window that it began with may be over.
+        window: first update and the one after the last.
+        last: updates of the whole run.
+        resumed_at: update at which it goes on.
+        folder: of a run that is resumed; the window that it began with may be over.
 
     Raises:
-        VisionattnError: If it lies after the run's end, or before where it goes on.
+        VisionattnError: if it lies after the run's end, or before where it goes on.
     """
     first, end = map(int, window.split("-"))
     if first >= last:
@@ -235,8 +235,8 @@ class Profiler:
     """torch.profiler over a window of updates.
 
     Args:
-        window: First update and the one after the last, "10-20", counted from the start of the run; empty for none.
-        folder: Where the trace goes, for chrome://tracing or https://ui.perfetto.dev.
+        window: first update and the one after the last, "10-20", counted from the start of the run; empty for none.
+        folder: where the trace goes, for chrome://tracing or https://ui.perfetto.dev.
     """
 
     def __init__(self, window: str, folder: Path) -> None:

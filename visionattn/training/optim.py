@@ -30,12 +30,12 @@ def make_optimizer(
     """timm's optimizer by name, with its groups for weight decay and layer-wise rates.
 
     Args:
-        config: Options of the optimizer.
-        model: What it optimizes.
-        rates: Factors on the peak learning rate by pattern of names; see `Mechanics.learning_rates`.
+        config: options of the optimizer.
+        model: what it optimizes.
+        rates: factors on the peak learning rate by pattern of names; see `Mechanics.learning_rates`.
 
     Raises:
-        VisionattnError: If the optimizer is unknown or refuses the options.
+        VisionattnError: if the optimizer is unknown or refuses the options.
     """
     if config.name.lower() not in list_optimizers():
         near = difflib.get_close_matches(config.name.lower(), list_optimizers(), 3, 0.5)
@@ -77,11 +77,11 @@ class OneCycle(Scheduler):
     """Up along a cosine in the warm-up, down along another after it (https://arxiv.org/abs/1708.07120).
 
     Args:
-        optimizer: Whose rates it sets.
-        length: Updates of the cycle.
-        warmup: Updates of its rise.
-        start: Rate of the first update.
-        end: Rate after the last one.
+        optimizer: whose rates it sets.
+        length: updates of the cycle.
+        warmup: updates of its rise.
+        start: rate of the first update.
+        end: rate after the last one.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, length: int, warmup: float, start: float, end: float) -> None:
@@ -103,12 +103,12 @@ class Schedule:
     """Learning rate of every update: a function of its number, times what plateaus and rollbacks have left of it.
 
     Args:
-        config: Options of the run.
-        optimizer: Whose rates it sets.
-        updates: Updates of an epoch.
+        config: options of the run.
+        optimizer: whose rates it sets.
+        updates: updates of an epoch.
 
     Attributes:
-        factor: What rollbacks have left of the rate.
+        factor: what rollbacks have left of the rate.
     """
 
     def __init__(self, config: TrainConfig, optimizer: torch.optim.Optimizer, updates: int) -> None:
@@ -149,9 +149,9 @@ def make_schedule(config: TrainConfig, optimizer: torch.optim.Optimizer, updates
     """timm's schedule by name, a function of the number of the update.
 
     Args:
-        config: Options of the run.
-        optimizer: Whose rates it sets.
-        updates: Updates of an epoch.
+        config: options of the run.
+        optimizer: whose rates it sets.
+        updates: updates of an epoch.
     """
     schedule = config.schedule
     if schedule.cooldown_epochs and schedule.name in ("step", "multistep", "plateau", "constant"):

@@ -30,15 +30,15 @@ def predict(
     """Print what the model makes of images and, for boxes, masks and semantic maps, draw it.
 
     Args:
-        checkpoint: Of train.py.
-        files: Of the images.
-        output: Folder for a PNG of each image, named after it; None: predictions. Classifiers make none.
-        threshold: Least score of the objects that are drawn and counted, and of the classes of a model that gives an
+        checkpoint: of train.py.
+        files: of the images.
+        output: folder for a PNG of each image, named after it; None: predictions. Classifiers make none.
+        threshold: least score of the objects that are drawn and counted, and of the classes of a model that gives an
             image any number of them; None: 0.5. Others have no use for it.
-        overwrite: Write over pictures that are there.
+        overwrite: write over pictures that are there.
 
     Raises:
-        VisionattnError: If a file cannot be read, or would be written over, or an option is of no use to the task.
+        VisionattnError: if a file cannot be read, or would be written over, or an option is of no use to the task.
     """
     description, content = held = read_described(checkpoint)
     if any(description.get(entry) is None for entry in ("model", "classes", "data")):

@@ -149,10 +149,10 @@ class Kept:
         """Bring a run to where it was when a checkpoint was written, as far as its options are still the same.
 
         Args:
-            saved: The checkpoint.
+            saved: the checkpoint.
 
         Raises:
-            VisionattnError: If the checkpoint cannot be read, or does not fit the options.
+            VisionattnError: if the checkpoint cannot be read, or does not fit the options.
         """
         path, state = saved.path, training_state(saved)
         for name, kind in STATE.items():

@@ -27,7 +27,7 @@ def train(config: TrainConfig, resume: Path | None = None) -> Path | None:
     """Run train.py: train, tell where the results are, and return the run folder; None for a dry run.
 
     Raises:
-        SystemExit: After SIGINT or SIGTERM, with 128 and the number of the signal, once the run is saved.
+        SystemExit: after SIGINT or SIGTERM, with 128 and the number of the signal, once the run is saved.
     """
     trainer = Trainer(config, resume)
     if config.dry_run:
@@ -56,10 +56,10 @@ def dry_run(trainer: Trainer) -> None:
     """Train for some updates and print parameters, multiply-adds, peak memory, images/s and the time of the whole run.
 
     Args:
-        trainer: Of the run; it is of no further use.
+        trainer: of the run; it is of no further use.
 
     Raises:
-        VisionattnError: If the updates do not go well.
+        VisionattnError: if the updates do not go well.
     """
     accelerator, config, model = trainer.accelerator, trainer.config, trainer.bare_model
     trainer.guard.config = replace(trainer.guard.config, on_divergence="stop")  # there is nowhere to go back to

@@ -33,7 +33,7 @@ def check_sharding(config: TrainConfig, accelerator: Accelerator) -> None:
     """Refuse what a run that is split cannot do, or was not seen to do.
 
     Raises:
-        VisionattnError: If accelerate or the options ask for it.
+        VisionattnError: if accelerate or the options ask for it.
     """
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         raise VisionattnError(
@@ -65,10 +65,10 @@ def distribute(
     """What accelerate makes of a model and its optimizer, which from then on load whole tensors even if they are split.
 
     Args:
-        accelerator: The run's accelerator.
-        model: On its device, with the same weights in every process.
-        optimizer: Of its parameters.
-        average: Copy of the model that is to be split alike.
+        accelerator: the run's accelerator.
+        model: on its device, with the same weights in every process.
+        optimizer: of its parameters.
+        average: copy of the model that is to be split alike.
     """
     if not accelerator.is_fsdp2:
         return accelerator.prepare(model, optimizer)
@@ -121,8 +121,8 @@ def whole(state: Any, keep: bool) -> Any:
     """Nested dicts with whole tensors in place of those that are split; all processes call it together.
 
     Args:
-        state: What may hold split tensors.
-        keep: Whether this process wants them; the others get None.
+        state: what may hold split tensors.
+        keep: whether this process wants them; the others get None.
     """
     if isinstance(state, dict):
         return {key: whole(value, keep) for key, value in state.items()}

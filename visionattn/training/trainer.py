@@ -34,8 +34,8 @@ class Trainer(Kept):
     """One run: everything it needs is built, checked and, to resume, loaded before anything is written.
 
     Args:
-        config: Options of the run.
-        resume: Run folder to continue.
+        config: options of the run.
+        resume: run folder to continue.
     """
 
     def __init__(self, config: TrainConfig, resume: Path | None = None) -> None:
@@ -98,7 +98,7 @@ class Trainer(Kept):
         """Train to the last epoch; the run folder.
 
         Raises:
-            Stopped: After a signal, once the run is saved.
+            Stopped: after a signal, once the run is saved.
         """
         began_here = self.folder is None
         if began_here:
@@ -151,8 +151,8 @@ class Trainer(Kept):
         """Train to the end of the epoch; the loss of each update, once it is made.
 
         Raises:
-            Stopped: After a signal.
-            Diverged: If the run is to be rolled back.
+            Stopped: after a signal.
+            Diverged: if the run is to be rolled back.
         """
         self.model.train()
         for module in self.frozen:

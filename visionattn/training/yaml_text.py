@@ -59,7 +59,7 @@ class Plain:
         """What YAML reads.
 
         Raises:
-            ValueError: If that differs from reader to reader, or is not of this world.
+            ValueError: if that differs from reader to reader, or is not of this world.
         """
         text = self.text
         if self.is_null:
@@ -92,7 +92,7 @@ def checked(value: Any) -> Any:
     """The value, if it is no number that is out of all bounds.
 
     Raises:
-        ValueError: If it is one.
+        ValueError: if it is one.
     """
     if isinstance(value, int) and abs(value) >= MAX_NUMBER:
         raise ValueError("a whole number as large as that is more than any option takes")
@@ -105,7 +105,7 @@ def resolved(value: Any) -> Any:
     """What a text says, with each plain scalar as YAML reads it.
 
     Raises:
-        ValueError: If one of them reads in more ways than one.
+        ValueError: if one of them reads in more ways than one.
     """
     if isinstance(value, Plain):
         return value.value()
@@ -120,7 +120,7 @@ def read_file(file: Path, told: str) -> Located:
     """The mapping in a YAML file; `told` begins what is said of one that cannot be read.
 
     Raises:
-        VisionattnError: If it is not a text, not YAML, no mapping, or more than options can need.
+        VisionattnError: if it is not a text, not YAML, no mapping, or more than options can need.
     """
     with user_input(told, OSError, ValueError), open(file, "rb") as opened:
         content = opened.read(MAX_BYTES + 1)
@@ -155,8 +155,8 @@ def read(text: str) -> Any:
     Aliases and merge keys stand for what they name; the values behind them count towards the most that there may be.
 
     Raises:
-        yaml.YAMLError: If the text is not YAML.
-        ValueError: If it says more than options can need, or the same twice.
+        yaml.YAMLError: if the text is not YAML.
+        ValueError: if it says more than options can need, or the same twice.
     """
     events = yaml.parse(text, Loader=yaml.SafeLoader)  # the parser in Python, which has no stack of C to exhaust
     composer = _Composer(events)
@@ -170,7 +170,7 @@ class _Composer:
     """Makes values of YAML's events.
 
     Args:
-        events: Of a text.
+        events: of a text.
     """
 
     def __init__(self, events: Iterator[yaml.Event]) -> None:

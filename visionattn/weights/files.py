@@ -43,7 +43,7 @@ def read_checkpoint(path: str | PathLike, digest: Any = None) -> tuple[dict[str,
         digest: hash object of hashlib's, which takes the bytes of the file; of one in parts, those of the index.
 
     Returns:
-        The (nested, where torch.save wrote it) dictionary of tensors and plain values that the file holds, and the
+        the (nested, where torch.save wrote it) dictionary of tensors and plain values that the file holds, and the
         safetensors header's metadata. Objects of other kinds are left out.
 
     Raises:

@@ -121,7 +121,7 @@ def convert_state_dict(state_dict: Mapping, model: nn.Module, checkpoint_prefix:
         checkpoint_prefix: where the weights are, if there are several that fit equally well: "student" for one.
 
     Returns:
-        State dict with exactly the model's keys.
+        state dict with exactly the model's keys.
 
     Raises:
         VisionattnError: if no layout of the family fits; the message says which keys are missing and left over.
@@ -162,7 +162,7 @@ def fit_state_dict(
         checkpoint_prefix: where the weights are, if there are several that fit equally well.
 
     Returns:
-        State dict with the model's keys and shapes, and names of what was "re-initialised", "dropped" and "resized".
+        state dict with the model's keys and shapes, and names of what was "re-initialised", "dropped" and "resized".
 
     Raises:
         VisionattnError: if it does not fit otherwise.
