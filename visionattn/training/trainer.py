@@ -2,6 +2,7 @@
 
 import math
 import os
+import warnings
 from collections.abc import Iterator
 from functools import partial
 from importlib import import_module
@@ -274,4 +275,5 @@ class Trainer(Kept):
 def __getattr__(name: str) -> Any:
     if name != "train":
         raise AttributeError(f"module {__name__} has no attribute {name}")
-    return import_module(f"{__package__}.run").train  # which was here
+    warnings.warn(f"{__name__}.train is {__package__}.run.train now", FutureWarning, stacklevel=2)
+    return import_module(f"{__package__}.run").train
