@@ -75,8 +75,10 @@ def _channel(module, inputs):
 
 
 def _attentive_conv(module, inputs):
-    _, C, H, W = inputs[0].shape
-    return (H * W - module.kernel_size**2) * C * C  # the published code projects the map before it pools it
+    C = module.x_proj.in_features
+    return (
+        (inputs[0][0].numel() // C - module.kernel_size**2) * C * C
+    )  # the published code projects the map before it pools it
 
 
 def _predictor(module, inputs):

@@ -259,7 +259,7 @@ def test_blocks():
             x = torch.randn(2, stage.dim, 6, 5, dtype=torch.float64)
             scale = block.ls2.gamma[:, None, None] if options else 1
             y = x + block.mixer(x) if i == 3 else block.mixer(x)
-            close(block(x), (y if i == 3 else x) + scale * block.mlp(y))
+            close(block(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2), (y if i == 3 else x) + scale * block.mlp(y))
     assert not any(isinstance(m, PartialChannelAttention | PartialSelfAttention) for m in model.modules())
     assert isinstance(block.mixer, PartialConv2d)
 
