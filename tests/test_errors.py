@@ -57,3 +57,13 @@ def test_modules_are_found_by_the_names_that_they_had(old):
     modules = [vars(importlib.import_module(new)) for new in today]
     public = {key: value for module in modules for key, value in module.items() if key[0] != "_"}
     assert all(named[key] is value for key, value in public.items() if not inspect.ismodule(value))
+
+
+def test_old_names_are_attributes_too():
+    sys.modules.pop("visionattn.sharing", None)
+    vars(visionattn).pop("sharing", None)
+    with pytest.warns(FutureWarning, match="visionattn.publish now"):
+        assert visionattn.sharing.push is visionattn.publish.push
+    assert visionattn.weights.load_pretrained is visionattn.weights.layouts.load_pretrained
+    with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
+        visionattn.nonsense  # noqa: B018

@@ -26,7 +26,7 @@ CHANNELS = ["red", "green", "blue"]
 class Colour(Task):
     """The mean of each channel of an image, of the digits for example."""
 
-    metric, shown = "closeness", ("closeness", "error")
+    metric, shown, unit = "closeness", ("closeness", "error"), ""
 
     def load(self):
         return tuple(replace(images, indices=images.indices[:96], classes=CHANNELS) for images in super().load())
@@ -83,7 +83,7 @@ class ColourMetrics(Metrics):
 
 @pytest.fixture(autouse=True)
 def _known(monkeypatch: pytest.MonkeyPatch):
-    useless = ("head", "head_kwargs", "annotations", "joint", "loss", "distill", "tta", "augment.mixup")
+    useless = ("loss", "distill", "tta", "augment.mixup")
     monkeypatch.setitem(TASKS, "colour", Known(f"{__name__}:Colour", "class", useless=useless))
 
 
@@ -151,7 +151,7 @@ def test_a_task_from_outside_is_trained_resumed_validated_and_predicts(
     monkeypatch.setattr("visionattn.weights.files.open", noted, raising=False)
     best = str(whole / "checkpoints" / "best.safetensors")
     validate_all(parse_validate(["--checkpoint", best], lambda _: {}), ["--checkpoint", best])
-    assert f"closeness  {max(row.split(',')[2] for row in rows[1:])} %" in capsys.readouterr().out
+    assert f"closeness  {max(row.split(',')[2] for row in rows[1:])}\n" in capsys.readouterr().out
     assert opened == ["best.safetensors"]
     assert command(["predict", "docs/digits.png", "--checkpoint", best]) == 0
     assert "docs/digits.png: red " in capsys.readouterr().out
@@ -175,3 +175,6 @@ def test_the_command_line_knows_it(capsys: pytest.CaptureFixture, monkeypatch: p
         parse_train([*OPTIONS, "--augment.mixup", "0.1"])
     with pytest.raises(VisionattnError, match="option data.train_split is of no use without data.root"):
         parse_train([*OPTIONS, "--data.train_split", "fit"])
+    for option in (["--head", "fpn"], ["--joint.crop", "8"], ["--annotations.classes", "c.txt"]):
+        with pytest.raises(VisionattnError, match=f"option {option[0][2:]} is of no use to colour"):
+            parse_train([*OPTIONS, *option])

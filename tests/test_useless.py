@@ -131,7 +131,7 @@ def test_every_option_that_is_looked_at_exists():
 
     known = names(TrainConfig()) | names(ValidateConfig())
     for name in (
-        name for group in (*(t.useless for t in TASKS.values()), *(r.options for r in RULES)) for name in group
+        name for group in (*(t.of_no_use for t in TASKS.values()), *(r.options for r in RULES)) for name in group
     ):
         assert name in known, name
 

@@ -1,5 +1,8 @@
 """Vision backbones built on attention and attention-like token mixers."""
 
+from importlib import import_module as _import_module
+from types import ModuleType as _ModuleType
+
 from . import data as data
 from . import models as models
 from . import moved as moved
@@ -10,3 +13,10 @@ from .registry import list_models, model_info, register_model
 
 __version__ = "0.1.0"
 __all__ = ["create_model", "list_models", "model_info", "register_model"]
+
+
+def __getattr__(name: str) -> _ModuleType:
+    """A module by the name that it had."""
+    if name not in moved.MOVED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return _import_module(f"{__name__}.{name}")

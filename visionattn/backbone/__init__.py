@@ -4,7 +4,11 @@ They hold what every backbone repeats: timm's model contract (features, intermed
 parameter groups), input checks and position tables that follow the input size.
 """
 
+from .base import FORMATS as FORMATS
 from .base import Backbone as Backbone
+from .base import InputCheck as InputCheck
+from .base import check_output_format as check_output_format
+from .hierarchical import POOLS as POOLS
 from .hierarchical import Hierarchical as Hierarchical
 from .hierarchical import Stage as Stage
 from .isotropic import Isotropic as Isotropic

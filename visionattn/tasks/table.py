@@ -2,6 +2,12 @@
 
 from typing import Literal, NamedTuple
 
+AUGMENTATION = ("augment", "data.img_size", "data.eval_img_size", "data.interpolation", "data.crop_mode")
+"""What images with a class have where those with annotations have joint."""
+ANNOTATED = ("data.labels", "data.crop_pct", "data.download", *AUGMENTATION)
+OF_OTHERS = {"class": ("annotations", "joint"), "objects": ANNOTATED, "map": ANNOTATED}
+"""Options of other samples."""
+
 
 class Known(NamedTuple):
     """A line of `TASKS`.
@@ -10,8 +16,9 @@ class Known(NamedTuple):
         place: module and name of the class, a `Task`: "package.module:Class".
         sample: what comes with an image: a class, or several; objects; or a map of its pixels. Images with a class are
             prepared by the options augment and data.img_size, those whose annotations move along by joint.
-        head: what is built on a backbone where no head is named.
-        useless: options that it has no use for, groups of them among them.
+        head: what is built on a backbone where no head is named; empty if there are no heads.
+        useless: options that it has no use for, groups of them among them, besides those of other samples and of
+            heads that there are none of.
     """
 
     place: str
@@ -19,33 +26,29 @@ class Known(NamedTuple):
     head: str = ""
     useless: tuple[str, ...] = ()
 
+    @property
+    def of_no_use(self) -> tuple[str, ...]:
+        """All options that it has no use for."""
+        return (*self.useless, *OF_OTHERS[self.sample], *(() if self.head else ("head", "head_kwargs")))
 
-AUGMENTATION = ("augment", "data.img_size", "data.eval_img_size", "data.interpolation", "data.crop_mode")
-"""What images with a class have where those with annotations have joint."""
+
 TASKS = {
     "classification": Known(
-        "visionattn.tasks.classification:Classification",
-        "class",
-        useless=("head", "head_kwargs", "annotations", "joint", "loss.dice", "loss.auxiliary"),
+        "visionattn.tasks.classification:Classification", "class", useless=("loss.dice", "loss.auxiliary")
     ),
     "detection": Known(
         "visionattn.tasks.detection:Detection",
         "objects",
         "fcos",
-        (
-            *("data.labels", "loss", "tta", "joint.max_class_share", "distill", "fuse", "data.download"),
-            *("data.crop_pct", *AUGMENTATION),
-        ),
+        ("loss", "tta", "joint.max_class_share", "distill", "fuse"),
     ),
     "segmentation": Known(
         "visionattn.tasks.segmentation:Segmentation",
         "map",
         "fpn",
         (
-            "data.labels",
             *("loss.smoothing", "loss.bce", "loss.bce_threshold", "loss.bce_sum", "loss.multi_label", "tta.crops"),
-            *("joint.detr_crop", "annotations.box_format", "distill", "fuse", "data.download"),
-            *("data.crop_pct", "data.val_fraction", *AUGMENTATION),
+            *("joint.detr_crop", "annotations.box_format", "distill", "fuse", "data.val_fraction"),
         ),
     ),
 }

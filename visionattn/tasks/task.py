@@ -78,19 +78,20 @@ class Task(ABC):
         config: options of the run, or of validate.py, which needs neither loss nor augmentation.
 
     Attributes:
-        metric: name of the metric that says which epoch is best.
+        metric: name of the metric that says which epoch is best: the highest, none being below 0.
         shown: names of the metrics for which a line on the screen has room.
+        unit: what follows figures where they are told.
         otherwise: arguments of `create_model` that options of other names stand for, or none, and what to do.
     """
 
     metric: str
     shown: tuple[str, ...]
+    unit: ClassVar[str] = " %"
     otherwise: ClassVar[dict[str, str]] = {
         "name": "give --model",
         "pretrained": "give --pretrained",
         "checkpoint_path": "give --checkpoint",
         "features_only": "a task takes the whole model",
-        "start": "give --checkpoint",
         "device": "accelerate says where it runs",
         "dtype": "give --precision",
     }
@@ -187,7 +188,7 @@ class Task(ABC):
                 return self.predict(model, batch)
 
         def lines(figures: dict[str, float], per_class: dict[str, dict]) -> list[tuple[str, str]]:
-            told = [(name.replace("_", " "), _percent(value)) for name, value in figures.items()]
+            told = [(name.replace("_", " "), self.told(value)) for name, value in figures.items()]
             each = {name: next(iter(values.values())) for name, values in per_class.items()}
             known = ", ".join(f"{name} {value:.1f}" for name, value in each.items() if value is not None)
             return [*told, *([("per class", known)] if per_class else [])]
@@ -198,6 +199,10 @@ class Task(ABC):
             "views": self.config.tta.view_count,
         }
         return Validation(predict, self.transform(False), self.metrics(images, 0, 1), facts, lines)
+
+    def told(self, figure: float) -> str:
+        """A figure in words; nan where there was nothing to count."""
+        return "nothing to count" if math.isnan(figure) else f"{figure:.4f}{self.unit}"
 
     @abstractmethod
     def summarise(self, found: Any, classes: list[str], threshold: float | None) -> str:
@@ -222,7 +227,3 @@ def finite(logits: Tensor) -> Tensor:
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:
     """Mixed precision by its name in the options."""
     return torch.autocast(device.type, DTYPES[precision], enabled=precision != "no")
-
-
-def _percent(value: float) -> str:
-    return "nothing to count" if math.isnan(value) else f"{value:.4f} %"

@@ -176,7 +176,7 @@ def useless(config: TaskConfig, brought: TaskConfig) -> dict[str, str]:
         brought: those that it would have without being given any, or only the ones before these.
     """
     found = {}
-    for name in TASKS[config.task].useless:
+    for name in TASKS[config.task].of_no_use:
         hint = " (sizes and augmentation are options of joint)" if name in AUGMENTATION else ""
         found |= {each: f"to {config.task}{hint}" for each in given(config, brought, name) if each not in FOR_ALL}
     for rule in RULES:

@@ -1,5 +1,6 @@
 """What of a run its checkpoints keep, and what it takes over from them, whatever options have changed since."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ class Kept:
         if self.best is None:
             why = ": each ended in skipped updates, try a lower --optim.lr" if self.guard.in_a_row else ""
             return f"no best among {self.epoch} epochs{why}"
-        value = f"{self.best:.4f} %" if self.best >= 0 else "nothing to count"
+        value = self.task.told(self.best if self.best >= 0 else math.nan)
         return f"best {self.task.metric} {value} in {self.epoch} epochs"
 
     def validated_weights(self) -> nn.Module:
