@@ -1,6 +1,7 @@
 """The attention blocks alone: exact at borders, for any size, and differentiable."""
 
 import copy
+import inspect
 import math
 import pickle
 from collections import OrderedDict
@@ -12,6 +13,7 @@ from macs import counted_flops
 from torch.autograd import gradcheck
 
 from visionattn.layers import (
+    CausalSelfAttention,
     GatedPositionalSelfAttention,
     LargeKernelAttention,
     NeighborhoodAttention2d,
@@ -312,3 +314,10 @@ def test_self_attention():
     assert counter.get_total_flops() == 2 * 2 * (4 * 7 * 12**2 + 2 * 7**2 * 12)
     with pytest.raises(ValueError, match="dim 12 is not divisible by num_heads 5"):
         SelfAttention(12, 5)
+
+
+@pytest.mark.parametrize("layer", [SelfAttention(8, 2), CausalSelfAttention(8, 2)])
+def test_tokens_are_not_taken_for_maps(layer):
+    with pytest.raises(ValueError, match=r"expected tokens \(B, N, C\), got \(1, 3, 5, 8\)"):
+        layer(torch.randn(1, 3, 5, 8))
+    assert [*inspect.signature(type(layer)).parameters][:3] == ["dim", "num_heads", "qkv_bias"]

@@ -48,8 +48,13 @@ class CausalSelfAttention(SelfAttention):
 
     Cost: 4 N C^2 + 4 N^2 C multiply-adds for N tokens and C channels; 4 N C^2 + 2 N^2 C by definition.
 
-    Args: those of `SelfAttention`, of which
+    Args:
+        dim: channels C.
         num_heads: attention heads; must divide `dim` into even parts.
+        qkv_bias: bias of the query, key and value projections.
+        qk_scale: factor of the logits, (dim / num_heads)**-0.5 if None.
+        attn_drop: dropout rate of the attention weights.
+        proj_drop: dropout rate of the output.
 
     Raises:
         ValueError: if `num_heads` does not divide `dim`, or a head has an odd number of channels.
@@ -65,8 +70,18 @@ class CausalSelfAttention(SelfAttention):
         torch.Size([1, 15, 64])
     """
 
-    def __init__(self, dim: int, num_heads: int = 8, *args, **kwargs) -> None:
-        super().__init__(dim, num_heads, *args, **kwargs)
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        qkv_bias: bool = False,
+        qk_scale: float | None = None,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__(dim, num_heads, qkv_bias, qk_scale, attn_drop, proj_drop, device, dtype)
         if dim // num_heads % 2:
             raise ValueError(f"expected an even number of channels per head, got {dim} / {num_heads}")
 

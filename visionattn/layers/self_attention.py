@@ -23,7 +23,7 @@ class SelfAttention(nn.Module):
         proj_drop: dropout rate of the output.
 
     Raises:
-        ValueError: if `num_heads` does not divide `dim`.
+        ValueError: if `num_heads` does not divide `dim`, or of a forward pass, if the input is not (B, N, C).
 
     Shape:
         (B, N, C) to (B, N, C); the grid of the patches is accepted and ignored.
@@ -61,6 +61,8 @@ class SelfAttention(nn.Module):
 
     def heads(self, x: Tensor) -> Tensor:
         """Queries, keys and values (3, B, heads, N, d)."""
+        if x.ndim != 3:
+            raise ValueError(f"expected tokens (B, N, C), got {tuple(x.shape)}")
         return split_heads(self.qkv(x), self.num_heads)
 
     def merge(self, x: Tensor) -> Tensor:
