@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .heads import check_heads, split_heads
+from .heads import check_heads
 from .pointwise import Pointwise
 
 
@@ -23,7 +23,7 @@ class SelfAttention(nn.Module):
         proj_drop: dropout rate of the output.
 
     Raises:
-        ValueError: if `num_heads` does not divide `dim`, or of a forward pass, if the input is not (B, N, C).
+        ValueError: if `num_heads` does not divide `dim`.
 
     Shape:
         (B, N, C) to (B, N, C); the grid of the patches is accepted and ignored.
@@ -61,9 +61,7 @@ class SelfAttention(nn.Module):
 
     def heads(self, x: Tensor) -> Tensor:
         """Queries, keys and values (3, B, heads, N, d)."""
-        if x.ndim != 3:
-            raise ValueError(f"expected tokens (B, N, C), got {tuple(x.shape)}")
-        return split_heads(self.qkv(x), self.num_heads)
+        return self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
 
     def merge(self, x: Tensor) -> Tensor:
         """Attended values (B, heads, N, d) to (B, N, C)."""
