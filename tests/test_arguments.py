@@ -4,10 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 
 import visionattn
-from visionattn.errors import VisionattnError
+from visionattn.errors import UnknownArgumentError, VisionattnError
 from visionattn.tasks import make_task
 from visionattn.training.config import parse_train, parse_validate
 from visionattn.training.evaluation import options_of, validate
@@ -94,3 +95,27 @@ def test_headers_ask_for_images_that_can_be_made(tmp_path):
     write_checkpoint(path := tmp_path / "w.safetensors", model.state_dict(), {DESCRIPTION: json.dumps(header)})
     with pytest.raises(VisionattnError, match="entry data.img_size is 16383, more than its tensors allow"):
         parse_validate(["--checkpoint", str(path)], options_of)
+
+
+@pytest.mark.parametrize(
+    "kwargs, told",
+    [
+        ({"features_only": True, "out_indices": 2.0}, "out_indices as an integer or a list of an integer, got 2.0"),
+        ({"features_only": True, "output_fmt": 3}, "output_fmt as a text, got 3"),
+        ({"features_only": "yes"}, "features_only as true or false, got 'yes'"),
+        ({"pretrained_cfg": 3}, "pretrained_cfg as a text or a mapping or PretrainedCfg or null, got 3"),
+        ({"pretrained_cfg_overlay": 3}, "pretrained_cfg_overlay as a mapping or null, got 3"),
+        ({"cache_dir": 3}, "cache_dir as a text or PathLike or null, got 3"),
+    ],
+)
+@pytest.mark.parametrize("create", [visionattn.create_model, timm.create_model])
+def test_arguments_of_the_builder_have_types_too(create, kwargs, told):
+    name = "test_van" if create is visionattn.create_model else "va_test_van"
+    with pytest.raises(UnknownArgumentError, match=f"^test_van takes {told}$"):
+        create(name, **kwargs)
+
+
+def test_names_are_texts_or_paths():
+    for name in (None, 3, ["test_van"]):
+        with pytest.raises(UnknownArgumentError, match="create_model takes name as a text or PathLike, got"):
+            visionattn.create_model(name)

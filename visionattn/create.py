@@ -12,7 +12,7 @@ from typing import Any
 from timm.models import PretrainedCfg, build_model_with_cfg
 from torch import nn
 
-from .arguments import check_arguments, hints, made_with, with_meaning
+from .arguments import check_arguments, check_types, hints, made_with, with_meaning
 from .backbone import Backbone, Hierarchical
 from .backbone.extractors import extractor_class
 from .errors import UnknownArgumentError, VisionattnError, optional
@@ -65,6 +65,7 @@ def create_model(
     """
     if checkpoint_prefix and not checkpoint_path:
         raise UnknownArgumentError("checkpoint_prefix chooses from what checkpoint_path holds: give both")
+    check_types({"name": name}, {"name": str | os.PathLike}, "create_model takes ", " as")
     if not is_place(name := os.fspath(name)):
         return _make(name, kwargs, bool(pretrained), _loads(None, checkpoint_path, checkpoint_prefix))
     described = describe_place(name, kwargs.get("cache_dir"), pretrained is not False)
@@ -224,7 +225,9 @@ def make_variant(name: str, kwargs: dict[str, Any], pretrained: bool = False, lo
     cls, variant, cfgs = entry.takes, entry.variant, entry.cfgs
     kwargs = with_meaning(kwargs, cls)
     features = kwargs.get("features_only")
-    own = kwargs.keys() - BUILDER_ARGUMENTS - (FEATURE_ARGUMENTS if features else set())
+    others = BUILDER_ARGUMENTS | (FEATURE_ARGUMENTS if features else {})
+    check_types(kwargs, others, f"{name} takes ", " as")
+    own = kwargs.keys() - others.keys()
     check_arguments(name, {key: kwargs[key] for key in own}, hints(cls).keys() | MODEL_ARGUMENTS, hints(cls))
     cfg = kwargs.pop("pretrained_cfg", None) or next(iter(cfgs))
     cfg = tagged(name, cfg, cfgs) if isinstance(cfg, str) else cfg
@@ -240,7 +243,7 @@ def make_variant(name: str, kwargs: dict[str, Any], pretrained: bool = False, lo
         if "img_size" not in hints(cls):
             del kwargs["img_size"]
     feature_cfg = {"feature_cls": "list"} | cls.feature_cfg
-    feature_cfg |= {key: kwargs.pop(key) for key in FEATURE_ARGUMENTS & kwargs.keys()}
+    feature_cfg |= {key: kwargs.pop(key) for key in kwargs.keys() & FEATURE_ARGUMENTS}
     feature_cfg["feature_cls"] = extractor_class(feature_cfg["feature_cls"])
     output_stride = kwargs.pop("output_stride", None)
     chosen, pooled = set(kwargs), {}

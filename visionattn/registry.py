@@ -5,9 +5,10 @@ import fnmatch
 import inspect
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from os import PathLike
 from types import ModuleType
 from typing import Any
 
@@ -22,11 +23,14 @@ from .backbone import Isotropic
 from .errors import UnknownModelError, VisionattnError
 
 BUILDER_ARGUMENTS = {
-    *("features_only", "cache_dir"),
-    *("pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict", "pretrained_model_args"),
+    "features_only": bool,
+    "cache_dir": str | PathLike | None,
+    "pretrained_cfg": str | Mapping | PretrainedCfg | None,
+    "pretrained_cfg_overlay": Mapping | None,
+    **dict.fromkeys(("pretrained_strict", "pretrained_model_args"), Any),
 }
-"""What the builder takes besides the arguments of the model's class."""
-FEATURE_ARGUMENTS = {"out_indices", "feature_cls", "output_fmt"}
+"""What the builder takes besides the arguments of the model's class, and its types."""
+FEATURE_ARGUMENTS = {"out_indices": int | Sequence[int], "feature_cls": Any, "output_fmt": str}
 """What it takes besides these with `features_only`."""
 MODEL_ARGUMENTS = {"img_size", "output_stride"}
 """What every model takes besides the arguments of its class."""
@@ -218,8 +222,9 @@ def _builder(name: str, overlay: dict[str, str] | None = None) -> Callable[..., 
     """What makes a variant, under another name too, so that what timm saves of it is found again."""
 
     def build(pretrained: bool = False, **kwargs) -> nn.Module:
-        if overlay:
-            kwargs["pretrained_cfg_overlay"] = overlay | (kwargs.get("pretrained_cfg_overlay") or {})
+        given = kwargs.get("pretrained_cfg_overlay") or {}
+        if overlay and isinstance(given, Mapping):  # others are refused where all arguments are
+            kwargs["pretrained_cfg_overlay"] = overlay | given
         return _make(name, kwargs, pretrained)
 
     return build
