@@ -130,7 +130,7 @@ def corrupt(rng: random.Random, original: dict, saved: dict[str, bytes]) -> tupl
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("part", [n if n < 4 else pytest.param(n, marks=pytest.mark.slow) for n in range(PARTS)])
+@pytest.mark.parametrize("part", [n if n < 2 else pytest.param(n, marks=pytest.mark.slow) for n in range(PARTS)])
 def test_corrupted_files(part, original, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rng = random.Random(part)

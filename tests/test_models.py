@@ -116,7 +116,7 @@ def test_half_precision_costs_what_rounding_does(name, dtype):
 def test_compile(name, backend):
     torch._dynamo.reset()
     model = lively(name)
-    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    compiled = torch.compile(model, fullgraph=True, backend=backend, dynamic=False)
     x = image(64, 48)
     outs, gradients = [], []
     for run in (model, compiled):
@@ -125,16 +125,9 @@ def test_compile(name, backend):
     close(*outs)
     for theirs, ours in zip(*gradients, strict=True):
         close(ours, theirs, atol=1e-4 * max(1, theirs.abs().max().item()))
-
-
-@pytest.mark.parametrize("name", TESTS)
-def test_compiled_graph_follows_the_size(name):
-    torch._dynamo.reset()
-    model = lively(name)
-    compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=False)
-    for size in ((64, 48), (33, 70)):
-        x = image(*size)
-        close(compiled(x), model(x))
+    x = image(33, 70)
+    with torch.no_grad():
+        close(compiled(x), model(x))  # by a graph of its own
 
 
 @pytest.mark.parametrize("name", TESTS)

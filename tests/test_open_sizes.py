@@ -38,7 +38,7 @@ class Everything(nn.Module):
         return self.model.forward_head(final), maps[0], maps[-1]
 
 
-QUICK = ("test_convit", "test_illama", "test_van")
+QUICK = ("test_illama", "test_van")
 """An export takes seconds; the layers of the other families are exported alone, below."""
 
 

@@ -283,7 +283,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
     optimizer = torch.optim.AdamW(model.parameters(), 5e-3)
     images, labels = zip(*(digits.load(i) for i in range(640)), strict=True)
     images, labels = torch.stack([eval_transform(PREPARED)(image) for image in images]), torch.tensor(labels)
-    for start in 10 * list(range(0, 640, 128)):
+    for start in 20 * list(range(0, 640, 128)):
         part = slice(start, start + 128)
         nn.functional.cross_entropy(model(images[part]), labels[part]).backward()
         optimizer.step()
