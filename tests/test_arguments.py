@@ -100,7 +100,7 @@ def test_headers_ask_for_images_that_can_be_made(tmp_path):
 @pytest.mark.parametrize(
     "kwargs, told",
     [
-        ({"features_only": True, "out_indices": 2.0}, "out_indices as an integer or a list of an integer, got 2.0"),
+        ({"features_only": True, "out_indices": 2.0}, "out_indices as an integer or a list, got 2.0"),
         ({"features_only": True, "output_fmt": 3}, "output_fmt as a text, got 3"),
         ({"features_only": "yes"}, "features_only as true or false, got 'yes'"),
         ({"pretrained_cfg": 3}, "pretrained_cfg as a text or a mapping or PretrainedCfg or null, got 3"),

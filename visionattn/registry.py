@@ -30,7 +30,7 @@ BUILDER_ARGUMENTS = {
     **dict.fromkeys(("pretrained_strict", "pretrained_model_args"), Any),
 }
 """What the builder takes besides the arguments of the model's class, and its types."""
-FEATURE_ARGUMENTS = {"out_indices": int | Sequence[int], "feature_cls": Any, "output_fmt": str}
+FEATURE_ARGUMENTS = {"out_indices": int | Sequence, "feature_cls": Any, "output_fmt": str}
 """What it takes besides these with `features_only`."""
 MODEL_ARGUMENTS = {"img_size", "output_stride"}
 """What every model takes besides the arguments of its class."""
