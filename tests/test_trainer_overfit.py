@@ -11,25 +11,10 @@ from visionattn.data.transforms import eval_transform, resolve_preprocessing
 from visionattn.training.config import OptimConfig
 from visionattn.training.optim import make_optimizer
 
-FAMILIES = [
-    "attnet",
-    "convit",
-    "davit",
-    "dinat",
-    "focalnet",
-    "halonet",
-    "hornet",
-    "illama",
-    "litv2",
-    "patnet",
-    "sparsifiner",
-    "van",
-]
 
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_family_overfits_64_digits_within_200_steps(family: str):
-    model = visionattn.create_model(f"test_{family}", num_classes=10)
+@pytest.mark.parametrize("name", visionattn.list_models("test_*"))
+def test_family_overfits_64_digits_within_200_steps(name: str):
+    model = visionattn.create_model(name, num_classes=10)
     digits, _ = load_datasets(DataConfig())
     transform = eval_transform(resolve_preprocessing(DataConfig(), model))
     images, labels = zip(*(digits.load(i) for i in range(64)), strict=True)
@@ -46,4 +31,4 @@ def test_family_overfits_64_digits_within_200_steps(family: str):
             with torch.no_grad():
                 if (model.eval()(images).argmax(1) == labels).all():
                     return
-    pytest.fail(f"{family} did not fit 64 digits in 200 steps")
+    pytest.fail(f"{name} did not fit 64 digits in 200 steps")
