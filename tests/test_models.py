@@ -125,9 +125,10 @@ def test_compile(name, backend):
     close(*outs)
     for theirs, ours in zip(*gradients, strict=True):
         close(ours, theirs, atol=1e-4 * max(1, theirs.abs().max().item()))
-    x = image(33, 70)
-    with torch.no_grad():
-        close(compiled(x), model(x))  # by a graph of its own
+    for size in ((32, 32), (33, 70)):  # each by a graph of its own
+        x = image(*size)
+        with torch.no_grad():
+            close(compiled(x), model(x))
 
 
 @pytest.mark.parametrize("name", TESTS)

@@ -72,7 +72,7 @@ def read_names(path: str | Path) -> list[str]:
         return [line.strip() for line in Path(path).read_text("utf-8-sig").splitlines()]
 
 
-def split_names(config: DataConfig, split: str) -> list[str]:
+def split_names(split: str) -> list[str]:
     """What a split may be called."""
     return [split, *(name for group in SYNONYMS if split in group for name in group if name != split)]
 

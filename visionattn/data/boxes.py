@@ -84,7 +84,7 @@ def _open(
 
 def find_layout(config: DataConfig, split: str) -> Found | None:
     """The annotations of a split in the folder of the data, or those of all its images."""
-    root, splits = root_of(config), split_names(config, split)
+    root, splits = root_of(config), split_names(split)
     return next((found for find in LAYOUTS if (found := find(root, splits))), None)
 
 

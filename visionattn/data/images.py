@@ -15,7 +15,7 @@ from timm.data import create_dataset
 from timm.utils.misc import natural_key
 from torchvision.datasets import DatasetFolder
 
-from ..errors import VisionattnError, optional, require, user_input
+from ..errors import VisionattnError, all_lines, optional, require, user_input
 from .config import DataConfig
 from .paths import EXTENSIONS, SYNONYMS, child, class_files, find_files, is_data, regular
 
@@ -52,8 +52,7 @@ class ImageSet:
                     return to_mode(file, mode), label
             return to_mode(image, mode), label
         except Exception as error:  # decoders raise whatever they like
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise VisionattnError(f"cannot read {self.place(index)}: {reason}") from error
+            raise VisionattnError(f"cannot read {self.place(index)}: {all_lines(error)}") from error
 
     def place(self, index: int) -> str:
         """Where the image comes from: its path if it has one."""

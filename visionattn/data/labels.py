@@ -124,7 +124,7 @@ def _load_tables(config: DataConfig, only_validation: bool = False) -> tuple[Ima
     if dataset_name(config) != "folder":
         raise VisionattnError(f"option data.labels is a file of image folders: {config.name} takes none")
     root = root_of(config)
-    names = {split: split_names(config, split) for split in (config.train_split, config.val_split)}
+    names = {split: split_names(split) for split in (config.train_split, config.val_split)}
     if (path := next((p for p in (root / config.labels, Path(config.labels)) if p.is_file()), None)) is None:
         found = {
             split: next((path for name in names[split] if (path := root / name / config.labels).is_file()), None)

@@ -163,7 +163,7 @@ def _open(config: DataConfig, annotations: AnnotationConfig, validation: bool) -
 def _open_folder(config: DataConfig, root: Path, annotations: AnnotationConfig, split: str) -> ImageSet:
     """The layout that the folder has."""
     names = read_names(annotations.classes) if annotations.classes else None
-    splits = split_names(config, split)
+    splits = split_names(split)
     if (root / "leftImg8bit").is_dir():
         names = names or _cityscapes_names()
         images, masks = _split_folder(root / "leftImg8bit", splits), _split_folder(root / "gtFine", splits)

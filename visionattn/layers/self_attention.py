@@ -61,6 +61,7 @@ class SelfAttention(nn.Module):
 
     def heads(self, x: Tensor) -> Tensor:
         """Queries, keys and values (3, B, heads, N, d)."""
+        # As split_heads, which takes maps too: these would come back as tokens.
         return self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
 
     def merge(self, x: Tensor) -> Tensor:

@@ -40,9 +40,7 @@ def _lacks_folder(config: TaskConfig, split: str) -> bool:
 
     is_folder = TASKS[config.task].sample == "class" and _kind(config) == "folder" and not config.data.labels
     is_folder = is_folder and os.path.isdir(config.data.root or "")  # one that is not there is told where it is opened
-    return is_folder and not any(
-        Path(config.data.root or "", name).is_dir() for name in split_names(config.data, split)
-    )
+    return is_folder and not any(Path(config.data.root or "", name).is_dir() for name in split_names(split))
 
 
 def _brings_validation(config: TaskConfig) -> bool:
