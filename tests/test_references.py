@@ -1,0 +1,93 @@
+"""The references that ours are timed against (benchmarks/reference/) compute what the published code does."""
+
+import ast
+import importlib.util
+from functools import cache
+from math import prod
+from pathlib import Path
+from types import ModuleType
+
+import golden
+import numpy as np
+import pytest
+import torch
+
+import visionattn
+
+ROOT = Path(__file__).parent.parent
+REFERENCES = {path.stem: path for path in sorted((ROOT / "benchmarks" / "reference").glob("[!_]*.py"))}
+
+
+@cache
+def reference(family: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"reference_{family}", REFERENCES[family])
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def covered(family: str) -> list[tuple[Path, dict]]:
+    """The goldens of the variants that the reference has, in the layout that it has, the quickest first."""
+    paths = sorted((Path(__file__).parent / "goldens" / family).glob("*.npz"))
+    found = [(path, golden.load(path)[0]) for path in paths]
+    found = [(path, meta) for path, meta in found if meta["create"]["name"] in reference(family).VARIANTS]
+    sources = {meta["source"] for _, meta in found}
+    layout = "official" if "official" in sources else next(iter(sources), None)  # timm's is HaloNet's only one
+    found = [(path, meta) for path, meta in found if meta["source"] == layout]
+    return sorted(found, key=lambda pair: pair[1]["num_params"] * prod(pair[1]["input_shape"]))
+
+
+def cases() -> list:
+    """The quickest golden of each family at once, the others when there is time."""
+    return [
+        pytest.param(family, path, id=path.stem, marks=[pytest.mark.slow] if i else [])
+        for family in REFERENCES
+        for i, (path, _) in enumerate(covered(family))
+    ]
+
+
+@pytest.mark.parametrize(("family", "path"), cases())
+def test_parity(family, path):
+    meta, arrays = golden.load(path)
+    name, kwargs = meta["create"]["name"], meta["create"]["kwargs"]
+    try:
+        model = reference(family).create_model(name, **kwargs)
+    except TypeError as error:
+        if not kwargs:
+            raise
+        pytest.skip(f"an option that the reference does not have: {error}")
+    model.load_state_dict(golden.fill_state_dict(meta["keys"]), strict=True)
+    x = torch.from_numpy(golden.fixed_input(tuple(meta["input_shape"])))
+    tolerance = meta["tolerance"]
+    dtype = torch.float64 if tolerance["float32"] is None else torch.float32  # a selection may turn on ties
+    with torch.no_grad():
+        found = model.to(dtype).eval()(x.to(dtype))
+    error = np.abs(found.numpy() - arrays["logits"]).max()
+    assert error <= tolerance[str(dtype).removeprefix("torch.")] * np.abs(arrays["logits"]).max(), error
+    model.float().train()(x[:1].float()).square().mean().backward()
+    gradient = next(model.parameters()).grad
+    assert gradient.isfinite().all() and gradient.any()
+
+
+@pytest.mark.parametrize("family", REFERENCES)
+def test_a_golden_covers_it(family):
+    assert covered(family)
+    assert set(reference(family).VARIANTS) <= set(visionattn.list_models())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", REFERENCES)
+def test_variants_are_those_under_60_million_parameters(family):
+    infos = [visionattn.model_info(name) for name in visionattn.list_models() if not name.startswith("test_")]
+    sizes = {info.name: info.params for info in infos if info.family == family and info.params < 60e6}
+    assert set(reference(family).VARIANTS) == set(sizes)
+    for name, size in sizes.items():
+        assert sum(p.numel() for p in reference(family).create_model(name).parameters()) == size, name
+
+
+@pytest.mark.parametrize("family", REFERENCES)
+def test_independent(family):
+    """A reference that took something of ours would be timed against itself."""
+    imports = [node for node in ast.walk(ast.parse(REFERENCES[family].read_text())) if hasattr(node, "names")]
+    names = {getattr(node, "module", None) or alias.name for node in imports for alias in node.names}
+    assert {name.split(".")[0] for name in names} <= {"collections", "functools", "itertools", "math", "timm", "torch"}
