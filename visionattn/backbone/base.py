@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import VisionattnError
+from ..layers.direct import is_direct, is_watched
 from ..layers.fuse import fuse_modules
 from ..layers.position import resize_table
 from .mechanics import Mechanics
@@ -163,3 +164,19 @@ def recomputed(block: nn.Module, *args) -> Tensor:
     if norms and block.training and not torch.compiler.is_compiling():
         return checkpoint(block, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), frozen_statistics()))
     return checkpoint(block, *args, use_reentrant=False)
+
+
+SLICE = 3 * 2**20
+"""Bytes of a map that a stage computes on at once in inference. What its blocks make of it is up to four times as much,
+which then stays in the cache, and below the 32 MB from which on glibc returns memory to the system after every use."""
+
+
+def slices(module: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
+    """The samples of a batch in slices that `module` should be called with, one after the other."""
+    size = SLICE // max(1, x[0].numel() * x.element_size()) if len(x) > 1 else 1
+    if size >= len(x) or torch.is_grad_enabled() or not is_direct(x):
+        return (x,)
+    if any(m.training for m in module.modules()) or is_watched(*module.modules()):
+        return (x,)
+    count = -(-len(x) // max(1, size))
+    return x.split(-(-len(x) // count))

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import ClassVar
 
+import torch
 from timm.layers import create_classifier, nchw_to
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from ..errors import VisionattnError
 from ..layers.dilation import spread, unstride
 from ..layers.norm import allow_single_values
-from .base import Backbone, check_output_format, recomputed
+from .base import Backbone, check_output_format, recomputed, slices
 
 POOLS = ("", *(fast + kind for fast in ("", "fast") for kind in ("avg", "max", "avgmax", "catavgmax")), "fast")
 """Kinds of global pooling of maps."""
@@ -45,6 +46,12 @@ class Stage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.downsample(x).permute(0, 2, 3, 1)
+        parts = slices(self, x)
+        if len(parts) > 1:
+            return torch.cat([self._mix(part) for part in parts])
+        return self._mix(x)
+
+    def _mix(self, x: Tensor) -> Tensor:
         for block in self.blocks:
             x = recomputed(block, x) if self.grad_checkpointing else block(x)
         return self.norm(x.permute(0, 3, 1, 2))

@@ -4,6 +4,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
+from .direct import UNSEEING
+
 
 class ChannelNorm(nn.LayerNorm):
     """LayerNorm over dimension 1: of maps (B, C, H, W) at every position, and of pooled features (B, C)."""
@@ -47,3 +49,6 @@ def _suspend(norm: BatchNorm, args: tuple[Tensor]) -> None:
 def _resume(norm: BatchNorm, args: tuple[Tensor], output: Tensor) -> None:
     if norm.suspended:
         norm.training, norm.suspended = True, False
+
+
+UNSEEING.update((_suspend, _resume))

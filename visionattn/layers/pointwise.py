@@ -2,7 +2,16 @@
 
 from collections.abc import Callable
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import Function
+
+from .direct import is_direct, is_watched
+
+CHUNK = 2**23
+"""Bytes of hidden channels that are computed at once: they stay in the cache, and below the 32 MB from which on glibc
+returns memory to the system after every use, which costs more than a product that fills it."""
 
 
 class Pointwise(nn.Linear):
@@ -54,4 +63,90 @@ class Mlp(nn.Module):
         self.drop2 = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self._is_direct(x):
+            compute = GeluMlp.apply if torch.is_grad_enabled() else gelu_mlp
+            return compute(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
         return self.drop2(self.fc2(self.drop1(self.act(self.fc1(x)))))
+
+    def _is_direct(self, x: Tensor) -> bool:
+        fc1, act, fc2, drops = self.fc1, self.act, self.fc2, (self.drop1, self.drop2)
+        return (
+            type(fc1) is type(fc2) is Pointwise
+            and type(act) is nn.GELU
+            and act.approximate == "none"
+            and not any(drop.p and drop.training for drop in drops)
+            and fc1.bias is not None
+            and fc2.bias is not None
+            and is_direct(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
+            and not is_watched(fc1, act, fc2, *drops)
+        )
+
+
+class GeluMlp(Function):
+    """`gelu_mlp` that keeps for the backward pass what the first product returns, and not its activation, which costs
+    less to compute again than to keep."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, *parameters: Tensor) -> Tensor:
+        hidden = []
+        out = gelu_mlp(x, *parameters, hidden)
+        ctx.save_for_backward(x, *parameters, *hidden)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, w1, b1, w2, b2, *hidden = ctx.saved_tensors
+        wanted = ctx.needs_input_grad
+        if torch.is_grad_enabled():  # the gradients will be differentiated
+            inputs = [t for t, needed in zip((x, w1, b1, w2, b2), wanted, strict=True) if needed]
+            out = F.linear(F.gelu(F.linear(x, w1, b1)), w2, b2)
+            found = iter(torch.autograd.grad(out, inputs, grad, create_graph=True))
+            return tuple(next(found) if needed else None for needed in wanted)
+        rows, grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+        step = _step(rows, w1)
+        dx = torch.empty_like(rows) if wanted[0] else None
+        dw1, db1, dw2 = (
+            torch.empty_like(t) if needed else None for t, needed in zip((w1, b1, w2), wanted[1:4], strict=True)
+        )
+        for i, (x_i, a, grad_i) in enumerate(zip(rows.split(step), hidden, grad.split(step), strict=True)):
+            beta = float(i > 0)
+            if dw2 is not None:
+                dw2.addmm_(grad_i.t(), F.gelu(a), beta=beta)
+            da = grad_i @ w2
+            da = torch.ops.aten.gelu_backward.grad_input(da, a, grad_input=da)
+            if dw1 is not None:
+                dw1.addmm_(da.t(), x_i, beta=beta)
+            if db1 is not None:
+                db1 = da.sum(0) if i == 0 else db1.add_(da.sum(0))
+            if dx is not None:
+                torch.mm(da, w1, out=dx[i * step : i * step + len(x_i)])
+        db2 = grad.sum(0) if wanted[4] else None
+        return dx if dx is None else dx.view_as(x), dw1, db1, dw2, db2
+
+
+def gelu_mlp(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, hidden: list[Tensor] | None = None) -> Tensor:
+    """F.linear(F.gelu(F.linear(x, w1, b1)), w2, b2), a chunk of positions after the other, outside autograd.
+
+    Args:
+        x: (..., C_in).
+        w1, b1, w2, b2: weights and biases of the products.
+        hidden: gets what the first product returns, chunk by chunk.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    out = rows.new_empty(len(rows), len(w2))
+    step = _step(rows, w1)
+    for x_i, out_i in zip(rows.split(step), out.split(step), strict=True):
+        h = F.linear(x_i, w1, b1)
+        if hidden is None:
+            torch.ops.aten.gelu_(h)
+        else:
+            hidden.append(h)
+            h = F.gelu(h)
+        torch.addmm(b2, h, w2.t(), out=out_i)
+    return out.view(*x.shape[:-1], -1)
+
+
+def _step(rows: Tensor, w1: Tensor) -> int:
+    """How many rows are computed at once: chunks of one size."""
+    chunks = max(1, -(-len(rows) * len(w1) * w1.element_size() // CHUNK))
+    return max(1, -(-len(rows) // chunks))

@@ -1,0 +1,41 @@
+"""When a layer may leave the plain path of one module after the other."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules import module as nn_module
+
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+UNSEEING: set[Callable] = set()
+"""Hooks that do nothing in evaluation."""
+
+
+def is_direct(*tensors: Tensor) -> bool:
+    """Whether these may be computed with in pieces, in place and past autograd: eagerly, on a CPU, in full precision,
+    and with nobody who traces, transforms or counts what is done.
+
+    Args:
+        tensors: inputs and parameters; what is no plain tensor, as those of graphs and shards, is not direct.
+    """
+    return (
+        all(
+            type(x) in (Tensor, nn.Parameter) and x.is_cpu and x.dtype in (torch.float32, torch.float64)
+            for x in tensors
+        )
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and not torch.is_autocast_enabled("cpu")
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and forward_ad._current_level < 0
+    )
+
+
+def is_watched(*modules: nn.Module) -> bool:
+    """Whether there are hooks that calls of these modules would run, other than those in `UNSEEING`."""
+    return nn_module._has_any_global_hook() or any(
+        hook not in UNSEEING for module in modules for hooks in _HOOKS for hook in getattr(module, hooks).values()
+    )
