@@ -2,12 +2,13 @@
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .heads import check_heads
+from .heads import check_heads, split_heads
 from .local_attention import AxisTiles, local_attention, local_plan, padded_heads
 from .pointwise import Pointwise
-from .symbolic import Size, ceil_div, fixed
+from .symbolic import Size, ceil_div, fixed, is_symbolic
 
 
 def window_axis(length: int, window_size: int) -> AxisTiles:
@@ -72,10 +73,31 @@ class WindowAttention2d(nn.Module):
         self.proj = Pointwise(dim, dim, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(window_attention(self.qkv(x), self.qkv.bias, self.num_heads, self.window_size))
+        H, W = x.shape[1:3]
+        x = _partition(x, self.window_size)
+        x = self.proj(window_attention(self.qkv(x), self.qkv.bias, self.num_heads, self.window_size))
+        return _merge(x, self.window_size, H, W)
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, window_size={self.window_size}"
+
+
+@torch.fx.wrap
+def _partition(x: Tensor, size: int) -> Tensor:
+    """(B, H, W, C) to its windows (windows, size, size, C), if it consists of such: what is cut before the projection
+    need not be copied three times after it."""
+    H, W = fixed(*x.shape[1:3])
+    if is_symbolic(H, W) or H % size or W % size:
+        return x
+    return x.unflatten(2, (-1, size)).unflatten(1, (-1, size)).transpose(2, 3).flatten(0, 2)
+
+
+@torch.fx.wrap
+def _merge(x: Tensor, size: int, H: Size, W: Size) -> Tensor:
+    """The map of what `_partition` returned."""
+    if x.shape[1] == H and x.shape[2] == W:
+        return x
+    return x.unflatten(0, (-1, H // size, W // size)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
 @torch.fx.wrap
@@ -97,6 +119,10 @@ def window_attention(
         (B, H, W, C).
     """
     H, W = fixed(*qkv.shape[1:3])
+    if not is_symbolic(H, W) and H == W == size:  # one window each
+        q, k, v = split_heads(qkv, heads)
+        x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale)
+        return x.transpose(1, 2).flatten(2).unflatten(1, (H, W))
     plan = local_plan((window_axis, graph_window_axis), (H, W), ((size,), (size,)), qkv.device)
     out = local_attention(*padded_heads(qkv, bias, heads, plan), plan, None, scale, dropout)
     return out.transpose(1, 2).flatten(2).unflatten(1, (H, W))
