@@ -1,7 +1,7 @@
 """What both scaffolds share: timm's model contract and input checks."""
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar
 
@@ -27,7 +27,7 @@ def check_output_format(output_fmt: str) -> None:
 
 
 class InputCheck(nn.Module):
-    """Passes images on, and refuses those that are too small.
+    """Passes images on, and refuses those that are too small. On a CPU they are laid out as the stages want them.
 
     Args:
         size: smallest height and width in pixels.
@@ -47,7 +47,7 @@ def _checked(x: Tensor, size: int, name: str) -> Tensor:
     H, W = x.shape[-2:]
     if not torch.compiler.is_compiling() and min(H, W) < size:
         raise VisionattnError(f"{name} expects at least {size} x {size} input, got {H} x {W}")
-    return x
+    return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 and is_direct(x) else x
 
 
 class Backbone(Mechanics, nn.Module):
@@ -171,12 +171,18 @@ SLICE = 3 * 2**20
 which then stays in the cache, and below the 32 MB from which on glibc returns memory to the system after every use."""
 
 
-def slices(module: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
-    """The samples of a batch in slices that `module` should be called with, one after the other."""
-    size = SLICE // max(1, x[0].numel() * x.element_size()) if len(x) > 1 else 1
-    if size >= len(x) or torch.is_grad_enabled() or not is_direct(x):
-        return (x,)
-    if any(m.training for m in module.modules()) or is_watched(*module.modules()):
-        return (x,)
-    count = -(-len(x) // max(1, size))
-    return x.split(-(-len(x) // count))
+def in_slices(module: nn.Module, call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """`call(x)`, in inference on a CPU a slice of the batch after the other.
+
+    Args:
+        module: what `call` calls.
+        call: treats samples independently of each other.
+        x: batch of maps or sequences.
+    """
+    if torch.is_grad_enabled() or not is_direct(x) or x.nbytes <= SLICE or len(x) < 2:
+        return call(x)
+    modules = list(module.modules())
+    if any(m.training for m in modules) or is_watched(*modules):
+        return call(x)
+    count = min(len(x), -(-x.nbytes // SLICE))
+    return torch.cat([call(part) for part in x.split(-(-len(x) // count))])

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from typing import ClassVar
 
-import torch
 from timm.layers import create_classifier, nchw_to
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from ..errors import VisionattnError
 from ..layers.dilation import spread, unstride
 from ..layers.norm import allow_single_values
-from .base import Backbone, check_output_format, recomputed, slices
+from .base import Backbone, check_output_format, in_slices, recomputed
 
 POOLS = ("", *(fast + kind for fast in ("", "fast") for kind in ("avg", "max", "avgmax", "catavgmax")), "fast")
 """Kinds of global pooling of maps."""
@@ -46,10 +45,7 @@ class Stage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.downsample(x).permute(0, 2, 3, 1)
-        parts = slices(self, x)
-        if len(parts) > 1:
-            return torch.cat([self._mix(part) for part in parts])
-        return self._mix(x)
+        return in_slices(self, self._mix, x)
 
     def _mix(self, x: Tensor) -> Tensor:
         for block in self.blocks:
@@ -208,7 +204,7 @@ class Hierarchical(Backbone):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Image to the map of the last stage, NCHW, normalised unless that comes after the pooling."""
-        return self._map_norm(self.stages(self.stem(self.check(x))))
+        return self._map_norm(self.stages(in_slices(self.stem, self.stem, self.check(x))))
 
     def _map_norm(self, x: Tensor) -> Tensor:
         return x if self.norm_after_pool else self.norm(x)
@@ -247,7 +243,7 @@ class Hierarchical(Backbone):
         check_output_format(output_fmt)
         take, last = feature_take_indices(len(self.stages), indices)
         final = len(self.stages) - 1
-        x = self.stem(self.check(x))
+        x = in_slices(self.stem, self.stem, self.check(x))
         intermediates = []
         for i, stage in enumerate(self.stages[: last + 1] if stop_early else self.stages):
             x = stage(x)

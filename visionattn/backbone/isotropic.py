@@ -14,7 +14,7 @@ from ..errors import VisionattnError
 from ..layers.norm import allow_single_values
 from ..layers.position import PositionEmbedding, resample_rows
 from ..layers.symbolic import ceil_div, is_symbolic
-from .base import Backbone, check_output_format, recomputed
+from .base import Backbone, check_output_format, in_slices, recomputed
 
 
 class Isotropic(Backbone):
@@ -185,9 +185,13 @@ class Isotropic(Backbone):
         """Image to the tokens (B, N, C) that the last block returns."""
         x, grid = self._embed(x)
         args = self.block_arguments(x, grid)
-        for i in range(len(self.blocks)):
-            x = self._run(i, x, *args)
-        return x
+
+        def run(x: Tensor) -> Tensor:
+            for i in range(len(self.blocks)):
+                x = self._run(i, x, *args)
+            return x
+
+        return in_slices(self.blocks, run, x)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Image to normalised tokens (B, N, C), the class token at its end of the sequence."""

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from .direct import is_direct, is_watched
+from .product import product, takes_conv
 
 CHUNK = 2**23
 """Bytes of hidden channels that are computed at once: they stay in the cache, and below the 32 MB from which on glibc
@@ -20,6 +21,10 @@ class Pointwise(nn.Linear):
     Shape:
         (..., C_in) to (..., C_out), channels last.
     """
+
+    def forward(self, x: Tensor) -> Tensor:
+        parameters = (self.weight,) if self.bias is None else (self.weight, self.bias)
+        return product(x, self.weight, self.bias) if is_direct(x, *parameters) else super().forward(x)
 
 
 class Pointwise2d(Pointwise):
@@ -78,6 +83,7 @@ class Mlp(nn.Module):
             and fc1.bias is not None
             and fc2.bias is not None
             and is_direct(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
+            and not (torch.is_grad_enabled() and takes_conv(x, fc1.weight))  # whose gradients are convolutions too
             and not is_watched(fc1, act, fc2, *drops)
         )
 
@@ -133,17 +139,18 @@ def gelu_mlp(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, hidden: 
         hidden: gets what the first product returns, chunk by chunk.
     """
     rows = x.reshape(-1, x.shape[-1])
-    out = rows.new_empty(len(rows), len(w2))
+    out = rows.new_empty(*x.shape[:-1], len(w2))
     step = _step(rows, w1)
-    for x_i, out_i in zip(rows.split(step), out.split(step), strict=True):
-        h = F.linear(x_i, w1, b1)
-        if hidden is None:
-            torch.ops.aten.gelu_(h)
-        else:
+    for x_i, out_i in zip(rows.split(step), out.view(-1, len(w2)).split(step), strict=True):
+        h = product(x_i, w1, b1, gelu=hidden is None)
+        if hidden is not None:
             hidden.append(h)
             h = F.gelu(h)
-        torch.addmm(b2, h, w2.t(), out=out_i)
-    return out.view(*x.shape[:-1], -1)
+        if takes_conv(h, w2):
+            out_i.copy_(product(h, w2, b2))
+        else:
+            torch.addmm(b2, h, w2.t(), out=out_i)
+    return out
 
 
 def _step(rows: Tensor, w1: Tensor) -> int:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..backbone import Hierarchical, Stage
 from ..errors import VisionattnError
 from ..layers import HaloAttention2d
-from ..layers.conv_norm import ConvNorm
+from ..layers.conv_norm import ConvNorm, product_norm
 from ..layers.init import by_fan_out, init_weights
 from ..layers.layout import channels_last
 from ..layers.pointwise import Pointwise, Pointwise2d
@@ -39,7 +39,7 @@ RULES = [
     # 1 x 1 convolutions are kept as linear maps.
     (r"(^norm\.0|\.conv[13]|\.mixer\.kv|\.mixer\.q)\.weight$", r"\1.weight", lambda weight: weight.flatten(1)),
 ]
-ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU}
+ACTIVATIONS = {"relu": partial(nn.ReLU, inplace=True), "silu": partial(nn.SiLU, inplace=True)}
 
 
 class Bottleneck(nn.Module):
@@ -90,10 +90,12 @@ class Bottleneck(nn.Module):
 
     @channels_last
     def forward(self, x: Tensor) -> Tensor:
-        y = self.act1(self.norm1(self.conv1(x)))
-        y = self.gate(self.act2(self.norm2(self.mixer(y))))
-        y = self.drop_path(self.norm3(self.conv3(y)))
-        return self.act3(y if self.shortcut is None else self.shortcut(x) + y)
+        y = product_norm(self.conv1, self.norm1, x, self.act1)
+        y = self.gate(product_norm(self.mixer, self.norm2, y, self.act2))
+        y = self.drop_path(product_norm(self.conv3, self.norm3, y))
+        if self.shortcut is not None:
+            y = y.add_(self.shortcut(x))  # no gradient needs what the norm returned
+        return self.act3(y)
 
 
 def _stem(kind: str, in_chans: int, dim: int, pool: bool, act_layer: Callable, **dd) -> nn.Sequential:

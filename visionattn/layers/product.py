@@ -1,0 +1,119 @@
+"""Which of torch's libraries multiplies: for what `is_direct` is true of, on CPUs.
+
+`F.linear` calls MKL, a 1 x 1 convolution of the same numbers oneDNN. Which one is faster depends on the processor: up
+to three times on some, equal on others. And where inputs have few channels MKL, which first copies the bias to the
+result, is slower than oneDNN's linear map, which torch has for its compiler: outside autograd, with GELU in the same
+pass.
+"""
+
+import json
+import platform
+import time
+from functools import cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import VisionattnError
+
+ROUTES = ("auto", "linear", "conv")
+FEW_CHANNELS = 128
+LARGE = 2**24  # multiply-adds, below which nothing is measured
+CLEARLY = 1.2  # times as fast: two measurements of equal routes must not differ in what they choose
+FUSED = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+_route = "auto"
+
+
+def set_pointwise(route: str) -> None:
+    """Set how products over channels are computed on CPUs; graphs, other devices and half precision are as they are.
+
+    Args:
+        route: "linear" for `F.linear`, "conv" for 1 x 1 convolutions, or "auto" for the one that is faster here, by a
+            measurement of 0.1 s that is made once and kept in torch's cache folder. They round differently.
+
+    Raises:
+        VisionattnError: if there is no such route.
+    """
+    global _route
+    if route not in ROUTES:
+        raise VisionattnError(f"expected a route of pointwise products among {', '.join(ROUTES)}, got {route!r}")
+    _route = route
+
+
+def get_pointwise() -> str:
+    """The route of large products, "linear" or "conv": what was set, or measured."""
+    return _measured(torch.get_num_threads()) if _route == "auto" else _route
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:
+    """F.linear(x, weight, bias), or its exact GELU; `is_direct` must be true of all."""
+    graph = torch.is_grad_enabled()
+    conv = takes_conv(x, weight)
+    if FUSED and not graph and x.dtype == torch.float32 and (gelu or conv or weight.shape[1] <= FEW_CHANNELS):
+        act = ("gelu", [], "none") if gelu else ("none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, *act)
+    y = _conv(x, weight, bias) if conv else F.linear(x, weight, bias)
+    if not gelu:
+        return y
+    return F.gelu(y) if graph else torch.ops.aten.gelu_(y)
+
+
+def takes_conv(x: Tensor, weight: Tensor) -> bool:
+    """Whether `product` computes by convolution."""
+    if _route != "auto":
+        return _route == "conv"
+    large = x.numel() * len(weight) >= LARGE and x.dtype == torch.float32
+    return large and get_pointwise() == "conv"
+
+
+def _conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    rows = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
+    y = F.conv2d(rows, weight[:, :, None, None], bias)
+    return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
+
+
+@cache
+def _measured(threads: int) -> str:
+    key = f"{platform.processor() or platform.machine()}, {_processor()}, {threads} threads, torch {torch.__version__}"
+    file = Path(torch.hub.get_dir()).parent / "visionattn" / "pointwise.json"
+    try:
+        kept = json.loads(file.read_text())
+        if kept.get(key) in ROUTES[1:]:
+            return kept[key]
+    except (OSError, ValueError, AttributeError):
+        kept = {}
+    route = _measure()
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        new = file.with_suffix(f".{time.time_ns()}")
+        new.write_text(json.dumps(kept | {key: route}, indent=1))
+        new.replace(file)
+    except OSError:
+        pass  # it is measured again next time
+    return route
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return "unknown"
+
+
+@torch.no_grad()
+def _measure() -> str:
+    """The route that is clearly faster at what the models spend most of their time on."""
+    x, weight = torch.ones(1568, 384), torch.ones(1536, 384)
+    times = {F.linear: [], _conv: []}
+    with torch.inference_mode(False):
+        for _ in range(5):
+            for compute, found in times.items():
+                start = time.perf_counter()
+                compute(x, weight, None)
+                found.append(time.perf_counter() - start)
+    linear, conv = (min(found) for found in times.values())
+    return "conv" if conv * CLEARLY < linear else "linear"
