@@ -2,11 +2,16 @@
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function
 
+from .direct import is_direct
 from .heads import check_heads, split_heads
 from .pointwise import Pointwise
 from .precision import without_autocast
 from .symbolic import Size, is_symbolic
+
+ROLES = {1: (1, 2, 0), 2: (0, 1, 2)}
+"""Which of (q, k, v) are (first, second, mixed) in each version."""
 
 
 class ChannelAttention(nn.Module):
@@ -61,11 +66,15 @@ class ChannelAttention(nn.Module):
 @torch.fx.wrap
 def _channel_attention(layer: ChannelAttention, qkv: Tensor) -> Tensor:
     """(B, ..., 3C) projections to (B, ..., C)."""
-    q, k, v = split_heads(qkv, layer.num_heads)  # (B, heads, N, d)
-    if layer.version == 1:
-        first, second, mixed, scale = k, v, q, q.shape[3] ** -0.5
-    else:
-        first, second, mixed, scale = q, k, v, _rsqrt(q.shape[2], qkv)
+    if is_direct(qkv):
+        return InPlaces.apply(qkv, layer.num_heads, layer.version)
+    return _plain(qkv, layer.num_heads, layer.version)
+
+
+def _plain(qkv: Tensor, heads: int, version: int) -> Tensor:
+    parts = split_heads(qkv, heads)  # (3, B, heads, N, d)
+    first, second, mixed = (parts[i] for i in ROLES[version])
+    scale = first.shape[3] ** -0.5 if version == 1 else _rsqrt(first.shape[2], qkv)
     # The logits are sums over the map: in float32 at least. Fused attention would take N as its head dimension, which
     # its kernels do not.
     dtype = torch.promote_types(qkv.dtype, torch.float32)
@@ -73,6 +82,46 @@ def _channel_attention(layer: ChannelAttention, qkv: Tensor) -> Tensor:
         weights = (first.to(dtype).transpose(2, 3) @ second.to(dtype) * scale).softmax(3)
     out = mixed @ weights.to(mixed.dtype).transpose(2, 3)
     return out.transpose(1, 2).reshape(*qkv.shape[:-1], -1)
+
+
+class InPlaces(Function):
+    """`_plain` and its gradient by products that read the projections and write results where they are, sample by
+    sample, as those of a whole batch would have them copied first."""
+
+    @staticmethod
+    def forward(ctx, qkv: Tensor, heads: int, version: int) -> Tensor:
+        parts = split_heads(qkv.contiguous(), heads)
+        first, second, mixed = (parts[i] for i in ROLES[version])
+        B, _, N, d = first.shape
+        scale = (d if version == 1 else N) ** -0.5
+        weights, out = qkv.new_empty(B, heads, d, d), qkv.new_empty(B, N, heads, d)
+        for i in range(B):
+            torch.bmm(first[i].transpose(1, 2), second[i], out=weights[i])
+        weights = weights.mul_(scale).softmax(3)
+        for i in range(B):
+            torch.bmm(mixed[i], weights[i].transpose(1, 2), out=out[i].transpose(0, 1))
+        ctx.save_for_backward(qkv, weights)
+        ctx.heads, ctx.version, ctx.scale = heads, version, scale
+        return out.view(*qkv.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        qkv, weights = ctx.saved_tensors
+        if torch.is_grad_enabled():  # the gradient will be differentiated
+            out = _plain(qkv, ctx.heads, ctx.version)
+            return *torch.autograd.grad(out, qkv, grad, create_graph=True), None, None
+        dqkv, dweights = torch.empty_like(qkv, memory_format=torch.contiguous_format), torch.empty_like(weights)
+        first, second, mixed = (split_heads(qkv.contiguous(), ctx.heads)[i] for i in ROLES[ctx.version])
+        dfirst, dsecond, dmixed = (split_heads(dqkv, ctx.heads)[i] for i in ROLES[ctx.version])
+        (grad,) = split_heads(grad.contiguous(), ctx.heads, 1)
+        for i in range(len(qkv)):
+            torch.bmm(grad[i], weights[i], out=dmixed[i])
+            torch.bmm(grad[i].transpose(1, 2), mixed[i], out=dweights[i])
+        dlogits = torch._softmax_backward_data(dweights, weights, 3, weights.dtype).mul_(ctx.scale)
+        for i in range(len(qkv)):
+            torch.bmm(second[i], dlogits[i].transpose(1, 2), out=dfirst[i])
+            torch.bmm(first[i], dlogits[i], out=dsecond[i])
+        return dqkv, None, None
 
 
 def _rsqrt(size: Size, x: Tensor) -> float | Tensor:
