@@ -3,13 +3,16 @@
 Window, halo, neighbourhood and grid attention are one computation. The map is cut into tiles of queries; all queries of
 a tile see parts of one rectangular window of keys. A `Plan` says which queries form a tile, which keys its window
 holds and which (query, key) pairs count; `local_attention` gathers tiles and windows, calls
-`scaled_dot_product_attention` and puts the result back. A key is copied once per tile that sees it, not per query.
+`scaled_dot_product_attention` and puts the result back. A key is copied once per tile that sees it, not per query. On
+NVIDIA GPUs a kernel of our own reads tiles and windows in place (`tile_kernel`).
 
 A plan depends on sizes alone. It is built in NumPy from Python integers and kept. Where a graph leaves the size open,
 the plan is arithmetic in the graph, on tiles that are the same at any size.
 """
 
 from collections.abc import Callable, Sequence
+from functools import cache
+from importlib.util import find_spec
 from itertools import product
 from typing import NamedTuple
 
@@ -18,11 +21,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .cache import is_plain
 from .heads import split_heads
 from .size_constant import size_constant
 from .symbolic import Size, for_batch, is_symbolic
 
 MAX_PAIRS = 2**20
+MAX_HEAD_DIM = 128  # of the kernel for GPUs
+MAX_TILE = 1024  # queries of a tile, likewise
+OUTSIDE = 2**10  # entries of -inf that follow a table there: adding up the gradient of a single one takes long
 
 
 class AxisTiles(NamedTuple):
@@ -58,9 +65,11 @@ class TileGroup(NamedTuple):
         keys: (tiles, w) flat position of each key.
         shared: whether there are several tiles and they share their pairs.
         pairs: (tiles, T, w) index of each pair into the flattened relative table, or (1, T, w) if all tiles share it;
-            pairs that do not count point one past its end. None in plans for no table.
+            pairs that do not count point past its end. None in plans for no table.
         mask: in these, whether a pair counts, for every head: (1, heads * tiles, T, w), or (1, heads, T, w) if all
             tiles share it. None where every pair counts.
+
+    On GPUs pairs and masks may be wider than w; what is beyond does not count.
     """
 
     queries: Tensor
@@ -77,11 +86,14 @@ class Plan(NamedTuple):
         groups: of tiles.
         inverse: (N,) where to find each query among all those of the groups.
         padding: keys that each axis has beyond its queries.
+        holders: (M, most) where to find each key among all those of the groups, -1 past the last place. For the kernel
+            alone, hence None on the CPU.
     """
 
     groups: tuple[TileGroup, ...]
     inverse: Tensor
     padding: tuple[int, int]
+    holders: Tensor | None = None
 
 
 def local_plan(
@@ -141,7 +153,27 @@ def _plan(axis: Callable[..., AxisTiles], rows: tuple, cols: tuple, device: torc
     position = np.concatenate(position)
     inverse = np.empty(rows.num_queries * cols.num_queries, dtype=np.int64)
     inverse[position] = np.arange(position.size)
-    return Plan(tuple(groups), tensor(inverse), tuple(tiles.num_keys - tiles.num_queries for tiles in (rows, cols)))
+    padding = tuple(tiles.num_keys - tiles.num_queries for tiles in (rows, cols))
+    plan = Plan(tuple(groups), tensor(inverse), padding)
+    return plan if device.type in ("cpu", "meta") else for_kernel(plan, rows, cols)
+
+
+def for_kernel(plan: Plan, rows: AxisTiles, cols: AxisTiles) -> Plan:
+    """The plan with what GPUs want of it: rows of pairs that start at multiples of 16, and the places of each key."""
+    groups, entries = [], rows.num_entries * cols.num_entries
+    for group in plan.groups:
+        pairs, mask, rest = group.pairs, group.mask, (0, -group.keys.shape[1] % 16)
+        if pairs is not None:
+            pairs = F.pad(pairs, rest, value=entries)
+            spread = torch.arange(pairs.numel(), device=pairs.device).view(pairs.shape) % OUTSIDE
+            pairs = torch.where(pairs == entries, entries + spread, pairs)
+        groups.append(group._replace(pairs=pairs, mask=None if mask is None else F.pad(mask, rest)))
+    keys = torch.cat([group.keys.flatten() for group in groups]).cpu().numpy()
+    order, counts = np.argsort(keys, kind="stable"), np.bincount(keys, minlength=rows.num_keys * cols.num_keys)
+    rank = np.arange(keys.size) - (counts.cumsum() - counts)[keys[order]]
+    holders = np.full((len(counts), counts.max()), -1, dtype=np.int32)
+    holders[keys[order], rank] = order
+    return plan._replace(groups=tuple(groups), holders=torch.from_numpy(holders).to(plan.inverse.device))
 
 
 def _graph_plan(rows: AxisTiles, cols: AxisTiles, heads: int | None) -> Plan:
@@ -206,7 +238,7 @@ def relative_bias(table: Tensor, plan: Plan) -> list[Tensor]:
     Returns:
         for each group a (1, heads * tiles, T, w) tensor, or (1, heads, T, w) if its tiles share it.
     """
-    table = F.pad(table, (0, 1), value=-torch.inf)
+    table = F.pad(table, (0, 1 if plan.holders is None else OUTSIDE), value=-torch.inf)
     return [
         table.index_select(1, group.pairs.flatten()).unflatten(1, group.pairs.shape).flatten(0, 1)[None]
         for group in plan.groups
@@ -229,6 +261,35 @@ def _with_axis_logits(q: Tensor, v: Tensor, rows: Tensor, cols: Tensor) -> tuple
     places = torch.cat([row.repeat_interleave(len(col), 0), col.repeat(len(row), 1)], 1)
     q = F.pad(torch.cat([q, rows, cols], -1), (0, width - features))
     return q, F.pad(places, (0, width - features)), F.pad(v, (0, width - v.shape[-1]))
+
+
+@torch.compiler.assume_constant_result
+@cache
+def _has_kernel(device: torch.device) -> bool:
+    """Whether Triton is there, and a GPU whose matrix units it uses for bfloat16."""
+    return (
+        torch.version.cuda is not None
+        and find_spec("triton") is not None
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+    )
+
+
+def takes_kernel(q: Tensor, k: Tensor, v: Tensor, plan: Plan, dropout: float) -> bool:
+    """Whether `tile_kernel` computes this attention. It has no dropout, no derivative of its gradient, nothing for the
+    transforms of `torch.func`, and no place in exported graphs."""
+    if q.device.type != "cuda" or plan.holders is None or dropout:
+        return False
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        return False
+    if not (torch.compiler.is_compiling() or all(map(is_plain, (q, k, v)))):
+        return False
+    return (
+        q.dtype == k.dtype == v.dtype
+        and q.dtype in (torch.bfloat16, torch.float16, torch.float32)
+        and max(q.shape[-1], v.shape[-1]) <= MAX_HEAD_DIM
+        and all(group.queries.shape[1] <= MAX_TILE for group in plan.groups)
+        and _has_kernel(q.device)
+    )
 
 
 def local_attention(
@@ -258,12 +319,18 @@ def local_attention(
         (B, heads, N, d_v).
     """
     B, heads, _, d = q.shape
+    scale = d**-0.5 if scale is None else scale
+    biases = bias or [group.mask for group in plan.groups]
+    if takes_kernel(q, k, v, plan, dropout):
+        from .tile_kernel import tile_attention  # which imports Triton
+
+        return tile_attention(q, k, v, plan, biases, scale, axis_logits)
     dim, places = v.shape[-1], None
     if axis_logits is not None:
-        q, places, v = _with_axis_logits(q * (d**-0.5 if scale is None else scale), v, *axis_logits)
+        q, places, v = _with_axis_logits(q * scale, v, *axis_logits)
         scale = 1.0
     outs = []
-    for group, group_bias in zip(plan.groups, bias or [group.mask for group in plan.groups], strict=True):
+    for group, group_bias in zip(plan.groups, biases, strict=True):
         # Tiles join the heads, where each has its own bias, or the batch, where they share one.
         join = group.shared and group_bias is not None
         tiles = [
@@ -274,7 +341,7 @@ def local_attention(
             tiles[1] = torch.cat([tiles[1], places.expand(*tiles[1].shape[:-1], -1)], -1)
         tiles = [x.transpose(1, 2).flatten(0, 1) if join else x.flatten(1, 2) for x in tiles]
         if group_bias is not None:
-            group_bias = for_batch(group_bias, tiles[0])
+            group_bias = for_batch(group_bias[..., : group.keys.shape[1]], tiles[0])
         out = F.scaled_dot_product_attention(*tiles, attn_mask=group_bias, dropout_p=dropout, scale=scale)
         tiles, length = group.queries.shape
         out = out.unflatten(0, (B, tiles)).transpose(1, 2) if join else out

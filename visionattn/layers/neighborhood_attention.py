@@ -190,7 +190,8 @@ def _neighborhood_attention(layer: NeighborhoodAttention2d, qkv: Tensor) -> Tens
     q, k, v = padded_heads(qkv, layer.qkv.bias, heads, plan)
 
     def bias() -> list[Tensor]:
-        return relative_bias(layer.table(H, W).flatten(1).to(qkv.dtype), plan)
+        # Rounded last, as the gradient of an entry is a sum over the map.
+        return [each.to(qkv.dtype) for each in relative_bias(layer.table(H, W).flatten(1), plan)]
 
     biases = None if table is None else layer._bias_cache((H, W, window, qkv.dtype), [table], bias)
     out = local_attention(q, k, v, plan, biases, layer.scale, layer.attn_drop if layer.training else 0.0)
