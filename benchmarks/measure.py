@@ -1,0 +1,220 @@
+"""What the benchmarks have in common: clocks, turns, memory, the machine they ran on, and tables."""
+
+import argparse
+import gc
+import importlib.util
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from statistics import median, quantiles
+from types import ModuleType
+
+import timm
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+import visionattn
+from visionattn.errors import VisionattnError
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler tells of its starts and stops otherwise
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+REFERENCES = {path.stem: path for path in sorted((Path(__file__).parent / "reference").glob("*.py"))}
+
+Seconds = Callable[[Callable[[], object], int], float]
+"""Takes what is to be timed and how many calls of it; seconds of one."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose complaints are one line, as those of the other scripts."""
+
+    def error(self, message: str):
+        raise VisionattnError(f"{message}; see --help")
+
+
+def positive(text: str) -> int:
+    """An argument that counts something."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 1 up, got {text!r}")
+    return int(text)
+
+
+def add_machine(parser: argparse.ArgumentParser) -> None:
+    """The options of where and by which clock, which every benchmark of models or layers has."""
+    parser.add_argument("--device", default="cpu", help="torch device")
+    parser.add_argument("--threads", type=positive, default=torch.get_num_threads(), help="CPU threads")
+    parser.add_argument("--rounds", type=positive, default=7, help="measurements of each, taken in turns")
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: CPU seconds, for busy machines")
+
+
+def start(args: argparse.Namespace) -> tuple[torch.device, Seconds]:
+    """The device and the clock that options ask for, and so many threads.
+
+    Raises:
+        VisionattnError: if there is no such device, or it has no such clock.
+    """
+    torch.manual_seed(0)
+    torch.set_num_threads(args.threads)
+    try:
+        device = torch.empty(1, device=args.device).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # all of which torch raises
+        raise VisionattnError(f"cannot use device {args.device}: {str(error).splitlines()[0]}") from error
+    if device.type == "meta" or device.type != "cpu" and args.clock == "cpu":
+        raise VisionattnError(f"nothing to be timed by a {args.clock} clock happens on {device}")
+
+    def seconds(call: Callable[[], object], times: int = 1) -> float:
+        now = time.process_time if args.clock == "cpu" else time.perf_counter
+        if device.type == "cuda":
+            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda.synchronize(device)
+            first.record()
+            for _ in range(times):
+                call()
+            last.record()
+            last.synchronize()
+            return first.elapsed_time(last) / 1e3 / times
+        begin = now()
+        for _ in range(times):
+            call()
+        return (now() - begin) / times
+
+    return device, seconds
+
+
+def in_turns(
+    calls: Sequence[Callable[[], object]], rounds: int, seconds: Seconds, shortest: float = 0.05
+) -> list[list[float]]:
+    """Seconds of each call in each round, in which all have their turn one after the other.
+
+    Args:
+        calls: what is timed; each is called once before, to warm up.
+        rounds: how many.
+        seconds: the clock.
+        shortest: seconds that a turn takes, of several calls if one takes less.
+    """
+    for call in calls:
+        call()
+    times = [max(1, round(shortest / max(seconds(call, 1), 1e-6))) for call in calls]
+    found = [[seconds(call, n) for call, n in zip(calls, times, strict=True)] for _ in range(rounds)]
+    return [list(each) for each in zip(*found, strict=True)]
+
+
+def ratio(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float, float]:
+    """Their time by ours, of the medians, and the quartiles of the ratios of the rounds."""
+    each = [b / a for a, b in zip(ours, theirs, strict=True)]
+    low, _, high = quantiles(each, n=4, method="inclusive") if len(each) > 1 else each * 3
+    return median(theirs) / median(ours), low, high
+
+
+def peak_memory(step: Callable[[], object], device: torch.device) -> int:
+    """The most bytes that a call has allocated at once, beside what was there before.
+
+    On a CPU these are torch's own allocations, as its profiler sees them; what the libraries below it take for
+    themselves is not among them.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        step()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    total = highest = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        total += event.nbytes()
+        highest = max(highest, total)
+    return highest
+
+
+def ceiling(dtype: torch.dtype, device: torch.device, seconds: Seconds) -> float:
+    """Operations in 1e9 a second of the best of a few large matrix products."""
+    sizes = [(2048, 2048, 2048), (6272, 384, 1536), (16384, 1024, 1024)]
+    best = 0.0
+    for m, k, n in sizes if device.type == "cpu" else [(8192, 8192, 8192), *sizes]:
+        a, b = torch.randn(m, k, device=device).to(dtype), torch.randn(n, k, device=device).to(dtype)
+        a @ b.T
+        fastest = min(seconds(lambda a=a, b=b: a @ b.T, 1) for _ in range(5))
+        best = max(best, 2e-9 * m * k * n / fastest)
+    return best
+
+
+@torch.no_grad()
+def shake(model: nn.Module) -> nn.Module:
+    """Make scales, shifts and running statistics such as training might, so that nothing is hidden by its start."""
+    for parameter in model.parameters():
+        if parameter.ndim < 2:
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    for key, buffer in model.named_buffers():
+        if key.endswith("running_mean"):
+            nn.init.normal_(buffer, std=0.1)
+        if key.endswith("running_var"):
+            nn.init.uniform_(buffer, 0.5, 1.5)
+    return model
+
+
+@cache
+def reference(family: str) -> ModuleType:
+    """benchmarks/reference/<family>.py."""
+    return load(REFERENCES[family])
+
+
+def load(path: Path) -> ModuleType:
+    """A module that is in no package."""
+    spec = importlib.util.spec_from_file_location(f"_{path.parent.name}_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def machine(device: torch.device) -> dict[str, str]:
+    """Of the run: date, machine, versions."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+        known = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+        name = known[0] if known else platform.processor() or platform.machine()
+    versions = {"torch": torch.__version__, "timm": timm.__version__, "visionattn": visionattn.__version__}
+    return {"date": time.strftime("%Y-%m-%d"), "machine": name, "threads": str(torch.get_num_threads()), **versions}
+
+
+class Table:
+    """Rows that are printed as they come, in columns or as Markdown.
+
+    Args:
+        columns: format of each column by its head, f"{width}" and what else there is to it: "8.1f".
+        markdown: print Markdown.
+    """
+
+    def __init__(self, columns: Mapping[str, str], markdown: bool = False) -> None:
+        self.formats, self.markdown = dict(columns), markdown
+        widths = [int(spec.lstrip("<>").partition(".")[0].rstrip("dfsgex")) for spec in columns.values()]
+        self.widths = [max(width, len(head)) for head, width in zip(columns, widths, strict=True)]
+        self.started = False
+
+    def row(self, **values: object) -> None:
+        """Print a row, after the heads of the columns if it is the first; what is None is a dash."""
+        if not self.started:
+            self._print(list(self.formats))
+            if self.markdown:
+                print("|" + "---|" * len(self.formats))
+        self.started = True
+        cells = []
+        for head, spec in self.formats.items():
+            value = values.get(head.replace(" ", "_").replace("/", "_"))
+            cells.append("-" if value is None else str(value) if isinstance(value, str) else f"{value:{spec}}".strip())
+        self._print(cells)
+
+    def _print(self, cells: Sequence[str]) -> None:
+        if self.markdown:
+            print(f"| {' | '.join(cells)} |", flush=True)
+        else:
+            print(*(f"{cell:>{width}}" for cell, width in zip(cells, self.widths, strict=True)), flush=True)
