@@ -7,8 +7,9 @@ crop, flip, apply RandAugment, normalise and collate on one core, either in the 
 take turns, an epoch each; the table gives the median speed of each and the median of the rounds' ratios ours / timm.
 """
 
-import argparse
+import sys
 import time
+from argparse import RawDescriptionHelpFormatter
 from collections.abc import Iterable
 from pathlib import Path
 from statistics import median
@@ -16,18 +17,21 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
+from measure import Parser, positive
 from PIL import Image
-from sklearn.datasets import load_sample_images
 from timm.data import create_dataset, create_loader
 
 from visionattn.data.config import AugmentConfig, DataConfig
 from visionattn.data.images import load_validation
 from visionattn.data.loader import TrainSampler, read_batches, train_loader
 from visionattn.data.transforms import OnImage, train_transform
+from visionattn.errors import run
 
 
 def write_jpegs(folder: Path, count: int) -> None:
     """Random crops of two photographs, in a folder for each."""
+    from sklearn.datasets import load_sample_images  # slow to import, and not for --help
+
     rng = np.random.default_rng(0)
     for label, photo in enumerate(load_sample_images().images):
         (folder / str(label)).mkdir()
@@ -45,14 +49,14 @@ def images_per_second(batches: Iterable) -> float:
     return images / (time.perf_counter() - start)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def main(argv: list[str]) -> None:
+    parser = Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, nargs="+", default=(0, 1), help="loading processes to measure with")
-    parser.add_argument("--images", type=int, default=640, help="number of JPEGs")
-    parser.add_argument("--size", type=int, default=224, help="height and width of the inputs in pixels")
-    parser.add_argument("--batch", type=int, default=64, help="images per batch")
-    parser.add_argument("--rounds", type=int, default=5, help="epochs of each, taken in turns")
-    args = parser.parse_args()
+    parser.add_argument("--images", type=positive, default=640, help="number of JPEGs")
+    parser.add_argument("--size", type=positive, default=224, help="height and width of the inputs in pixels")
+    parser.add_argument("--batch", type=positive, default=64, help="images per batch")
+    parser.add_argument("--rounds", type=positive, default=5, help="epochs of each, taken in turns")
+    args = parser.parse_args(argv)
     torch.set_num_threads(1)
     augment = AugmentConfig(hflip=0.5, auto_augment="rand-m9-mstd0.5-inc1", scale=(0.08, 1.0), ratio=(0.75, 1.3333))
     with TemporaryDirectory() as folder:
@@ -84,4 +88,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(main))

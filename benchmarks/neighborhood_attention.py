@@ -1,84 +1,112 @@
 """Neighbourhood attention against the formulation that gathers kernel^2 keys and values per query.
 
-    python benchmarks/neighborhood_attention.py [--threads 2] [--device cpu] [--backward]
+    python benchmarks/neighborhood_attention.py [--batch 2] [--size 224] [--device cpu] [--clock cpu] [--threads 1]
 
-Both compute the same layer from the same projected queries, keys and values; the table gives the median time of each,
-their ratio in this run, and the largest difference of their outputs.
+At every shape that the stages of dinat_mini and dinat_tiny have, both compute the same layer from the same projected
+queries, keys and values, in turns: the forward pass, and forward and backward with the gradients of all of them and of
+the biases. The table gives the median times in milliseconds, gather / ours, the most memory that forward and backward
+hold at once beside their input, in MiB, ours / gather, and the largest difference of the outputs.
 """
 
-import argparse
+import sys
+from argparse import RawDescriptionHelpFormatter
+from functools import cache, partial
+from statistics import median
 
 import torch
-from torch.utils.benchmark import Timer
+from measure import (
+    DTYPES,
+    Parser,
+    Table,
+    add_machine,
+    in_turns,
+    machine,
+    peak_memory,
+    positive,
+    ratio,
+    reference,
+    start,
+)
+from torch import Tensor
 
+from visionattn.errors import VisionattnError, run
 from visionattn.layers import NeighborhoodAttention2d
 from visionattn.layers.neighborhood_attention import _neighborhood_attention
 
-# batch, height, width, heads, head dim, kernel, dilation
-CASES = [
-    (2, 56, 56, 4, 32, 7, 1),
-    (2, 56, 56, 4, 32, 7, 8),
-    (2, 28, 28, 8, 32, 7, 1),
-    (2, 14, 14, 16, 32, 7, 1),
-]
+HEAD_DIM, KERNEL = 32, 7
+STAGES = ((4, 2, 8), (8, 4, 4), (16, 8, 2), (32, 16, 1))
+"""Stride, heads and dilation of the second half of the blocks; that of the first half is 1."""
 
 
-def neighbors(length: int, kernel: int, dilation: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(length, kernel) key positions of every query on an axis, and their indices into the relative table."""
-    query = torch.arange(length)
-    group, position = query % dilation, query // dilation
-    group_length = (length - group + dilation - 1) // dilation
-    start = torch.minimum((position - kernel // 2).clamp(min=0), group_length - kernel)
-    key = start[:, None] + torch.arange(kernel)
-    return key * dilation + group[:, None], key - position[:, None] + kernel - 1
+@cache
+def indices(H: int, W: int, dilation: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Keys of every query on the map and their places in the table of biases: (H * W * KERNEL^2,)."""
+    (rows, row_bias), (cols, col_bias) = (reference("dinat").neighbors(n, KERNEL, dilation) for n in (H, W))
+    keys = rows[:, None, :, None] * W + cols[None, :, None, :]
+    biases = row_bias[:, None, :, None] * (2 * KERNEL - 1) + col_bias[None, :, None, :]
+    return keys.flatten().to(device), biases.flatten().to(device)
 
 
-def gather_attention(layer: NeighborhoodAttention2d, qkv: torch.Tensor) -> torch.Tensor:
+def gather_attention(layer: NeighborhoodAttention2d, qkv: Tensor) -> Tensor:
     """The same attention with every query's keys and values copied out."""
     B, H, W, _ = qkv.shape
-    (K, _), (d, _) = layer.kernel_size, layer.dilation
-    (rows, row_bias), (cols, col_bias) = (tuple(t.to(qkv.device) for t in neighbors(n, K, d)) for n in (H, W))
-    index = (rows[:, None, :, None] * W + cols[None, :, None, :]).reshape(H * W, K * K)
+    keys, biases = indices(H, W, layer.dilation[0], qkv.device)
     q, k, v = qkv.view(B, H * W, 3, layer.num_heads, -1).permute(2, 0, 3, 1, 4)
-    bias = layer.rpb[:, row_bias[:, None, :, None], col_bias[None, :, None, :]].reshape(-1, H * W, K * K)
-    logits = torch.einsum("bhnd,bhnkd->bhnk", q * layer.scale, k[:, :, index]) + bias
-    return torch.einsum("bhnk,bhnkd->bnhd", logits.softmax(-1), v[:, :, index]).reshape(B, H, W, -1)
+    gathered = (*q.shape[:3], KERNEL**2, q.shape[-1])
+    logits = torch.einsum("bhnd,bhnkd->bhnk", q * layer.scale, k.index_select(2, keys).view(gathered))
+    logits = logits + layer.rpb.flatten(1).index_select(1, biases).view(logits.shape[1:])
+    out = torch.einsum("bhnk,bhnkd->bhnd", logits.softmax(-1), v.index_select(2, keys).view(gathered))
+    return out.transpose(1, 2).reshape(B, H, W, -1)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
-    parser.add_argument("--device", default="cpu", help="torch device")
-    parser.add_argument("--backward", action="store_true", help="time forward and backward together")
-    args = parser.parse_args()
-    torch.manual_seed(0)
-    columns = {"shape": 16, "heads": 8, "kernel": 6, "dilation": 8, "gather ms": 10, "ours ms": 9, "ratio": 6}
-    columns["error"] = 8
-    print(*(f"{name:>{width}}" for name, width in columns.items()))
-    for batch, height, width, heads, dim, kernel, dilation in CASES:
-        layer = NeighborhoodAttention2d(heads * dim, heads, kernel, dilation, device=args.device).eval()
-        qkv = torch.randn(batch, height, width, 3 * heads * dim, device=args.device, requires_grad=args.backward)
+def step(attend, layer: NeighborhoodAttention2d, qkv: Tensor, grad: Tensor | None) -> Tensor:
+    """Forward, and backward if there is a gradient of the output."""
+    with torch.set_grad_enabled(grad is not None):
+        out = attend(layer, qkv)
+    if grad is not None:
+        out.backward(grad)
+        qkv.grad = layer.rpb.grad = None
+    return out
 
-        def run(attend, layer=layer, qkv=qkv):
-            with torch.set_grad_enabled(args.backward):
-                out = attend(layer, qkv)
-            if args.backward:
-                torch.autograd.backward(out, torch.ones_like(out))
-            return out
 
-        error = (run(gather_attention) - run(_neighborhood_attention)).abs().max().item()
-        times = [
-            Timer("run(attend)", globals={"run": run, "attend": attend}, num_threads=args.threads)
-            .blocked_autorange(min_run_time=2)
-            .median
-            * 1e3
-            for attend in (gather_attention, _neighborhood_attention)
-        ]
-        print(
-            f"{f'{batch}x{height}x{width}':>16} {f'{heads}x{dim}':>8} {kernel:>6} {dilation:>8} "
-            f"{times[0]:>10.1f} {times[1]:>9.1f} {times[0] / times[1]:>5.1f}x {error:>8.1e}"
-        )
+def main(argv: list[str]) -> None:
+    parser = Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=positive, default=2, help="images")
+    parser.add_argument("--size", type=positive, default=224, help="height and width of the images in pixels")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of all tensors")
+    parser.add_argument("--markdown", action="store_true", help="print a table in Markdown")
+    add_machine(parser)
+    args = parser.parse_args(argv)
+    if args.size < 32 * KERNEL:  # smaller maps are padded, and the projection takes part
+        raise VisionattnError(f"expected a size of {32 * KERNEL} or more, whose maps windows fit, got {args.size}")
+    device, seconds = start(args)
+    print(
+        ", ".join(f"{key} {value}" for key, value in machine(device).items()) + f", {args.dtype}, {args.clock} clock\n"
+    )
+    columns = {"map": "13", "heads": "7", "dilation": "8d"}
+    for what in ("forward", "gradients"):
+        columns |= {f"{what}: gather": "8.1f", f"{what}: ours": "8.1f", f"{what}: ratio": "5.1f"}
+    columns |= {"MiB: gather": "8.1f", "MiB: ours": "8.1f", "MiB: ratio": "5.2f", "difference": "8.1e"}
+    table = Table(columns, args.markdown)
+    for stride, heads, dilated in STAGES:
+        length, C = args.size // stride, heads * HEAD_DIM
+        for dilation in sorted({1, dilated}):
+            like = {"device": device, "dtype": DTYPES[args.dtype]}
+            layer = NeighborhoodAttention2d(C, heads, KERNEL, dilation, **like)
+            qkv = torch.randn(args.batch, length, length, 3 * C, **like, requires_grad=True)
+            grad = torch.randn(args.batch, length, length, C, **like)
+            row = {"map": f"{args.batch}x{length}x{length}", "heads": f"{heads}x{HEAD_DIM}", "dilation": dilation}
+            outs = []
+            for what, given in (("forward", None), ("gradients", grad)):
+                both = [partial(step, a, layer, qkv, given) for a in (gather_attention, _neighborhood_attention)]
+                outs = [call() for call in both]
+                gather, ours = in_turns(both, args.rounds, seconds)
+                row |= {f"{what}:_gather": median(gather) * 1e3, f"{what}:_ours": median(ours) * 1e3}
+                row[f"{what}:_ratio"] = ratio(ours, gather)[0]
+            gather, ours = (peak_memory(call, device) / 2**20 for call in both)
+            row |= {"MiB:_gather": gather, "MiB:_ours": ours, "MiB:_ratio": ours / gather}
+            table.row(**row, difference=(outs[0] - outs[1]).abs().max().item())
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(main))

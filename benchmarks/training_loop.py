@@ -3,20 +3,22 @@
 Both loops take the same batches from memory, so that only what is between them is timed; they alternate.
 """
 
-import argparse
 import itertools
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
 
 import torch
+from measure import Parser, positive
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import visionattn
 import visionattn.training.trainer as trainer_module
 from visionattn.data.loader import Batch
+from visionattn.errors import run as run_script
 from visionattn.training.config import parse_train
 from visionattn.training.logging import RunLog
 from visionattn.training.trainer import Trainer
@@ -37,7 +39,6 @@ class Stub(nn.Module):
         return self.head(x[:, :, 0, 0])
 
 
-@visionattn.register_model
 def millisecond(pretrained: bool = False, **kwargs) -> nn.Module:
     return Stub(**kwargs)
 
@@ -64,11 +65,12 @@ def trainer_loop(run: Trainer, steps: int) -> float:
     return time.perf_counter() - start
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=200, help="steps of a repetition")
-    parser.add_argument("--repeats", type=int, default=7, help="repetitions of each loop, of which the median counts")
-    args = parser.parse_args()
+def main(argv: list[str]) -> None:
+    parser = Parser(description=__doc__)
+    parser.add_argument("--steps", type=positive, default=200, help="steps of a repetition")
+    parser.add_argument("--repeats", type=positive, default=7, help="of each loop, of which the median counts")
+    args = parser.parse_args(argv)
+    visionattn.register_model(millisecond)
     torch.set_num_threads(1)
     batches = [Batch(torch.randn(8, 3, 8, 8), torch.randint(10, (8,)), torch.arange(8)) for _ in range(16)]
     trainer_module.read_batches = lambda loader: itertools.cycle(batches)
@@ -91,4 +93,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_script(main))
