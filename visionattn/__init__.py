@@ -9,10 +9,11 @@ from . import moved as moved
 from .create import create_detector as create_detector
 from .create import create_model
 from .create import create_segmenter as create_segmenter
+from .layers.product import set_pointwise
 from .registry import list_models, model_info, register_model
 
 __version__ = "0.1.0"
-__all__ = ["create_model", "list_models", "model_info", "register_model"]
+__all__ = ["create_model", "list_models", "model_info", "register_model", "set_pointwise"]
 
 
 def __getattr__(name: str) -> _ModuleType:

@@ -289,7 +289,15 @@ def takes_kernel(q: Tensor, k: Tensor, v: Tensor, plan: Plan, dropout: float) ->
         and max(q.shape[-1], v.shape[-1]) <= MAX_HEAD_DIM
         and all(group.queries.shape[1] <= MAX_TILE for group in plan.groups)
         and _has_kernel(q.device)
+        and (torch.compiler.is_compiling() or not torch.is_grad_enabled() or _fills(q, plan))
     )
+
+
+def _fills(q: Tensor, plan: Plan) -> bool:
+    """Whether attention keeps a GPU busy for longer than it takes to launch the kernels of both passes one by one."""
+    pairs = sum(group.queries.numel() * group.keys.shape[1] for group in plan.groups)
+    with_bias = any(group.pairs is not None for group in plan.groups)
+    return q.shape[0] * q.shape[1] * pairs >= (2**26 if with_bias else 2**24)
 
 
 def local_attention(

@@ -64,7 +64,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) 
 def takes_conv(x: Tensor, weight: Tensor) -> bool:
     """Whether `product` computes by convolution."""
     if _route != "auto":
-        return _route == "conv"
+        return _route == "conv" and x.numel() > 0
     large = x.numel() * len(weight) >= LARGE and x.dtype == torch.float32
     return large and get_pointwise() == "conv"
 

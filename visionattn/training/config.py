@@ -153,6 +153,9 @@ class TrainConfig(TaskConfig):
     """Save the last checkpoint every so many updates too; 0: at the end of each epoch only."""
     keep_best: PositiveInt = 1
     """Epochs whose weights are kept, by the validated metric: as best, and if more than one, each as epoch-<number>."""
+    pointwise: Literal["auto", "linear", "conv"] = "auto"
+    """How products over channels are computed in float32 on CPUs, see set_pointwise; auto: the faster way, measured
+    when the run begins, and kept for the whole of it as the two round differently."""
     log_every: PositiveInt = 10
     """Updates between loss values sent to the progress bar and the trackers."""
     trackers: tuple[str, ...] = ("tensorboard",)

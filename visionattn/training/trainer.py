@@ -4,19 +4,21 @@ import math
 import os
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import send_to_device
+from accelerate.utils import broadcast_object_list, send_to_device
 from timm.utils import ModelEmaV3, dispatch_clip_grad
 from torch import Tensor
 
 from ..backbone import Mechanics
 from ..data.loader import Batch, Stream, derive_seed, read_batches
 from ..errors import VisionattnError
+from ..layers.product import get_pointwise, set_pointwise
 from ..tasks import make_task
 from .build import check_resumable, make_loaders, make_model, memory_format
 from .checkpoint import read_saved, remove_temporaries, remove_unused, write_file
@@ -52,6 +54,10 @@ class Trainer(Kept):
         if accelerator.device.type == "cpu":  # threads that wait for a core which a loading process has are very slow
             spare = (os.cpu_count() or 1) - config.data.num_workers
             torch.set_num_threads(max(1, min(torch.get_num_threads(), spare)))
+
+        route = get_pointwise() if config.pointwise == "auto" else config.pointwise
+        config = replace(config, pointwise=broadcast_object_list([route])[0])
+        set_pointwise(config.pointwise)
 
         self.task = make_task(config)
         images = self.task.load()

@@ -1,0 +1,227 @@
+"""What is computed past modules and autograd on CPUs, for speed, is what the modules compute."""
+
+import copy
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+import visionattn
+from visionattn import layers
+from visionattn.backbone import base
+from visionattn.errors import VisionattnError
+from visionattn.layers import conv_norm, pointwise, product
+from visionattn.layers.direct import is_direct
+from visionattn.layers.pointwise import Mlp, Pointwise2d
+
+FAMILIES = sorted(visionattn.list_models("test_*"))
+
+
+@pytest.fixture(autouse=True)
+def _small_pieces(monkeypatch):
+    """Pieces so small that tiny inputs have several."""
+    monkeypatch.setattr(pointwise, "CHUNK", 2**12)
+    monkeypatch.setattr(base, "SLICE", 2**12)
+    yield
+    visionattn.set_pointwise("auto")
+
+
+def plain(mlp: Mlp, x: torch.Tensor) -> torch.Tensor:
+    return F.linear(F.gelu(F.linear(x, mlp.fc1.weight, mlp.fc1.bias)), mlp.fc2.weight, mlp.fc2.bias)
+
+
+def close(a, b, tolerance=1e-5):
+    torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("shape", [(3, 7, 5, 24), (2, 11, 24), (24,), (0, 4, 24)])
+@pytest.mark.parametrize("route", product.ROUTES)
+def test_mlp_is_its_modules(shape, route):
+    visionattn.set_pointwise(route)
+    mlp, x = Mlp(24, 96), torch.randn(shape, requires_grad=True)
+    with torch.no_grad():
+        close(mlp(x), plain(mlp, x))
+    with torch.inference_mode():
+        close(mlp(x.detach()), plain(mlp, x))
+    inputs = [x, *mlp.parameters()]
+    for a, b in zip(*(torch.autograd.grad(f.square().sum(), inputs) for f in (mlp(x), plain(mlp, x))), strict=True):
+        close(a, b, 1e-4)
+
+
+def test_mlp_has_all_derivatives():
+    mlp, x = Mlp(8, 96).double(), torch.randn(5, 7, 8, dtype=torch.double, requires_grad=True)
+    assert torch.autograd.gradcheck(mlp, x) and torch.autograd.gradgradcheck(mlp, x[:1, :2])
+    _, tangent = torch.func.jvp(mlp, (x,), (torch.ones_like(x),))
+    close(tangent, torch.func.jvp(lambda x: plain(mlp, x), (x,), (torch.ones_like(x),))[1])
+    each = torch.func.vmap(torch.func.grad(lambda x: mlp(x).square().sum()))(x.detach())
+    close(each, torch.autograd.grad(plain(mlp, x).square().sum(), x)[0])
+
+
+@pytest.mark.parametrize("frozen", ["fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias", "fc", "x"])
+def test_mlp_with_frozen_parts(frozen):
+    mlp, x = Mlp(24, 96), torch.randn(3, 40, 24, requires_grad=frozen != "x")
+    for name, parameter in mlp.named_parameters():
+        parameter.requires_grad_(not name.startswith(frozen))
+    expected = copy.deepcopy(mlp)
+    mlp(x).sum().backward()
+    found, x.grad = x.grad, None
+    plain(expected, x).sum().backward()
+    for a, b in [
+        (found, x.grad),
+        *((a.grad, b.grad) for a, b in zip(mlp.parameters(), expected.parameters(), strict=True)),
+    ]:
+        assert (a is None) == (b is None)
+        if a is not None:
+            close(a, b, 1e-4)
+
+
+def test_mlp_recomputed():
+    mlp, x = Mlp(24, 96), torch.randn(3, 40, 24, requires_grad=True)
+    again = checkpoint(mlp, x, use_reentrant=False)
+    again.sum().backward()
+    close(x.grad, torch.autograd.grad(plain(mlp, x).sum(), x)[0], 1e-4)
+
+
+def test_hooks_are_called():
+    """Each once and with the whole batch, however deep it is in the model."""
+    model = visionattn.create_model("test_davit").eval()
+    x, seen = torch.randn(4, 3, 64, 64), []
+    with torch.no_grad():
+        expected = model(x)
+    for module in model.modules():
+        module.register_forward_hook(lambda m, args, out: seen.append((m, out)))
+    with torch.no_grad():
+        close(model(x), expected)
+    found = {id(m) for m, _ in seen}
+    assert all(len(out) == 4 for _, out in seen) and len(found) == len(seen)
+    assert found >= {id(m) for m in model.modules() if isinstance(m, nn.GELU | nn.Linear | nn.Conv2d | nn.LayerNorm)}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_slices_are_the_batch(name, monkeypatch):
+    torch.manual_seed(0)
+    model, x = visionattn.create_model(name).double().eval(), torch.randn(5, 3, 64, 96).double()
+    with torch.no_grad():
+        sliced = model(x), *model.forward_intermediates(x, intermediates_only=True)
+        monkeypatch.setattr(base, "SLICE", 2**40)
+        whole = model(x), *model.forward_intermediates(x, intermediates_only=True)
+    for a, b in zip(sliced, whole, strict=True):
+        close(a, b, 1e-9)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_routes_agree(name):
+    torch.manual_seed(0)
+    fresh, x, out = visionattn.create_model(name).eval(), torch.randn(2, 3, 64, 96), []
+    for route in ("linear", "conv"):
+        model = copy.deepcopy(fresh)
+        visionattn.set_pointwise(route)
+        with torch.no_grad():
+            out.append(model(x))
+        model.train()
+        out.append(torch.autograd.grad(model(x).square().sum(), next(model.parameters()))[0])
+    if "sparsifiner" not in name:  # whose selections turn on ties
+        close(out[0], out[2], 1e-4)
+    assert out[1].shape == out[3].shape
+
+
+def test_statistics_are_those_of_the_batch():
+    """Batch norms that learn their statistics without gradients see all samples at once."""
+    torch.manual_seed(0)
+    model = visionattn.create_model("test_van").eval()
+    for norm in model.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.train()
+    other = copy.deepcopy(model)
+    x = torch.randn(6, 3, 64, 64)
+    with torch.no_grad():
+        model(x)
+    with torch.enable_grad():
+        other(x)
+    for (name, a), b in zip(model.state_dict().items(), other.state_dict().values(), strict=True):
+        assert torch.allclose(a, b, atol=1e-5), name
+
+
+@pytest.mark.parametrize("act", [None, nn.ReLU(), nn.SiLU(), nn.Hardswish()])
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize(
+    "make",
+    [lambda: nn.Conv2d(6, 8, 3, 2, 1, bias=False), lambda: nn.Conv2d(8, 8, 3, groups=8), lambda: Pointwise2d(6, 8)],
+)
+def test_norms_are_merged(make, affine, act):
+    conv, norm = make(), nn.BatchNorm2d(8, affine=affine).eval()
+    for tensor in norm.state_dict().values():
+        if tensor.ndim:
+            nn.init.uniform_(tensor, 0.5, 1.5)
+    channels = 8 if getattr(conv, "groups", 1) == 8 else 6
+    x = torch.randn(2, channels, 19, 23)
+    with torch.no_grad():
+        assert conv_norm._merges(x, conv, norm)
+        merged = conv_norm.product_norm(conv, norm, x, act)
+        close(merged, norm(conv(x)) if act is None else act(norm(conv(x))))
+        norm.train()
+        assert not conv_norm._merges(x, conv, norm)
+    norm.eval()
+    close(conv_norm.product_norm(conv, norm, x, act), merged)
+
+
+def test_what_is_not_direct():
+    x = torch.randn(2, 3)
+    assert is_direct(x)
+    assert not is_direct(x.half()) and not is_direct(x.to("meta"))
+    with torch.autocast("cpu"):
+        assert not is_direct(x)
+    with torch.autograd.forward_ad.dual_level():
+        assert not is_direct(x)
+    torch.func.vmap(lambda y: [y, bool(is_direct(y)) and pytest.fail("inside of vmap")][0])(x)
+    with FlopCounterMode(display=False):
+        assert not is_direct(x)
+
+
+def test_unknown_route():
+    with pytest.raises(VisionattnError, match="^expected a route .* auto, linear, conv, got 'fast'$"):
+        visionattn.set_pointwise("fast")
+
+
+@pytest.mark.parametrize("text", [None, "", "[1]", '{"a": 3', "{}"])
+def test_route_is_measured_once_and_kept(text, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    file, measured = tmp_path / "visionattn" / "pointwise.json", []
+    if text is not None:
+        file.parent.mkdir()
+        file.write_text(text)
+    monkeypatch.setattr(product, "_measure", lambda: measured.append(1) or "conv")
+    for _ in range(2):
+        product._measured.cache_clear()
+        assert product.get_pointwise() == "conv"
+    assert measured == [1] and list(json.loads(file.read_text()).values()) == ["conv"]
+    assert [path.name for path in file.parent.iterdir()] == ["pointwise.json"]
+    product._measured.cache_clear()
+
+
+def test_route_without_a_folder(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "file" / "hub"))
+    product._measured.cache_clear()
+    assert product.get_pointwise() in ("linear", "conv")
+    product._measured.cache_clear()
+
+
+def test_centre_of_a_kernel_adds_the_map():
+    layer, x = layers.ConvPosEnc(6), torch.randn(2, 9, 7, 6, requires_grad=True)
+    expected = x + layer.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    inputs = [x, *layer.parameters()]
+    close(layer(x), expected)
+    for a, b in zip(*(torch.autograd.grad(f.square().sum(), inputs) for f in (layer(x), expected)), strict=True):
+        close(a, b, 1e-4)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_channel_attention_has_all_derivatives(version):
+    layer = layers.ChannelAttention(8, 2, version=version).double()
+    x = torch.randn(2, 3, 4, 8, dtype=torch.double, requires_grad=True)
+    assert torch.autograd.gradcheck(layer, x) and torch.autograd.gradgradcheck(layer, x)
