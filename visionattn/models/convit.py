@@ -107,7 +107,8 @@ class ConViT(Isotropic):
         )  # fmt: skip
         self.apply(init_weights)
         for block in blocks[:local_up_to_layer]:
-            block.mixer.reset_parameters()
+            if block.mixer.use_local_init:
+                block.mixer.local_init()
 
 
 def _variant(dim: int, heads: int, gmacs: float, top1: float, name: str = "") -> Variant:
