@@ -122,13 +122,14 @@ def test_compile(name, backend):
     for run in (model, compiled):
         outs.append(run(x))
         gradients.append(torch.autograd.grad(outs[-1].sum(), trained(model)))
-    close(*outs)
+    atol = 1e-5 * max(1, outs[0].abs().max().item())  # eager layers may round otherwise than their graphs
+    close(*outs, atol)
     for theirs, ours in zip(*gradients, strict=True):
         close(ours, theirs, atol=1e-4 * max(1, theirs.abs().max().item()))
     for size in ((32, 32), (33, 70)):  # each by a graph of its own
         x = image(*size)
         with torch.no_grad():
-            close(compiled(x), model(x))
+            close(compiled(x), model(x), atol)
 
 
 @pytest.mark.parametrize("name", TESTS)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from timm.layers import DropPath, LayerNorm2d, calculate_drop_path_rates
 from torch import Tensor, nn
 from torchvision.ops import deform_conv2d
@@ -17,7 +18,9 @@ from ..backbone import Hierarchical, Stage
 from ..errors import VisionattnError
 from ..layers import HiLoAttention
 from ..layers.block import Block
+from ..layers.deformable import deformed_patches
 from ..layers.depthwise_mlp import DepthwiseMlp
+from ..layers.direct import is_direct
 from ..layers.init import by_fan_out, init_weights
 from ..layers.layout import channels_last
 from ..layers.patch import PatchStem
@@ -71,6 +74,9 @@ class DeformableMerging(nn.Module):
 def _deformed(layer: DeformableMerging, x: Tensor) -> Tensor:
     """The convolution. In float32 at least, as it was trained: half precision misplaces the samples."""
     weight, bias = layer.reduction.weight, layer.reduction.bias
+    if is_direct(x, weight, bias):
+        patches = deformed_patches(x.permute(0, 2, 3, 1), layer.offset(x), 2)
+        return F.linear(patches, weight.permute(0, 2, 3, 1).flatten(1), bias).permute(0, 3, 1, 2)
     dtype = torch.promote_types(weight.dtype, torch.float32)
     with without_autocast(x):
         offset = layer.offset(x.to(weight.dtype)).to(dtype)
