@@ -135,7 +135,7 @@ def _kernel_gradient(grad: Tensor, x: Tensor, weight: Tensor, dilation: int) -> 
 
 def _chunks(x: Tensor) -> tuple[Tensor, ...]:
     """The samples of a batch, so many at once that they stay in the cache."""
-    return x.split(max(1, CHUNK // (x[0].numel() * x.element_size())))
+    return x.split(max(1, CHUNK // max(1, x.shape[1:].numel() * x.element_size())))
 
 
 def _reached(weight: Tensor, height: int, width: int) -> Tensor:

@@ -8,6 +8,7 @@ from torch.autograd import Function
 from .depthwise import DepthwiseConv2d, depthwise, depthwise_backward, depthwise_conv
 from .direct import is_direct, is_watched
 from .pointwise import Pointwise2d
+from .product import product
 
 CHUNK = 2**23
 """Bytes of hidden channels that are computed at once, where a batch can be cut so fine."""
@@ -111,9 +112,9 @@ def _forward(
 ) -> Tensor:  # fmt: skip
     """The MLP on some samples after the other, outside autograd; `hidden` gets what the first products return."""
     out = x.new_empty(len(x), *x.shape[2:], len(w2)).permute(0, 3, 1, 2)
-    step = max(1, CHUNK // (len(w1) * x[0, 0].numel() * x.element_size()))
+    step = max(1, CHUNK // max(1, len(w1) * x.shape[2:].numel() * x.element_size()))
     for x_i, out_i in zip(x.split(step), out.split(step), strict=True):
-        h = F.linear(x_i.permute(0, 2, 3, 1), w1, b1).permute(0, 3, 1, 2)
+        h = product(x_i.permute(0, 2, 3, 1), w1, b1).permute(0, 3, 1, 2)
         if hidden is not None:
             hidden.append(h)
         h = torch.ops.aten.gelu_(depthwise_conv(h, w, b, dilation))
