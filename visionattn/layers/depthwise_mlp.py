@@ -90,7 +90,7 @@ class _DepthwiseMlp(Function):
                 dw2.addmm_(grad_i.t(), _rows(F.gelu(a)))
             if db2 is not None:
                 db2 += grad_i.sum(0)
-            da = (grad_i @ w2).view(len(h), *h.shape[2:], -1).permute(0, 3, 1, 2)
+            da = (grad_i @ w2).view(len(h), *h.shape[2:], len(w1)).permute(0, 3, 1, 2)
             torch.ops.aten.gelu_backward.grad_input(da, a, grad_input=da)
             if db is not None:
                 db += _rows(da).sum(0)
