@@ -31,7 +31,7 @@ def deformed_patches(x: Tensor, offset: Tensor, size: int) -> Tensor:
     samples = F.embedding_bag(
         index.view(-1, 4), x.reshape(-1, C), mode="sum", per_sample_weights=weights.to(x.dtype).view(-1, 4)
     )
-    return samples.view(B, h, w, -1)
+    return samples.view(B, h, w, size * size * C)
 
 
 def _neighbours(place: Tensor, length: int) -> tuple[Tensor, Tensor]:
