@@ -1,9 +1,14 @@
 """Self-attention of a sequence with rotary positions and a soft causal mask."""
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import Function
 
+from .direct import is_direct, is_watched
+from .pointwise import Pointwise
 from .self_attention import SelfAttention
 from .size_constant import size_constant
 from .symbolic import Size, for_batch
@@ -43,8 +48,9 @@ class CausalSelfAttention(SelfAttention):
 
     "Adapting LLaMA Decoder to Vision Transformer", arXiv 2404.06773. Query i weighs all keys by a softmax; the weights
     of keys after i are then multiplied by `soft_mask_rate`: 1 is bidirectional attention, 0 causal. Nothing is
-    renormalised, so that this differs from attention with later keys left out. Here every key is there twice, as itself
-    up to the query and after it with its value scaled, which is one fused attention.
+    renormalised, so that this differs from attention with later keys left out. On a CPU this is computed as it is defined,
+    up to 1024 tokens; elsewhere every key is there twice, as itself up to the query and after it with its value scaled,
+    which is one fused attention.
 
     Cost: 4 N C^2 + 4 N^2 C multiply-adds for N tokens and C channels; 4 N C^2 + 2 N^2 C by definition.
 
@@ -95,6 +101,105 @@ class CausalSelfAttention(SelfAttention):
         return self.merge(_causal_attention(self, self.heads(x), rotary, soft_mask_rate, mask))
 
 
+MAX_LENGTH = 1024
+"""Tokens up to which attention on a CPU follows its definition: with more, its weights take too much memory."""
+PAIRS = 2**18
+"""Attention weights that are computed at once there: some copies of them stay in the second cache."""
+
+
+class _Rotation(Function):
+    """Queries, keys and values (B, N, 3, heads, d), the first two rotated by complex factors (N, 2, 1, d / 2)."""
+
+    @staticmethod
+    def forward(ctx, packed: Tensor, turn: Tensor) -> Tensor:
+        ctx.turn = turn
+        out = torch.empty_like(packed)
+        torch.mul(_pairs(packed), turn, out=_pairs(out))
+        out[:, :, 2] = packed[:, :, 2]
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return _Rotation.apply(grad.contiguous(), ctx.turn.conj()), None
+
+
+class _Attention(Function):
+    """`_attend` that keeps its input and the weights, where the plain form keeps each four times."""
+
+    @staticmethod
+    def forward(ctx, packed: Tensor, mask: Tensor) -> Tensor:
+        B, N, _, heads, _ = packed.shape
+        weights = packed.new_empty(B, heads, N, N)
+        ctx.save_for_backward(packed, mask, weights)
+        return _attend(packed, mask, weights)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        packed, mask, weights = ctx.saved_tensors
+        if torch.is_grad_enabled():  # the gradient will be differentiated
+            q, k, v = packed.permute(2, 0, 3, 1, 4)
+            out = (q @ k.mT).softmax(-1) * mask @ v
+            return torch.autograd.grad(out, packed, grad, create_graph=True)[0], None
+        out = torch.empty_like(packed)
+        for b, heads in _pieces(packed):
+            q, k, v = packed[b, :, :, heads].permute(1, 2, 0, 3)
+            dq, dk, dv = out[b, :, :, heads].permute(1, 2, 0, 3)
+            p, g = weights[b, heads], grad[b, heads]
+            dp = (g @ v.mT).mul_(mask)
+            dlogits = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)
+            dq.copy_(dlogits @ k)
+            dk.copy_(dlogits.mT @ q)
+            dv.copy_((p * mask).mT @ g)
+        return out, None
+
+
+def _attend(packed: Tensor, mask: Tensor, weights: Tensor | None = None) -> Tensor:
+    """softmax(q k^T) masked, times v: attention by its definition, some heads after the other, outside autograd.
+
+    Args:
+        packed: queries, keys and values (B, N, 3, heads, d).
+        mask: factors on the weights (N, N).
+        weights: gets the weights (B, heads, N, N) before the mask.
+    """
+    out = torch.empty_like(packed[:, :, 0], memory_format=torch.contiguous_format)
+    for b, heads in _pieces(packed):
+        q, k, v = packed[b, :, :, heads].permute(1, 2, 0, 3)  # (heads, N, d)
+        if weights is None:
+            p = (q @ k.mT).softmax(-1).mul_(mask)
+        else:
+            p = torch.softmax(q @ k.mT, -1, out=weights[b, heads]) * mask
+        out[b, :, heads] = (p @ v).transpose(0, 1)
+    return out.transpose(1, 2)
+
+
+def _pairs(packed: Tensor) -> Tensor:
+    """The queries and keys of (B, N, 3, heads, d), their channels as complex numbers."""
+    return torch.view_as_complex(packed.unflatten(-1, (-1, 2)))[:, :, :2]
+
+
+def _pieces(packed: Tensor) -> Iterator[tuple[int, slice]]:
+    """Samples, and some of their heads."""
+    B, N, _, heads, _ = packed.shape
+    step = max(1, PAIRS // N**2)
+    return ((b, slice(i, i + step)) for b in range(B) for i in range(0, heads, step))
+
+
+def _direct_attention(attention: CausalSelfAttention, qkv: Tensor, cos: Tensor, sin: Tensor, rate: float) -> Tensor:
+    """`_causal_attention` by its definition."""
+    turn = torch.complex(cos, sin)[:, None, None]
+    turn = torch.cat([turn * attention.scale, turn], 1)  # of queries and keys
+    packed = qkv.permute(1, 3, 0, 2, 4).contiguous()  # (B, N, 3, heads, d), as the projection wrote it
+    mask = packed.new_ones(packed.shape[1], packed.shape[1]).tril()
+    if rate:
+        mask = mask * (1 - rate) + rate
+    if torch.is_grad_enabled():
+        return _Attention.apply(_Rotation.apply(packed, turn), mask)
+    if type(attention.qkv) is Pointwise and not is_watched(attention.qkv):
+        _pairs(packed).mul_(turn)  # which nobody else holds
+        return _attend(packed, mask)
+    return _attend(_Rotation.apply(packed, turn), mask)
+
+
 @torch.fx.wrap
 def _causal_attention(
     attention: CausalSelfAttention,
@@ -108,6 +213,10 @@ def _causal_attention(
     if rotary is None:
         rotary = rotary_table(length, head_dim, qkv.device, torch.promote_types(qkv.dtype, torch.float32))
     cos, sin = (rotary.cos(), rotary.sin()) if isinstance(rotary, Tensor) else rotary
+    if not attention.dropout and length <= MAX_LENGTH and is_direct(qkv, cos, sin) and qkv.dtype == cos.dtype:
+        fixed = not (isinstance(soft_mask_rate, Tensor) or cos.requires_grad or sin.requires_grad)
+        if fixed:
+            return _direct_attention(attention, qkv, cos, sin, soft_mask_rate)
     if mask is None:
         mask = causal_halves(length, qkv.device)
     (q, k), v = rotate(qkv[:2], cos, sin), qkv[2]

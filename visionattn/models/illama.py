@@ -17,8 +17,10 @@ from ..backbone import Isotropic
 from ..layers import CausalSelfAttention
 from ..layers.block import Block
 from ..layers.causal_attention import causal_halves, rotary_table
+from ..layers.direct import is_direct, is_watched
 from ..layers.init import init_weights
 from ..layers.pointwise import Pointwise
+from ..layers.rms_norm import RmsNorm
 from ..registry import Family, Variant, Weights, register_family
 
 RULES = [
@@ -26,7 +28,7 @@ RULES = [
     (r"^patch_embed\.", "stem."),
     (r"\.attn\.", ".mixer."),
 ]
-RMS_NORM = partial(nn.RMSNorm, eps=1e-6)
+RMS_NORM = partial(RmsNorm, eps=1e-6)
 
 
 class SwiGlu(nn.Module):  # as timm's SwiGLU, whose parameters have other names, and whose products are not Pointwise
@@ -46,7 +48,14 @@ class SwiGlu(nn.Module):  # as timm's SwiGLU, whose parameters have other names,
         self.fc3 = Pointwise(dim, hidden, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.silu(self.fc1(x)) * self.fc3(x))
+        return self.fc2(_gated(self, self.fc1(x), self.fc3(x)))
+
+
+@torch.fx.wrap
+def _gated(mlp: SwiGlu, gate: Tensor, value: Tensor) -> Tensor:
+    if torch.is_grad_enabled() or not is_direct(gate, value) or is_watched(mlp.fc1, mlp.fc3):
+        return F.silu(gate) * value
+    return F.silu(gate, inplace=True).mul_(value)
 
 
 @torch.fx.wrap

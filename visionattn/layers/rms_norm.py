@@ -1,0 +1,49 @@
+"""Root mean square norm of channels that come last."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import Function
+
+from .direct import is_direct
+
+
+class RmsNorm(nn.RMSNorm):
+    """torch's, which is made of elementwise operations on a CPU, in fewer passes there.
+
+    Shape:
+        (..., C) to the same.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _rms_norm(x, self.normalized_shape, self.weight, self.eps)
+
+
+@torch.fx.wrap
+def _rms_norm(x: Tensor, shape: tuple[int, ...], weight: Tensor | None, eps: float | None) -> Tensor:
+    if weight is not None and eps is not None and len(shape) == 1 and is_direct(x, weight) and x.dtype == weight.dtype:
+        return _RmsNorm.apply(x, weight, eps)
+    return F.rms_norm(x, shape, weight, eps)
+
+
+class _RmsNorm(Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        scale = scale.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        ctx.eps = eps
+        return (x * scale).mul_(weight)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, scale = ctx.saved_tensors
+        if torch.is_grad_enabled():  # the gradients will be differentiated
+            inputs = [t for t, needed in zip((x, weight), ctx.needs_input_grad[:2], strict=True) if needed]
+            out = F.rms_norm(x, weight.shape, weight, ctx.eps)
+            found = iter(torch.autograd.grad(out, inputs, grad, create_graph=True))
+            return *(next(found) if needed else None for needed in ctx.needs_input_grad[:2]), None
+        products = (grad * x).reshape(-1, x.shape[-1])
+        dweight = products.t().mv(scale.view(-1))
+        correction = products.mv(weight).view_as(scale).mul_(scale**3).div_(-x.shape[-1])
+        return (grad * weight).mul_(scale).addcmul_(x, correction), dweight, None
