@@ -48,9 +48,9 @@ class CausalSelfAttention(SelfAttention):
 
     "Adapting LLaMA Decoder to Vision Transformer", arXiv 2404.06773. Query i weighs all keys by a softmax; the weights
     of keys after i are then multiplied by `soft_mask_rate`: 1 is bidirectional attention, 0 causal. Nothing is
-    renormalised, so that this differs from attention with later keys left out. On a CPU this is computed as it is defined,
-    up to 1024 tokens; elsewhere every key is there twice, as itself up to the query and after it with its value scaled,
-    which is one fused attention.
+    renormalised, so that this differs from attention with later keys left out. On a CPU and up to 1024 tokens this is
+    computed as it is defined; elsewhere every key is there twice, as itself up to the query and after it with its value
+    scaled, which is one fused attention.
 
     Cost: 4 N C^2 + 4 N^2 C multiply-adds for N tokens and C channels; 4 N C^2 + 2 N^2 C by definition.
 
