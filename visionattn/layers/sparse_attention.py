@@ -1,18 +1,40 @@
 """Self-attention whose keys are chosen for every query by a cheap prediction of the attention map."""
 
 import math
+from itertools import repeat
 from operator import index
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from .cache import ParameterCache
+from .direct import is_direct
 from .pointwise import Pointwise
 from .position import resample_rows
 from .self_attention import SelfAttention
 from .symbolic import is_symbolic
+
+PAIRS = 2**19
+"""Scores that are computed at once on a CPU: some copies of them stay in the second cache."""
+
+
+def largest(x: Tensor, count: int) -> Tensor:
+    """Boolean mask of the `count` largest values of the last dimension."""
+    if count < x.shape[-1] and is_direct(x):  # numpy selects in a third of the time
+        parted = torch.from_numpy(np.partition(x.numpy(), -count))
+        bound = parted[..., -count, None]
+        mask, unique = x >= bound, parted[..., :-count].amax(-1) < bound[..., 0]
+        if not unique.all():  # among equals choose as below
+            mask[~unique] = _largest(x[~unique], count)
+        return mask
+    return _largest(x, count)
+
+
+def _largest(x: Tensor, count: int) -> Tensor:
+    return torch.zeros_like(x, dtype=torch.bool).scatter(-1, x.topk(count, sorted=False).indices, True)
 
 
 class ConnectivityPredictor(nn.Module):
@@ -107,11 +129,16 @@ class ConnectivityPredictor(nn.Module):
         with torch.no_grad():
             coefficients, basis = self._factors(q, k, grid, kept)
             if self.basis_coef_topk is not None:
-                top = coefficients.topk(min(self.basis_coef_topk, coefficients.shape[-1]), sorted=False)
-                coefficients = torch.zeros_like(coefficients).scatter(-1, top.indices, top.values)
+                coefficients = coefficients * largest(coefficients, min(self.basis_coef_topk, coefficients.shape[-1]))
             else:
                 coefficients = F.threshold(coefficients, self.basis_coef_threshold, 0.0)
-            scores = coefficients @ F.threshold(basis.abs(), self.basis_threshold, 0.0)
+            basis = F.threshold(basis.abs(), self.basis_threshold, 0.0)
+            if self.attn_score_topk and is_direct(coefficients):
+                budget, step = self.budget(k.shape[2], grid, kept), max(1, PAIRS // (k.shape[1] * k.shape[2] ** 2))
+                bases = basis.split(step) if basis.ndim == 4 else repeat(basis)
+                parts = zip(coefficients.split(step), bases, strict=False)
+                return torch.cat([largest(part @ basis, budget) for part, basis in parts])
+            scores = coefficients @ basis
             if not self.attn_score_topk:
                 return scores > self.attn_score_threshold
             if is_symbolic(k.shape[2]):  # no pruning then, and the budget is every place below it
@@ -120,8 +147,7 @@ class ConnectivityPredictor(nn.Module):
                 budget = torch.full((1,), k.shape[2], dtype=torch.float64, device=k.device) * self.attn_keep_rate
                 chosen = places < budget
                 return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, order, chosen.expand_as(order))
-            top = scores.topk(self.budget(index(k.shape[2]), grid, kept), sorted=False).indices
-            return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, top, True)
+            return largest(scores, self.budget(index(k.shape[2]), grid, kept))
 
     def patches(self, grid: tuple[int, int] | None) -> int:
         height, width = grid or self.grid_size
@@ -255,6 +281,8 @@ def _sparse_attention(
         if not predictor.attn_score_topk:  # the output of a query without keys is 0
             filled = mask.any(-1, keepdim=True)
             mask = mask | ~filled
+    if mask is not None and is_direct(q):
+        mask = mask.to(q.dtype).sub_(1).mul_(1e30)  # torch takes longer for minus infinity
     of_patches = F.scaled_dot_product_attention(q[:, :, 1:], k, v, mask, dropout, scale=scale)
     if filled is not None:
         of_patches = of_patches * filled
