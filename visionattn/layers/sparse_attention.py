@@ -1,6 +1,7 @@
 """Self-attention whose keys are chosen for every query by a cheap prediction of the attention map."""
 
 import math
+from collections.abc import Iterator
 from itertools import repeat
 from operator import index
 
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
+from torch.autograd import Function
 
 from .cache import ParameterCache
 from .direct import is_direct
@@ -19,6 +21,15 @@ from .symbolic import is_symbolic
 
 PAIRS = 2**19
 """Scores that are computed at once on a CPU: some copies of them stay in the second cache."""
+
+
+def _step(k: Tensor, pairs: int = PAIRS) -> int:
+    """Samples that have so many pairs of queries and keys (B, heads, N, d)."""
+    return max(1, pairs // (k.shape[1] * k.shape[2] ** 2))
+
+
+def _joined(parts: Iterator[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    return tuple(t[0] if len(t) == 1 else torch.cat(t) for t in zip(*parts, strict=True))
 
 
 def largest(x: Tensor, count: int) -> Tensor:
@@ -134,7 +145,7 @@ class ConnectivityPredictor(nn.Module):
                 coefficients = F.threshold(coefficients, self.basis_coef_threshold, 0.0)
             basis = F.threshold(basis.abs(), self.basis_threshold, 0.0)
             if self.attn_score_topk and is_direct(coefficients):
-                budget, step = self.budget(k.shape[2], grid, kept), max(1, PAIRS // (k.shape[1] * k.shape[2] ** 2))
+                budget, step = self.budget(k.shape[2], grid, kept), _step(k)
                 bases = basis.split(step) if basis.ndim == 4 else repeat(basis)
                 parts = zip(coefficients.split(step), bases, strict=False)
                 return torch.cat([largest(part @ basis, budget) for part, basis in parts])
@@ -253,13 +264,47 @@ class SparseAttention(SelfAttention):
         return (y, attended[1]) if return_weights else y
 
 
+class _MaskedAttention(Function):
+    """Fused attention with a boolean mask, as which the mask is kept: by itself torch keeps numbers."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+        parts = zip(*(t.split(_step(k, 8 * PAIRS)) for t in (q, k, v, mask)), strict=True)
+        attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        out, sums = _joined(attend(*qkv, attn_mask=_bias(part, q), scale=scale) for *qkv, part in parts)
+        ctx.save_for_backward(q, k, v, mask, out, sums)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors  # once, or checkpoints refuse
+        q, k, v, mask = saved[:4]
+        if torch.is_grad_enabled():  # the gradients will be differentiated
+            inputs = [t for t, needed in zip((q, k, v), ctx.needs_input_grad[:3], strict=True) if needed]
+            out = (ctx.scale * q @ k.mT).masked_fill(~mask, -math.inf).softmax(-1) @ v
+            found = iter(torch.autograd.grad(out, inputs, grad, create_graph=True))
+            return *(next(found) if needed else None for needed in ctx.needs_input_grad[:3]), None, None
+        parts = zip(*(t.split(_step(k, 8 * PAIRS)) for t in (grad, *saved)), strict=True)
+        differentiate = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        grads = (
+            differentiate(g, *qkv, out, sums, 0.0, False, attn_mask=_bias(part, q), scale=ctx.scale)
+            for g, *qkv, part, out, sums in parts
+        )
+        return *_joined(grads), None, None
+
+
+def _bias(mask: Tensor, q: Tensor) -> Tensor:
+    return mask.to(q.dtype).sub_(1).mul_(1e30)  # infinities take longer to make
+
+
 @torch.fx.wrap
 def _sparse_attention(
     attention: SparseAttention, qkv: Tensor, grid: tuple[int, int] | None, kept: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """(3, B, heads, N, d) queries, keys and values to (B, heads, N, d) and the class token's weights (B, N - 1)."""
     predictor, dropout, scale = attention.predictor, attention.dropout, attention.scale
-    q, k, v = qkv[0], qkv[1], qkv[2]
+    q, k, v = qkv.unbind(0)
     num_keys, dropped, sparse = k.shape[2], 0, predictor.attn_keep_rate < 1
     if not is_symbolic(num_keys):
         num_keys, patches = index(num_keys), predictor.patches(grid)
@@ -281,9 +326,10 @@ def _sparse_attention(
         if not predictor.attn_score_topk:  # the output of a query without keys is 0
             filled = mask.any(-1, keepdim=True)
             mask = mask | ~filled
-    if mask is not None and is_direct(q):
-        mask = mask.to(q.dtype).sub_(1).mul_(1e30)  # torch takes longer for minus infinity
-    of_patches = F.scaled_dot_product_attention(q[:, :, 1:], k, v, mask, dropout, scale=scale)
+    if mask is not None and not dropout and is_direct(q):
+        of_patches = _MaskedAttention.apply(q[:, :, 1:], k, v, mask, scale)
+    else:
+        of_patches = F.scaled_dot_product_attention(q[:, :, 1:], k, v, mask, dropout, scale=scale)
     if filled is not None:
         of_patches = of_patches * filled
     return torch.cat([of_class, of_patches], 2), weights[:, :, 0, 1:].mean(1)
