@@ -184,14 +184,35 @@ def _pieces(packed: Tensor) -> Iterator[tuple[int, slice]]:
     return ((b, slice(i, i + step)) for b in range(B) for i in range(0, heads, step))
 
 
-def _direct_attention(attention: CausalSelfAttention, qkv: Tensor, cos: Tensor, sin: Tensor, rate: float) -> Tensor:
-    """`_causal_attention` by its definition."""
+@size_constant
+def _turns(length: Size, head_dim: int, scale: float, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return _turns_of(*rotary_table(length, head_dim, device, dtype), scale)
+
+
+def _turns_of(cos: Tensor, sin: Tensor, scale: float) -> Tensor:
+    """Complex factors (N, 2, 1, d / 2) of queries, those of logits included, and keys."""
     turn = torch.complex(cos, sin)[:, None, None]
-    turn = torch.cat([turn * attention.scale, turn], 1)  # of queries and keys
-    packed = qkv.permute(1, 3, 0, 2, 4).contiguous()  # (B, N, 3, heads, d), as the projection wrote it
-    mask = packed.new_ones(packed.shape[1], packed.shape[1]).tril()
+    return torch.cat([turn * scale, turn], 1)
+
+
+@size_constant
+def _causal_factors(length: Size, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return torch.ones(length, length, device=device, dtype=dtype).tril()
+
+
+def _direct_attention(
+    attention: CausalSelfAttention, qkv: Tensor, rotary: Tensor | tuple[Tensor, Tensor] | None, rate: float
+) -> Tensor:
+    """`_causal_attention` by its definition."""
+    constants = qkv.device, qkv.dtype
+    if rotary is None:
+        turn = _turns(*qkv.shape[3:], attention.scale, *constants)
+    else:
+        turn = _turns_of(*((rotary.cos(), rotary.sin()) if isinstance(rotary, Tensor) else rotary), attention.scale)
+    mask = _causal_factors(qkv.shape[3], *constants)
     if rate:
         mask = mask * (1 - rate) + rate
+    packed = qkv.permute(1, 3, 0, 2, 4).contiguous()  # (B, N, 3, heads, d), as the projection wrote it
     if torch.is_grad_enabled():
         return _Attention.apply(_Rotation.apply(packed, turn), mask)
     if type(attention.qkv) is Pointwise and not is_watched(attention.qkv):
@@ -210,13 +231,13 @@ def _causal_attention(
 ) -> Tensor:
     """(3, B, heads, N, d) queries, keys and values to (B, heads, N, d)."""
     length, head_dim = qkv.shape[3:]
+    if is_direct(qkv) and length <= MAX_LENGTH and not attention.dropout and not isinstance(soft_mask_rate, Tensor):
+        given = () if rotary is None else (rotary,) if isinstance(rotary, Tensor) else rotary
+        if is_direct(*given) and not any(t.requires_grad or t.dtype != qkv.dtype for t in given):
+            return _direct_attention(attention, qkv, rotary, soft_mask_rate)
     if rotary is None:
         rotary = rotary_table(length, head_dim, qkv.device, torch.promote_types(qkv.dtype, torch.float32))
     cos, sin = (rotary.cos(), rotary.sin()) if isinstance(rotary, Tensor) else rotary
-    if not attention.dropout and length <= MAX_LENGTH and is_direct(qkv, cos, sin) and qkv.dtype == cos.dtype:
-        fixed = not (isinstance(soft_mask_rate, Tensor) or cos.requires_grad or sin.requires_grad)
-        if fixed:
-            return _direct_attention(attention, qkv, cos, sin, soft_mask_rate)
     if mask is None:
         mask = causal_halves(length, qkv.device)
     (q, k), v = rotate(qkv[:2], cos, sin), qkv[2]

@@ -22,15 +22,20 @@ class RmsNorm(nn.RMSNorm):
 @torch.fx.wrap
 def _rms_norm(x: Tensor, shape: tuple[int, ...], weight: Tensor | None, eps: float | None) -> Tensor:
     if weight is not None and eps is not None and len(shape) == 1 and is_direct(x, weight) and x.dtype == weight.dtype:
-        return _RmsNorm.apply(x, weight, eps)
+        if torch.is_grad_enabled():
+            return _RmsNorm.apply(x, weight, eps)
+        return (x * _scale(x, eps)).mul_(weight)
     return F.rms_norm(x, shape, weight, eps)
+
+
+def _scale(x: Tensor, eps: float) -> Tensor:
+    return x.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
 
 
 class _RmsNorm(Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        scale = scale.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        scale = _scale(x, eps)
         ctx.save_for_backward(x, weight, scale)
         ctx.eps = eps
         return (x * scale).mul_(weight)

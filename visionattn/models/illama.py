@@ -59,8 +59,11 @@ def _gated(mlp: SwiGlu, gate: Tensor, value: Tensor) -> Tensor:
 
 
 @torch.fx.wrap
-def _tables(x: Tensor, head_dim: int) -> tuple[tuple[Tensor, Tensor], Tensor]:
-    """What all blocks share on a sequence (B, N, C): the rotary table and the halves of the causal mask."""
+def _tables(x: Tensor, head_dim: int) -> tuple[tuple[Tensor, Tensor] | None, Tensor | None]:
+    """What all blocks share on a sequence (B, N, C): the rotary table and the halves of the causal mask. Both None
+    where blocks have what they need at hand."""
+    if is_direct(x):
+        return None, None
     length, dtype = x.shape[1], torch.promote_types(x.dtype, torch.float32)
     return rotary_table(length, head_dim, x.device, dtype), causal_halves(length, x.device)
 
