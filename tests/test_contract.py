@@ -337,7 +337,7 @@ def test_pruned_models_are_models(name):
             final, intermediates = pruned.forward_intermediates(x)
             assert torch.equal(final, pruned.forward_features(x)) and torch.equal(intermediates[-1], every[i])
             out, pooled = pruned.forward_head(final), pruned.forward_head(final, pre_logits=True)
-            assert torch.equal(out, again(x))
+            close(out, again(x))  # which may compute no more than the head needs
             axis = -1 if isotropic or pool else 1
             assert (out.shape[axis], pooled.shape[axis]) == (5, pruned.head_hidden_size)
             if prune_norm and pool and pool != "token":

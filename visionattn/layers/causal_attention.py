@@ -100,6 +100,17 @@ class CausalSelfAttention(SelfAttention):
     ) -> Tensor:
         return self.merge(_causal_attention(self, self.heads(x), rotary, soft_mask_rate, mask))
 
+    def last(self, x: Tensor) -> Tensor:
+        """What the last token gets, (B, N, C) to (B, 1, C): no key comes after it, so that no mask does anything."""
+        weight, bias, (N, C) = self.qkv.weight, self.qkv.bias, x.shape[1:]
+        q = F.linear(x[:, -1:], weight[:C], None if bias is None else bias[:C])
+        kv = F.linear(x, weight[C:], None if bias is None else bias[C:])
+        cos, sin = rotary_table(N, C // self.num_heads, x.device, torch.promote_types(x.dtype, torch.float32))
+        q = rotate(q.unflatten(2, (self.num_heads, -1)).transpose(1, 2), cos[-1:], sin[-1:])
+        k, v = kv.unflatten(2, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        weights = (q * self.scale @ rotate(k, cos, sin).mT).softmax(-1)
+        return self.merge(F.dropout(weights, self.dropout) @ v)
+
 
 MAX_LENGTH = 1024
 """Tokens up to which attention on a CPU follows its definition: with more, its weights take too much memory."""

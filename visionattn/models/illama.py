@@ -146,6 +146,20 @@ class ILLaMA(Isotropic):
         rotary, mask = (_tables(x, self.head_dim)[i] for i in range(2))  # which tracers cannot unpack
         return rotary, mask
 
+    def forward(self, x: Tensor) -> Tensor:
+        """Image to what the head returns. Of the last block's tokens a head on the class token needs that one alone."""
+        block = self.blocks[-1]
+        plain = self.global_pool != "token" or self.grad_checkpointing or not is_direct(x)
+        if plain or is_watched(*block.modules(), self.norm) or type(block.mixer.qkv) is not Pointwise:
+            return super().forward(x)
+        x, grid = self._embed(x)
+        arguments = self.block_arguments(x, grid)
+        for i in range(len(self.blocks) - 1):
+            x = self._run(i, x, *arguments)
+        token = x[:, -1:] + block.drop_path1(block.mixer.last(block.norm1(x)))
+        token = token + block.drop_path2(block.mlp(block.norm2(token)))
+        return self.forward_head(self.norm(token))
+
     def _run(self, block: int, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
         scheduled = self.blocks[block].training and self.soft_mask_epochs  # not where the block is frozen
         return super()._run(block, x, rotary, self.scheduled_rate if scheduled else self.soft_mask_rate, mask)
