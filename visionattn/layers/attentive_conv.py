@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .direct import is_direct
 from .pointwise import Pointwise, Pointwise2d
 from .precision import without_autocast
 from .symbolic import is_symbolic
@@ -103,6 +104,10 @@ def _convolve(x: Tensor, kernels: Tensor) -> Tensor:
         taps = [(i, j) for i in range(K) for j in range(K)]
         return sum(kernels[:, :, i, j, None, None] * padded[:, :, i : i + H, j : j + W] for i, j in taps)
     weight = kernels.reshape(B * C, 1, K, K)
+    if is_direct(x):  # channels stay last where they are, and with them the samples
+        x = x.permute(2, 3, 0, 1).reshape(1, H, W, B * C).permute(0, 3, 1, 2)
+        x = F.conv2d(x, weight, padding=K // 2, groups=B * C)
+        return x.view(B, C, H, W).contiguous(memory_format=torch.channels_last)
     return F.conv2d(x.reshape(1, B * C, H, W), weight, padding=K // 2, groups=B * C).view(B, C, H, W)
 
 

@@ -15,11 +15,10 @@ from ..backbone import Hierarchical, Stage
 from ..layers import AttentiveConv2d
 from ..layers.block import Block
 from ..layers.conv_norm import ConvNorm
-from ..layers.depthwise import depthwise
+from ..layers.gated_mlp import GatedMlp
 from ..layers.init import init_weights
 from ..layers.layout import channels_last
-from ..layers.norm import ChannelNorm, ChannelRmsNorm
-from ..layers.pointwise import Pointwise2d
+from ..layers.norm import ChannelNorm
 from ..registry import Family, Variant, Weights, register_family
 
 RULES = [
@@ -44,36 +43,10 @@ class AttentiveMixer(AttentiveConv2d):
     forward = channels_last(AttentiveConv2d.forward)
 
 
-class GatedMlp(nn.Module):
-    """fc2(norm(GELU(dwconv(gate)) * value)) of the two halves of fc1: (B, H, W, C) to (B, H, W, C).
+class AttNetMlp(GatedMlp):
+    """Gated MLP of (B, H, W, C)."""
 
-    Args:
-        dim: channels in and out.
-        hidden_dim: channels of the gate and of the value.
-        dconv: convolve the gate, 3 x 3 and depthwise.
-        norm: root mean square norm of the product.
-        act_layer: activation of the gate.
-        drop: dropout rate before and after fc2.
-    """
-
-    def __init__(
-        self, dim: int, hidden_dim: int, dconv: bool, norm: bool, act_layer: type[nn.Module] = nn.GELU,
-        drop: float = 0.0, device=None, dtype=None,
-    ) -> None:  # fmt: skip
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        self.fc1 = Pointwise2d(dim, 2 * hidden_dim, **dd)
-        self.dwconv = depthwise(hidden_dim, 3, **dd) if dconv else nn.Identity()
-        self.act = act_layer()
-        self.norm = ChannelRmsNorm(hidden_dim, eps=1e-6, **dd) if norm else nn.Identity()
-        self.drop1 = nn.Dropout(drop)
-        self.fc2 = Pointwise2d(hidden_dim, dim, **dd)
-        self.drop2 = nn.Dropout(drop)
-
-    @channels_last
-    def forward(self, x: Tensor) -> Tensor:
-        gate, value = self.fc1(x).chunk(2, 1)
-        return self.drop2(self.fc2(self.drop1(self.norm(self.act(self.dwconv(gate)) * value))))
+    forward = channels_last(GatedMlp.forward)
 
 
 class AttNet(Hierarchical):
@@ -129,7 +102,7 @@ class AttNet(Hierarchical):
                 Block(
                     dim,
                     AttentiveMixer(dim, kernel_sizes[i], act_layer, conv_bias, **dd),
-                    GatedMlp(dim, hidden_dim, glu_dconv[i], glu_norm[i], act_layer, drop_rate, **dd),
+                    AttNetMlp(dim, hidden_dim, glu_dconv[i], glu_norm[i], act_layer, drop_rate, **dd),
                     norm_layer=partial(nn.LayerNorm, eps=1e-6),
                     layer_scale=1e-6 if use_layer_scale else None,
                     drop_path=rate,
