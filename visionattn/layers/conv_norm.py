@@ -6,7 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .direct import is_direct, is_watched
+from .depthwise import DepthwiseConv2d, depthwise_conv
+from .direct import is_watched
+from .fuse import scale_and_shift
+from .norm_act_product import is_frozen, pays
 from .pointwise import Pointwise2d
 from .product import product as multiply
 
@@ -62,32 +65,26 @@ def product_norm(product: nn.Conv2d | Pointwise2d, norm: nn.Module, x: Tensor, a
     In inference on a CPU a batch norm is merged into the product, as `fuse` does for good, where a pass over the map
     costs more than one over the weights.
     """
-    parts = (product, norm) if act is None else (product, norm, act)
-    if _merges(x, *parts):
-        scale = (norm.running_var + norm.eps).rsqrt()
-        scale = scale if norm.weight is None else scale * norm.weight
-        shift = norm.running_mean if product.bias is None else norm.running_mean - product.bias
-        shift = -shift * scale if norm.bias is None else torch.addcmul(norm.bias, shift, scale, value=-1)
+    if _merges(x, product, norm, act):
+        scale, shift = (t.to(x.dtype) for t in scale_and_shift(norm))
+        if product.bias is not None:
+            shift = torch.addcmul(shift, product.bias, scale)
         weight = product.weight * scale.view(-1, *[1] * (product.weight.ndim - 1))
-        if isinstance(product, nn.Conv2d):
+        if isinstance(product, DepthwiseConv2d) and product.is_regular():
+            y = depthwise_conv(x, weight, shift, product.dilation[0])
+        elif isinstance(product, nn.Conv2d):
             y = product._conv_forward(x, weight, shift)
         else:
             y = multiply(x.permute(0, 2, 3, 1), weight, shift).permute(0, 3, 1, 2)
         return y if act is None else IN_PLACE[type(act)](y)
-    for part in parts:
-        x = part(x)
-    return x
+    y = norm(product(x))
+    return y if act is None else act(y)
 
 
 def _merges(x: Tensor, product: nn.Module, norm: nn.Module, act: nn.Module | None = None) -> bool:
     return (
-        not torch.is_grad_enabled()
-        and type(norm) is nn.BatchNorm2d
-        and not norm.training
-        and norm.running_mean is not None
-        and type(product) in (nn.Conv2d, Pointwise2d)
-        and (act is None or type(act) in IN_PLACE)
-        and is_direct(x, product.weight, norm.running_mean)
-        and x.numel() // x.shape[1] > 2 * product.weight[0].numel()
-        and not is_watched(product, norm, *([] if act is None else [act]))
+        type(product) in (nn.Conv2d, DepthwiseConv2d, Pointwise2d)
+        and (act is None or (type(act) in IN_PLACE and not is_watched(act)))
+        and is_frozen(norm, x, product)
+        and pays(product, x)
     )

@@ -6,10 +6,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import Function
 
 from .cache import ParameterCache
+from .direct import is_direct, is_watched
 from .fuse import is_batch_norm, scale_and_shift, scale_output
 from .heads import split_heads
+from .norm_act_product import is_frozen, is_learning, learn, normed_product
 from .pointwise import Pointwise, Pointwise2d
 from .size_constant import size_constant
 from .symbolic import Size, fixed, for_batch, is_symbolic
@@ -98,14 +101,58 @@ class PartialChannelAttention(PartialConv2d):
         self.gate_norm = self.norm = nn.Identity()
 
     def attend(self, x: Tensor) -> Tensor:
-        var, mean = torch.var_mean(x, (2, 3))
+        var, mean = _var_mean(x)
         # The root of a constant channel's variance has no finite gradient; in half precision the bound would be 0.
         std = var.to(torch.promote_types(var.dtype, torch.float32)).clamp(min=1e-12).sqrt().to(var.dtype)
         gate = F.hardsigmoid(self.gate_norm(self.gate(torch.stack([mean, std], -1).flatten(1))))
-        if self.scale is not None:
-            gate = gate * self.scale
+        scale, shift = self.scale, self.shift
+        if is_frozen(self.norm, x):
+            scale, shift = (t.to(x.dtype) for t in scale_and_shift(self.norm))
+            shift = shift[:, None, None]
+        elif is_learning(self.norm) and is_direct(x, self.norm.weight) and not is_watched(self.norm):
+            # What a gate makes of a channel's mean and variance is known without a pass over the map.
+            N, gated = x.shape[2] * x.shape[3], gate * mean
+            centre = gated.mean(0)
+            spread = (gate.square() * var).mean(0) * ((N - 1) / N) + (gated - centre).square().mean(0)
+            scale, shift = learn(self.norm, centre, spread, len(x) * N)
+            shift = shift[:, None, None]
+        if scale is not None:
+            gate = gate * scale
         gate = gate[:, :, None, None]
-        return self.norm(x * gate) if self.shift is None else torch.addcmul(self.shift, x, gate)
+        return self.norm(x * gate) if shift is None else torch.addcmul(shift, x, gate)
+
+
+def _var_mean(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Variances and means (B, C) of maps (B, C, H, W)."""
+    if not is_direct(x):
+        return torch.var_mean(x, (2, 3))
+    return _VarMean.apply(x) if torch.is_grad_enabled() else _centred_var_mean(x)
+
+
+def _centred_var_mean(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums over rows of channels, which are several times as fast as torch's reduction."""
+    rows = x.permute(0, 2, 3, 1).flatten(1, 2)
+    mean = rows.mean(1)
+    return (rows - mean[:, None]).square_().sum(1) / (rows.shape[1] - 1), mean
+
+
+class _VarMean(Function):
+    """`_centred_var_mean` that keeps its input alone."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> tuple[Tensor, Tensor]:
+        var, mean = _centred_var_mean(x)
+        ctx.save_for_backward(x, mean)
+        return var, mean
+
+    @staticmethod
+    def backward(ctx, dvar: Tensor, dmean: Tensor) -> Tensor:
+        x, mean = ctx.saved_tensors
+        if torch.is_grad_enabled():  # the gradient will be differentiated
+            mean = x.mean((2, 3))
+        N = x.shape[2] * x.shape[3]
+        slope = 2 * dvar / (N - 1)
+        return torch.addcmul((dmean / N - mean * slope)[:, :, None, None], x, slope[:, :, None, None])
 
 
 class PartialSpatialAttention(nn.Module):
@@ -172,9 +219,32 @@ class PartialSpatialAttention(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        parts = x.split(self.widths, 1)
-        gated = self.norm1(parts[0] * F.hardsigmoid(self.gate(parts[0])))
-        return torch.cat([gated, self.mix(self.norm2(parts[1]))], 1)
+        gated, mixed = x.split(self.widths, 1)
+        gate = F.hardsigmoid(self.gate(gated))
+        if is_frozen(self.norm1, x) and is_frozen(self.norm2, x, self.mix):
+            scale, shift = (t.to(x.dtype)[:, None, None] for t in scale_and_shift(self.norm1))
+            out = torch.empty_like(x)
+            torch.addcmul(shift, gated * scale, gate, out=out[:, : self.widths[0]])
+            out[:, self.widths[0] :] = normed_product(self.norm2, self.mix, mixed)
+            return out
+        # torch's batch norm is ten times as slow on channels that lie between others.
+        mixed = mixed.contiguous(memory_format=torch.channels_last)
+        return torch.cat([_apart(self.norm1(gated * gate)), self.mix(self.norm2(mixed))], 1)
+
+
+def _apart(x: Tensor) -> Tensor:
+    """x, whose gradient will not lie between that of other channels."""
+    return _Apart.apply(x) if torch.is_grad_enabled() and is_direct(x) else x
+
+
+class _Apart(Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return grad.contiguous(memory_format=torch.channels_last)
 
 
 class MergedSpatialAttention(nn.Module):

@@ -14,14 +14,15 @@ from torch import Tensor, nn
 from ..backbone import Hierarchical, Stage
 from ..errors import VisionattnError
 from ..layers import PartialChannelAttention, PartialConv2d, PartialSelfAttention, PartialSpatialAttention
-from ..layers.conv_norm import ConvNorm
+from ..layers.conv_norm import ConvNorm, product_norm
 from ..layers.fuse import scale_input, scale_output
 from ..layers.init import init_weights
 from ..layers.layout import channels_last
+from ..layers.norm_act_product import activated, norm_act_product
 from ..layers.pointwise import Pointwise, Pointwise2d
 from ..registry import Family, Variant, Weights, register_family
 
-ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU}
+ACTIVATIONS = {"gelu": nn.GELU, "relu": partial(nn.ReLU, inplace=True)}
 RULES = [
     (r"^patch_embed\.", "stem."),
     # Stages and the merging between them are numbered in one sequence.
@@ -74,7 +75,10 @@ class PartialMlp(nn.Module):
             self.fc2, self.spatial = self.spatial.merged(self.fc2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.spatial(self.fc2(self.act(self.norm(self.fc1(x)))))
+        if torch.is_grad_enabled():
+            return self.spatial(norm_act_product(self.norm, self.act, self.fc2, self.fc1(x)))
+        hidden = product_norm(self.fc1, self.norm, x)
+        return self.spatial(self.fc2(activated(self.act, hidden, self.fc1, self.norm)))
 
 
 class PartialBlock(nn.Module):
