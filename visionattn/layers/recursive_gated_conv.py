@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .cache import ParameterCache
 from .depthwise import depthwise
+from .direct import is_direct, is_watched
 from .pointwise import Pointwise2d
 from .symbolic import is_symbolic
 
@@ -195,12 +196,31 @@ class RecursiveGatedConv(nn.Module):
         self.proj_out = Pointwise2d(dim, dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        p, q = self.proj_in(x).split([self.dims[0], sum(self.dims)], 1)
-        w = (self.scale * self.filter(q)).split(self.dims, 1)
-        y = p * w[0]
+        widths = [self.dims[0], sum(self.dims)]
+        direct = type(self.proj_in) is Pointwise2d and is_direct(x, self.proj_in.weight, self.proj_in.bias)
+        if direct and not is_watched(self.proj_in, self.filter, *self.pws):
+            # Two products, as the filter would copy channels that lie between others; and its kernel is scaled.
+            x = x.permute(0, 2, 3, 1)
+            parameters = zip(self.proj_in.weight.split(widths), self.proj_in.bias.split(widths), strict=True)
+            p, q = (F.linear(x, weight, bias).permute(0, 3, 1, 2) for weight, bias in parameters)
+            w = _scaled(self.filter, q, self.scale)
+        else:
+            direct = False
+            p, q = self.proj_in(x).split(widths, 1)
+            w = self.scale * self.filter(q)
+        gated = Tensor.mul_ if direct and not torch.is_grad_enabled() else torch.mul
+        w = w.split(self.dims, 1)
+        y = gated(p, w[0])
         for k, project in enumerate(self.pws, start=1):
-            y = project(y) * w[k]
+            y = gated(project(y), w[k])
         return self.proj_out(y)
 
     def extra_repr(self) -> str:
         return f"order={len(self.dims)}, scale={self.scale}"
+
+
+def _scaled(filter: nn.Module, x: Tensor, scale: float) -> Tensor:
+    """scale * filter(x), with the scale in the parameters of what the filter does last."""
+    if type(filter) is nn.Conv2d:
+        return filter._conv_forward(x, filter.weight * scale, filter.bias * scale)
+    return scale * filter(x)
