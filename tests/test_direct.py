@@ -14,7 +14,7 @@ import visionattn
 from visionattn import layers
 from visionattn.backbone import base
 from visionattn.errors import VisionattnError
-from visionattn.layers import conv_norm, pointwise, product
+from visionattn.layers import conv_norm, norm_act_product, pointwise, product
 from visionattn.layers.direct import is_direct
 from visionattn.layers.pointwise import Mlp, Pointwise2d
 
@@ -26,6 +26,7 @@ def _small_pieces(monkeypatch):
     """Pieces so small that tiny inputs have several."""
     monkeypatch.setattr(pointwise, "CHUNK", 2**12)
     monkeypatch.setattr(base, "SLICE", 2**12)
+    monkeypatch.setattr(norm_act_product, "WORTH", 0)
     yield
     visionattn.set_pointwise("auto")
 
@@ -160,7 +161,7 @@ def test_norms_are_merged(make, affine, act):
     channels = 8 if getattr(conv, "groups", 1) == 8 else 6
     x = torch.randn(2, channels, 19, 23)
     with torch.no_grad():
-        assert conv_norm._merges(x, conv, norm)
+        assert conv_norm._merges(x, conv, norm) == affine
         merged = conv_norm.product_norm(conv, norm, x, act)
         close(merged, norm(conv(x)) if act is None else act(norm(conv(x))))
         norm.train()

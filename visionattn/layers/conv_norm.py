@@ -8,8 +8,7 @@ from torch import Tensor, nn
 
 from .depthwise import DepthwiseConv2d, depthwise_conv
 from .direct import is_watched
-from .fuse import scale_and_shift
-from .norm_act_product import is_frozen, pays
+from .norm_act_product import affine, is_frozen
 from .pointwise import Pointwise2d
 from .product import product as multiply
 
@@ -66,7 +65,7 @@ def product_norm(product: nn.Conv2d | Pointwise2d, norm: nn.Module, x: Tensor, a
     costs more than one over the weights.
     """
     if _merges(x, product, norm, act):
-        scale, shift = (t.to(x.dtype) for t in scale_and_shift(norm))
+        scale, shift = affine(norm)
         if product.bias is not None:
             shift = torch.addcmul(shift, product.bias, scale)
         weight = product.weight * scale.view(-1, *[1] * (product.weight.ndim - 1))
@@ -86,5 +85,5 @@ def _merges(x: Tensor, product: nn.Module, norm: nn.Module, act: nn.Module | Non
         type(product) in (nn.Conv2d, DepthwiseConv2d, Pointwise2d)
         and (act is None or (type(act) in IN_PLACE and not is_watched(act)))
         and is_frozen(norm, x, product)
-        and pays(product, x)
+        and x.numel() // x.shape[1] > product.weight[0].numel()
     )

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from .direct import is_direct, is_watched
-from .fuse import is_batch_norm, scale_and_shift
+from .fuse import is_batch_norm
 from .pointwise import Pointwise2d
 from .product import product as multiply
 
@@ -67,10 +67,10 @@ class _NormActProduct(Function):
     def forward(ctx, x: Tensor, gamma: Tensor, beta: Tensor, weight: Tensor, relu: bool, statistics: tuple) -> Tensor:
         *running, momentum, eps = statistics
         y, mean, inverse = torch.native_batch_norm(x, gamma, beta, *running, True, momentum, eps)
-        y = y.relu_() if relu else torch.ops.aten.gelu_(y)
+        y = _last(y).relu_() if relu else torch.ops.aten.gelu_(_last(y))
         ctx.save_for_backward(x, gamma, beta, weight, mean, inverse)
         ctx.relu, ctx.eps = relu, eps
-        return F.linear(y.permute(0, 2, 3, 1), weight).permute(0, 3, 1, 2)
+        return F.linear(y, weight).permute(0, 3, 1, 2)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -84,32 +84,45 @@ class _NormActProduct(Function):
             found = iter(torch.autograd.grad(out, needed, grad, create_graph=True))
             return *(next(found) if want else None for want in wanted), None, None
         scale = gamma * inverse
-        y = torch.addcmul((beta - mean * scale)[:, None, None], x, scale[:, None, None])
-        rows, dy = grad.permute(0, 2, 3, 1).flatten(0, 2), None
-        dy = (rows @ weight).view(*x.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2)
+        y = _last(torch.addcmul((beta - mean * scale)[:, None, None], x, scale[:, None, None]))
+        rows = _last(grad).flatten(0, 2)
+        dy = (rows @ weight).view(y.shape)
         if ctx.relu:
-            dweight = rows.t() @ y.relu_().permute(0, 2, 3, 1).flatten(0, 2)
+            dweight = rows.t() @ y.relu_().flatten(0, 2)
             torch.ops.aten.threshold_backward.grad_input(dy, y, 0, grad_input=dy)
         else:
-            dweight = rows.t() @ F.gelu(y).permute(0, 2, 3, 1).flatten(0, 2)
+            dweight = rows.t() @ F.gelu(y).flatten(0, 2)
             torch.ops.aten.gelu_backward.grad_input(dy, y, grad_input=dy)
+        dy = dy.permute(0, 3, 1, 2)
         dx, dgamma, dbeta = torch.ops.aten.native_batch_norm_backward(
             dy, x, gamma, None, None, mean, inverse, True, ctx.eps, [True, True, True]
         )
         return dx, dgamma, dbeta, dweight, None, None
 
 
+WORTH = 2**18
+"""Elements of a map from which on a pass over it costs more than to scale the parameters beside it."""
+
+
 def is_frozen(norm: nn.Module, x: Tensor, *products: nn.Module) -> bool:
-    """Whether a batch norm is an affine function that these products around it may take in on the fly, as nobody wants
-    gradients or sees what they return."""
+    """Whether a batch norm of a map like x is an affine function that these products around it may take in on the fly,
+    as nobody wants gradients or sees what they return, and the map is large."""
     return (
         not torch.is_grad_enabled()
         and type(norm) is nn.BatchNorm2d
         and not norm.training
+        and norm.affine
         and is_batch_norm(norm)
         and is_direct(x, norm.running_mean, *(product.weight for product in products))
+        and x.numel() >= WORTH
         and not is_watched(norm, *products)
     )
+
+
+def affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """A frozen norm as x * scale + shift, in its own precision."""
+    scale = (norm.running_var + norm.eps).rsqrt_().mul_(norm.weight)
+    return scale, torch.addcmul(norm.bias, norm.running_mean, scale, value=-1)
 
 
 def activated(act: nn.Module, x: Tensor, *makers: nn.Module) -> Tensor:
@@ -120,20 +133,19 @@ def activated(act: nn.Module, x: Tensor, *makers: nn.Module) -> Tensor:
     """
     plain = type(act) is nn.GELU and act.approximate == "none"
     if plain and not torch.is_grad_enabled() and is_direct(x) and not is_watched(act, *makers):
-        return torch.ops.aten.gelu_(x)
+        torch.ops.aten.gelu_(_last(x))
+        return x
     return act(x)
+
+
+def _last(x: Tensor) -> Tensor:
+    """(B, C, H, W) as (B, H, W, C): torch's GELU is half as fast again on what is contiguous without a format."""
+    return x.permute(0, 2, 3, 1)
 
 
 def normed_product(norm: nn.Module, product: Pointwise2d, x: Tensor) -> Tensor:
     """product(norm(x)) of (B, C, H, W), of a product without bias; a norm that is frozen comes with it."""
-    if not is_frozen(norm, x, product) or not pays(product, x):
+    if not is_frozen(norm, x, product):
         return product(norm(x))
-    scale, shift = (t.to(x.dtype) for t in scale_and_shift(norm))
-    weight, bias = product.weight * scale, product.weight @ shift
-    return multiply(x.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)
-
-
-def pays(product: nn.Conv2d | Pointwise2d, x: Tensor) -> bool:
-    """Whether a pass over the parameters of a product costs less than one over the map that it makes of `x`."""
-    stride = product.stride[0] * product.stride[1] if isinstance(product, nn.Conv2d) else 1
-    return x.shape[0] * x.shape[2] * x.shape[3] // stride > product.weight[0].numel()
+    scale, shift = affine(norm)
+    return multiply(_last(x), product.weight * scale, product.weight @ shift).permute(0, 3, 1, 2)

@@ -12,7 +12,7 @@ from .cache import ParameterCache
 from .direct import is_direct, is_watched
 from .fuse import is_batch_norm, scale_and_shift, scale_output
 from .heads import split_heads
-from .norm_act_product import is_frozen, is_learning, learn, normed_product
+from .norm_act_product import affine, is_frozen, is_learning, learn, normed_product
 from .pointwise import Pointwise, Pointwise2d
 from .size_constant import size_constant
 from .symbolic import Size, fixed, for_batch, is_symbolic
@@ -107,7 +107,7 @@ class PartialChannelAttention(PartialConv2d):
         gate = F.hardsigmoid(self.gate_norm(self.gate(torch.stack([mean, std], -1).flatten(1))))
         scale, shift = self.scale, self.shift
         if is_frozen(self.norm, x):
-            scale, shift = (t.to(x.dtype) for t in scale_and_shift(self.norm))
+            scale, shift = affine(self.norm)
             shift = shift[:, None, None]
         elif is_learning(self.norm) and is_direct(x, self.norm.weight) and not is_watched(self.norm):
             # What a gate makes of a channel's mean and variance is known without a pass over the map.
@@ -222,7 +222,7 @@ class PartialSpatialAttention(nn.Module):
         gated, mixed = x.split(self.widths, 1)
         gate = F.hardsigmoid(self.gate(gated))
         if is_frozen(self.norm1, x) and is_frozen(self.norm2, x, self.mix):
-            scale, shift = (t.to(x.dtype)[:, None, None] for t in scale_and_shift(self.norm1))
+            scale, shift = (t[:, None, None] for t in affine(self.norm1))
             out = torch.empty_like(x)
             torch.addcmul(shift, gated * scale, gate, out=out[:, : self.widths[0]])
             out[:, self.widths[0] :] = normed_product(self.norm2, self.mix, mixed)
