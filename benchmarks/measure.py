@@ -98,8 +98,11 @@ def in_turns(
     """
     for call in calls:
         call()
-    times = [max(1, round(shortest / max(seconds(call, 1), 1e-6))) for call in calls]
-    found = [[seconds(call, n) for call, n in zip(calls, times, strict=True)] for _ in range(rounds)]
+    first = [seconds(call, 1) for call in calls]
+    times = [max(1, round(shortest / max(each, 1e-6))) for each in first]
+    found = [first] if max(times) == 1 else []
+    while len(found) < rounds:
+        found.append([seconds(call, n) for call, n in zip(calls, times, strict=True)])
     return [list(each) for each in zip(*found, strict=True)]
 
 

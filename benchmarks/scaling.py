@@ -29,8 +29,12 @@ from visionattn import layers
 from visionattn.errors import VisionattnError, require, run
 
 BAR = 1.1
-LINEAR, LOGARITHM, QUADRATIC, MODEL = "linear", "N log N", "quadratic", "model"
-SIZES = {LINEAR: (28, 56, 112, 224), LOGARITHM: (28, 56, 112, 224), QUADRATIC: (14, 28, 56), MODEL: (224, 448, 672)}
+LINEAR, LOGARITHM, QUADRATIC, QUARTER, MODEL = "linear", "N log N", "N^2", "N^2 / 4", "model"
+SIZES = {
+    **dict.fromkeys((LINEAR, LOGARITHM), (28, 56, 112, 224)),
+    **dict.fromkeys((QUADRATIC, QUARTER), (14, 28, 56)),
+    MODEL: (224, 448, 672),
+}
 DIM, HEADS = 64, 2
 BLOCKS: dict[str, tuple[str, Callable[[int], nn.Module]]] = {
     "AttentiveConv2d": (LINEAR, lambda n: layers.AttentiveConv2d(DIM)),
@@ -51,7 +55,7 @@ BLOCKS: dict[str, tuple[str, Callable[[int], nn.Module]]] = {
     "GlobalLocalFilter": (LOGARITHM, lambda n: layers.GlobalLocalFilter(DIM, n, n // 2 + 1)),
     "CausalSelfAttention": (QUADRATIC, lambda n: layers.CausalSelfAttention(DIM, HEADS)),
     "GatedPositionalSelfAttention": (QUADRATIC, lambda n: layers.GatedPositionalSelfAttention(DIM, HEADS)),
-    "HiLoAttention": (QUADRATIC, lambda n: layers.HiLoAttention(DIM, HEADS, alpha=0.5)),
+    "HiLoAttention": (QUARTER, lambda n: layers.HiLoAttention(DIM, HEADS, alpha=0.5)),
     "PartialSelfAttention": (QUADRATIC, lambda n: layers.PartialSelfAttention(DIM)),
     "SelfAttention": (QUADRATIC, lambda n: layers.SelfAttention(DIM, HEADS)),
     "SparseAttention": (QUADRATIC, lambda n: layers.SparseAttention(DIM, n * n + 1, HEADS)),
@@ -100,28 +104,24 @@ def measure(name: str, args: Namespace, device: torch.device, seconds: Callable)
         steps += [partial(step, module, x, backward) for backward in (False, True)]
     times = [median(each) for each in in_turns(steps, args.rounds, seconds)]
     memory = [peak_memory(call, device) for call in steps[1::2]]
-    return {
-        "name": name,
-        "cost": cost,
-        "sizes": sizes,
-        "forward": times[::2],
-        "training": times[1::2],
-        "memory": memory,
-    }
+    found = {"forward": times[::2], "training": times[1::2], "memory": memory}
+    return {"name": name, "cost": cost, "sizes": sizes, **found}
 
 
 def plot(rows: list[dict], path: Path) -> None:
     """Draw forward and training times and memory over the number of pixels."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(15, 6), layout="constrained")
-    panels = zip(figure.subplots(1, 3), ("forward", "training", "memory"), (1e3, 1e3, 2**-20), strict=True)
-    for axes, what, unit in panels:
+    panels = {"forward": "forward, ms", "training": "forward and backward, ms", "memory": "of these, MiB"}
+    for axes, (what, title) in zip(figure.subplots(1, 3), panels.items(), strict=True):
         for i, row in enumerate(rows):
-            style = {LINEAR: "-", LOGARITHM: "-.", MODEL: "-"}.get(row["cost"], "--")
-            costs = [cost * unit for cost in row[what]]
-            axes.loglog([n**2 for n in row["sizes"]], costs, style, marker=".", color=f"C{i}", label=row["name"])
-        axes.set(title=what, xlabel="pixels", ylabel="MiB" if what == "memory" else "ms")
+            style = {"linestyle": "-" if row["cost"] in (LINEAR, MODEL) else "--", "marker": "osv^D"[i % 5]}
+            costs = [cost * (2**-20 if what == "memory" else 1e3) for cost in row[what]]
+            color = colormaps["tab20"](i % 20)
+            axes.loglog([n**2 for n in row["sizes"]], costs, **style, markersize=4, color=color, label=row["name"])
+        axes.set(title=title, xlabel="pixels")
         axes.grid(alpha=0.3)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize="small")
     figure.savefig(path, dpi=120)
@@ -142,6 +142,7 @@ def main(argv: list[str]) -> None:
     if args.plot:
         require("matplotlib")
     device, seconds = start(args)
+    torch.set_flush_denormal(True)  # softmaxes of random maps get so sharp as these grow that products take longer
     print(", ".join(f"{key} {value}" for key, value in machine(device).items()) + f", {args.clock} clock\n")
     columns = {"block or model": "35", "cost": "9", "sizes": "14", "forward": "5.2f", "training": "5.2f"}
     columns |= {"memory": "5.2f", "bar": "5", "ms at largest": "7.1f", "MiB at largest": "7.0f"}
