@@ -315,6 +315,7 @@ def main(argv: list[str]) -> int:
     table, rows, failed, left = Table(columns, args.markdown), [], [], []
     for name in names:
         for training in (False, True) if args.mode == "both" else (args.mode == "training",):
+            torch.compiler.reset()  # which lets go of the last models, and counts how often their code was compiled
             gc.collect()
             try:
                 row = measure(visionattn.model_info(name), args, device, seconds, training)
