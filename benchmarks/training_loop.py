@@ -83,7 +83,7 @@ def main(argv: list[str]) -> None:
             options = ["--model", "millisecond", "--data.num_workers", "0", "--output", folder, *more]
             run = Trainer(*parse_train([*options, "--data.batch_size", "8"]))
             run.folder = Path(folder)
-            run.log = RunLog(run.folder, run.accelerator, 1, args.steps, 0, {})
+            run.log = RunLog(run.folder, run.accelerator, run.config, run.task, args.steps, 0)
             bare_loop(Stub(), batches, 20), trainer_loop(run, 20)
             pairs = [
                 (bare_loop(Stub(), batches, args.steps), trainer_loop(run, args.steps)) for _ in range(args.repeats)
