@@ -199,6 +199,8 @@ def measure(info: ModelInfo, args: Namespace, device: torch.device, seconds: Cal
         models.append(peer[1])
     if args.fuse and not training:
         ours.eval().fuse()
+    if args.int8 and not training:
+        visionattn.quantize(ours.eval())
     targets = torch.randint(ours.num_classes, (args.batch,), device=device)
     sides = [Side(model, args, training, x, targets) for model in models]
     choose_layouts(sides, args, seconds)
@@ -272,6 +274,7 @@ def parse(argv: list[str]) -> Namespace:
     parser.add_argument("--compile", action="store_true", help="torch.compile both sides")
     parser.add_argument("--compile-mode", help="default, reduce-overhead, max-autotune, ...")
     parser.add_argument("--fuse", action="store_true", help="fold our batch norms for inference")
+    parser.add_argument("--int8", action="store_true", help="int8 weights of ours for inference on a CPU, fused")
     parser.add_argument(
         "--layout", choices=("best", *LAYOUTS), default="best", help="of memory; best: the better of each"
     )
@@ -286,6 +289,8 @@ def parse(argv: list[str]) -> Namespace:
         raise VisionattnError("--against transformers needs transformers: python -m pip install transformers")
     if args.compile_mode and not args.compile:
         raise VisionattnError("--compile-mode says how to --compile: give both")
+    if args.int8 and (args.compile or args.autocast or args.dtype != "float32" or args.device != "cpu"):
+        raise VisionattnError("--int8 is for float32 on a CPU, without --compile and --autocast")
     return args
 
 
@@ -296,7 +301,7 @@ def main(argv: list[str]) -> int:
     best = ceiling(DTYPES[args.dtype], device, seconds)
     about = machine(device) | {
         key: str(getattr(args, key))
-        for key in ("batch", "dtype", "autocast", "compile", "compile_mode", "fuse", "clock")
+        for key in ("batch", "dtype", "autocast", "compile", "compile_mode", "fuse", "int8", "clock")
     }
     print(", ".join(f"{key} {value}" for key, value in about.items()) + f"; matrix products {best:.0f} GFLOP/s\n")
     columns = {

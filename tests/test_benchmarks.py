@@ -47,6 +47,7 @@ def test_help_and_misspelt_options(script, name):
         ("throughput", ["test_van", "--batch", "0"], "from 1 up"),
         ("throughput", ["test_van", "--device", "nowhere"], "cannot use device nowhere"),
         ("throughput", ["test_van", "--compile-mode", "default"], "give both"),
+        ("throughput", ["test_van", "--int8", "--dtype", "bfloat16"], "--int8 is for float32 on a CPU"),
         ("scaling", ["SelfAtention"], "unknown model SelfAtention"),
         ("scaling", ["SelfAttention", "--sizes", "14"], "two sizes"),
         ("neighborhood_attention", ["--size", "100"], "size of 224 or more"),

@@ -275,6 +275,16 @@ def test_faster_execution_gives_the_same_results(tmp_path: Path, option: str):
     assert results(tmp_path / "w.safetensors", option) == pytest.approx(plain, rel=1e-4)
 
 
+def test_int8_gives_nearly_the_same_results(tmp_path: Path):
+    save_model(tmp_path / "w.safetensors", "test_davit")
+    plain = results(tmp_path / "w.safetensors")
+    found = results(tmp_path / "w.safetensors", "--int8")
+    assert found != plain and found["loss"] == pytest.approx(plain["loss"], rel=1e-2)
+    for option in (["--precision", "bf16"], ["--compile"]):
+        with pytest.raises(VisionattnError, match="leave out --int8"):
+            results(tmp_path / "w.safetensors", "--int8", *option)
+
+
 def test_two_processes_count_as_one_and_fail_together(tmp_path: Path):
     checkpoint, failing = tmp_path / "w.safetensors", tmp_path / "failing.safetensors"
     save_model(checkpoint)

@@ -75,7 +75,7 @@ class AttentiveConv2d(nn.Module):
 def _kernels(module: AttentiveConv2d, x: Tensor) -> Tensor:
     K = module.kernel_size
     with without_autocast(x):
-        strips = _strips(x.flatten(2), K * K).to(module.kernel_proj.weight.dtype)  # (B, C, K^2)
+        strips = _strips(x.flatten(2), K * K).to(module.difference_control.dtype)  # (B, C, K^2)
         taps = module.kernel_gen(module.act(module.kernel_proj(strips.transpose(1, 2)).transpose(1, 2)))
         taps = taps - module.difference_control.sigmoid()[:, None] * taps.mean(2, keepdim=True)
     return taps.unflatten(2, (K, K))

@@ -7,6 +7,7 @@ from torch.autograd import Function
 
 from .depthwise import DepthwiseConv2d, depthwise, depthwise_backward, depthwise_conv
 from .direct import is_direct, is_watched
+from .int8 import Int8Linear
 from .pointwise import Pointwise2d
 from .product import product
 
@@ -34,19 +35,22 @@ class DepthwiseMlp(nn.Module):
         self.drop2 = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._is_direct(x):
+        if self._is_direct(x, Pointwise2d):
             fc1, conv, fc2 = self.fc1, self.dwconv, self.fc2
             compute = _DepthwiseMlp.apply if torch.is_grad_enabled() else _forward
             return compute(x, fc1.weight, fc1.bias, conv.weight, conv.bias, fc2.weight, fc2.bias, conv.dilation[0])
+        if self._is_direct(x, Int8Linear) and self.fc1.is_direct(x):
+            step = _step(x, self.fc1.scale)
+            return torch.cat([self.fc2(torch.ops.aten.gelu_(self.dwconv(self.fc1(part)))) for part in x.split(step)])
         return self.drop2(self.fc2(self.drop1(self.act(self.dwconv(self.fc1(x))))))
 
-    def _is_direct(self, x: Tensor) -> bool:
+    def _is_direct(self, x: Tensor, kind: type[nn.Module]) -> bool:
         modules = self.fc1, self.dwconv, self.act, self.drop1, self.fc2, self.drop2
         return (
             is_direct(x, *self.parameters())
             and type(self.dwconv) is DepthwiseConv2d
             and self.dwconv.is_regular()
-            and type(self.fc1) is type(self.fc2) is Pointwise2d
+            and type(self.fc1) is type(self.fc2) is kind
             and type(self.act) is nn.GELU
             and self.act.approximate == "none"
             and not any(drop.p and drop.training for drop in (self.drop1, self.drop2))
@@ -112,7 +116,7 @@ def _forward(
 ) -> Tensor:  # fmt: skip
     """The MLP on some samples after the other, outside autograd; `hidden` gets what the first products return."""
     out = x.new_empty(len(x), *x.shape[2:], len(w2)).permute(0, 3, 1, 2)
-    step = max(1, CHUNK // max(1, len(w1) * x.shape[2:].numel() * x.element_size()))
+    step = _step(x, w1)
     for x_i, out_i in zip(x.split(step), out.split(step), strict=True):
         h = product(x_i.permute(0, 2, 3, 1), w1, b1).permute(0, 3, 1, 2)
         if hidden is not None:
@@ -120,6 +124,11 @@ def _forward(
         h = torch.ops.aten.gelu_(depthwise_conv(h, w, b, dilation))
         torch.addmm(b2, _rows(h), w2.t(), out=_rows(out_i))
     return out
+
+
+def _step(x: Tensor, w1: Tensor) -> int:
+    """How many samples are computed at once."""
+    return max(1, CHUNK // max(1, len(w1) * x.shape[2:].numel() * x.element_size()))
 
 
 def _rows(x: Tensor) -> Tensor:

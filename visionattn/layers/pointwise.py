@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from .direct import is_direct, is_watched
+from .int8 import Int8Linear
 from .product import product, takes_conv
 
 CHUNK = 2**23
@@ -71,20 +72,31 @@ class Mlp(nn.Module):
         if self._is_direct(x):
             compute = GeluMlp.apply if torch.is_grad_enabled() else gelu_mlp
             return compute(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+        if type(self.fc1) is type(self.fc2) is Int8Linear and self.fc1.is_direct(x) and self._is_plain():
+            rows = x.reshape(-1, x.shape[-1])
+            step = _step(rows, self.fc1.scale)
+            return torch.cat([self.fc2(self.fc1(part, gelu=True)) for part in rows.split(step)]).view(*x.shape[:-1], -1)
         return self.drop2(self.fc2(self.drop1(self.act(self.fc1(x)))))
 
     def _is_direct(self, x: Tensor) -> bool:
-        fc1, act, fc2, drops = self.fc1, self.act, self.fc2, (self.drop1, self.drop2)
+        fc1, fc2 = self.fc1, self.fc2
         return (
             type(fc1) is type(fc2) is Pointwise
-            and type(act) is nn.GELU
-            and act.approximate == "none"
-            and not any(drop.p and drop.training for drop in drops)
             and fc1.bias is not None
             and fc2.bias is not None
             and is_direct(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
             and not (torch.is_grad_enabled() and takes_conv(x, fc1.weight))  # whose gradients are convolutions too
-            and not is_watched(fc1, act, fc2, *drops)
+            and self._is_plain()
+        )
+
+    def _is_plain(self) -> bool:
+        """Whether nothing is between the products but exact GELU."""
+        drops = self.drop1, self.drop2
+        return (
+            type(self.act) is nn.GELU
+            and self.act.approximate == "none"
+            and not any(drop.p and drop.training for drop in drops)
+            and not is_watched(self.fc1, self.act, self.fc2, *drops)
         )
 
 

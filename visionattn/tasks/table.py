@@ -40,7 +40,7 @@ TASKS = {
         "visionattn.tasks.detection:Detection",
         "objects",
         "fcos",
-        ("loss", "tta", "joint.max_class_share", "distill", "fuse"),
+        ("loss", "tta", "joint.max_class_share", "distill", "fuse", "int8"),
     ),
     "segmentation": Known(
         "visionattn.tasks.segmentation:Segmentation",
@@ -48,7 +48,7 @@ TASKS = {
         "fpn",
         (
             *("loss.smoothing", "loss.bce", "loss.bce_threshold", "loss.bce_sum", "loss.multi_label", "tta.crops"),
-            *("joint.detr_crop", "annotations.box_format", "distill", "fuse", "data.val_fraction"),
+            *("joint.detr_crop", "annotations.box_format", "distill", "fuse", "int8", "data.val_fraction"),
         ),
     ),
 }

@@ -200,6 +200,8 @@ class ValidateConfig(TaskConfig):
     """Validate the published weights of the model."""
     fuse: bool = False
     """Merge batch norms into their neighbours first."""
+    int8: bool = False
+    """Run with int8 weights, on a CPU, see quantize."""
     output: str = ""
     """Also write the results to this file: .json holds those of this command, with each class's accuracy; to a .csv
     every model adds a row."""

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader
 from ..backbone import Backbone
 from ..data.loader import eval_loader, read_batches
 from ..errors import VisionattnError, all_lines, printable, user_input
+from ..quantize import quantize
 from ..registry import list_models
 from ..tasks import TASKS, make_task
 from ..tasks.task import Metrics
@@ -186,7 +187,7 @@ def validate(
         "data": images.name,
         "images": len(images),
         **validation.facts,
-        **{option: getattr(config, option) for option in ("precision", "compile", "channels_last", "fuse")},
+        **{option: getattr(config, option) for option in ("precision", "compile", "channels_last", "fuse", "int8")},
         **figures,
         "images_per_second": speeds.sum().item(),
         "peak_memory_mib": memory.max().item(),
@@ -214,6 +215,10 @@ def _as_run(model: nn.Module, config: ValidateConfig, device: torch.device) -> n
         if not isinstance(model, Backbone):
             raise VisionattnError(f"{config.model} has no fuse method: leave out --fuse")
         model.fuse()
+    if config.int8:
+        if device.type != "cpu" or config.compile or config.precision != "no":
+            raise VisionattnError("int8 weights are for CPUs, without --compile and --precision: leave out --int8")
+        quantize(model)
     model.to(device, memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
     if config.compile:
         torch.compiler.reset()  # graphs of other models of the class count against its limit
