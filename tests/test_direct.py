@@ -226,3 +226,25 @@ def test_channel_attention_has_all_derivatives(version):
     layer = layers.ChannelAttention(8, 2, version=version).double()
     x = torch.randn(2, 3, 4, 8, dtype=torch.double, requires_grad=True)
     assert torch.autograd.gradcheck(layer, x) and torch.autograd.gradgradcheck(layer, x)
+
+
+TAKEN = {
+    "test_attnet": "_GatedMlp",
+    "test_davit": "GeluMlp",
+    "test_hornet": "GeluMlp",
+    "test_illama": "RmsNorm",
+    "test_van": "_DepthwiseMlp",
+}
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_the_direct_path_is_taken(name):
+    """A class that a block's module has no more would end it in silence."""
+    out, seen = visionattn.create_model(name)(torch.randn(2, 3, 64, 64)), set()
+    nodes = [out.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            nodes += [following for following, _ in node.next_functions]
+    assert any(TAKEN[name] in node.name() for node in seen), {node.name() for node in seen}

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .depthwise import DepthwiseConv2d, depthwise_conv
+from .depthwise import DepthwiseConv2d
 from .direct import is_watched
 from .norm_act_product import affine, is_frozen
 from .pointwise import Pointwise2d
@@ -69,8 +69,8 @@ def product_norm(product: nn.Conv2d | Pointwise2d, norm: nn.Module, x: Tensor, a
         if product.bias is not None:
             shift = torch.addcmul(shift, product.bias, scale)
         weight = product.weight * scale.view(-1, *[1] * (product.weight.ndim - 1))
-        if isinstance(product, DepthwiseConv2d) and product.is_regular():
-            y = depthwise_conv(x, weight, shift, product.dilation[0])
+        if isinstance(product, DepthwiseConv2d):
+            y = product.with_parameters(x, weight, shift)
         elif isinstance(product, nn.Conv2d):
             y = product._conv_forward(x, weight, shift)
         else:

@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .depthwise import depthwise
+from .depthwise import DepthwiseConv2d, depthwise
 from .direct import is_direct, is_watched
 
 
@@ -38,10 +38,10 @@ class ConvPosEnc(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         weight, k = self.proj.weight, self.proj.kernel_size[0] // 2
-        if not self.act and is_direct(x, weight) and type(self.proj) is nn.Conv2d and not is_watched(self.proj):
+        if not self.act and is_direct(x, weight) and type(self.proj) is DepthwiseConv2d and not is_watched(self.proj):
             # A kernel that passes its centre on adds the map in the same pass.
             weight = weight + F.pad(weight.new_ones(1, 1, 1, 1), (k, k, k, k))
-            y = self.proj._conv_forward(x.permute(0, 3, 1, 2), weight, self.proj.bias)
+            y = self.proj.with_parameters(x.permute(0, 3, 1, 2), weight, self.proj.bias)
             return y.permute(0, 2, 3, 1)
         y = self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return x + (F.gelu(y) if self.act else y)

@@ -25,12 +25,16 @@ class DepthwiseConv2d(nn.Conv2d):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        parameters = [self.weight] if self.bias is None else [self.weight, self.bias]
+        return self.with_parameters(x, self.weight, self.bias)
+
+    def with_parameters(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """What the module computes, with another weight and bias."""
+        parameters = [weight] if bias is None else [weight, bias]
         if not is_direct(x, *parameters) or x.ndim != 4 or not self.is_regular():
-            return super().forward(x)
-        if torch.is_grad_enabled() and (self.weight.shape[-1] > 3 or self.dilation[0] > 1):
-            return _Depthwise.apply(x, self.weight, self.bias, self.dilation[0])
-        return depthwise_conv(x, self.weight, self.bias, self.dilation[0])
+            return self._conv_forward(x, weight, bias)
+        if torch.is_grad_enabled() and (weight.shape[-1] > 3 or self.dilation[0] > 1):
+            return _Depthwise.apply(x, weight, bias, self.dilation[0])
+        return depthwise_conv(x, weight, bias, self.dilation[0])
 
     def is_regular(self) -> bool:
         """Whether it still is what this module makes, at any dilation."""

@@ -20,12 +20,15 @@ def is_direct(*tensors: Tensor) -> bool:
     Args:
         tensors: inputs and parameters; what is no plain tensor, as those of graphs and shards, is not direct.
     """
+    return not torch.compiler.is_compiling() and _is_direct(tensors)  # which compilers need not look into
+
+
+def _is_direct(tensors: tuple[Tensor, ...]) -> bool:
     return (
         all(
             type(x) in (Tensor, nn.Parameter) and x.is_cpu and x.dtype in (torch.float32, torch.float64)
             for x in tensors
         )
-        and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
         and not torch.is_autocast_enabled("cpu")
         and torch._C._len_torch_dispatch_stack() == 0

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from .depthwise import depthwise
+from .depthwise import DepthwiseConv2d, depthwise
 from .direct import is_direct, is_watched
 from .norm import ChannelRmsNorm
 from .pointwise import CHUNK, Pointwise2d
@@ -54,7 +54,7 @@ class GatedMlp(nn.Module):
     def _direct(self, x: Tensor) -> tuple[Tensor | None, ...] | None:
         """The parameters, or None if not all that they mean is what `_plain` says."""
         fc1, dwconv, act, norm, fc2 = parts = self.fc1, self.dwconv, self.act, self.norm, self.fc2
-        if type(fc1) is not Pointwise2d or type(fc2) is not Pointwise2d or type(dwconv) is not nn.Conv2d:
+        if type(fc1) is not Pointwise2d or type(fc2) is not Pointwise2d or type(dwconv) is not DepthwiseConv2d:
             return None
         if type(act) is not nn.GELU or act.approximate != "none" or dwconv.dilation != (1, 1):
             return None

@@ -8,7 +8,7 @@ from timm.layers import LayerNorm2d, trunc_normal_
 from torch import Tensor, nn
 
 from .cache import ParameterCache
-from .depthwise import depthwise
+from .depthwise import DepthwiseConv2d, depthwise
 from .direct import is_direct, is_watched
 from .pointwise import Pointwise2d
 from .symbolic import is_symbolic
@@ -221,6 +221,6 @@ class RecursiveGatedConv(nn.Module):
 
 def _scaled(filter: nn.Module, x: Tensor, scale: float) -> Tensor:
     """scale * filter(x), with the scale in the parameters of what the filter does last."""
-    if type(filter) is nn.Conv2d:
-        return filter._conv_forward(x, filter.weight * scale, filter.bias * scale)
+    if type(filter) is DepthwiseConv2d:
+        return filter.with_parameters(x, filter.weight * scale, filter.bias * scale)
     return scale * filter(x)
