@@ -24,6 +24,8 @@ class Stage(nn.Module):
         dim: channels of the output.
         downsample: from the output of the stage before, NCHW.
         norm: after the blocks, NCHW.
+        in_slices: in inference on CPUs, compute on a part of a large batch after the other, which pays where blocks
+            make maps of more channels.
 
     Shape:
         (B, C', H', W') to (B, C, H, W).
@@ -35,9 +37,11 @@ class Stage(nn.Module):
         dim: int,
         downsample: nn.Module | None = None,
         norm: nn.Module | None = None,
+        in_slices: bool = True,
     ) -> None:
         super().__init__()
         self.dim = dim
+        self.in_slices = in_slices
         self.downsample = downsample or nn.Identity()
         self.blocks = nn.Sequential(*blocks)
         self.norm = norm or nn.Identity()
@@ -45,7 +49,7 @@ class Stage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.downsample(x).permute(0, 2, 3, 1)
-        return in_slices(self, self._mix, x)
+        return in_slices(self, self._mix, x) if self.in_slices else self._mix(x)
 
     def _mix(self, x: Tensor) -> Tensor:
         for block in self.blocks:
@@ -204,7 +208,7 @@ class Hierarchical(Backbone):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Image to the map of the last stage, NCHW, normalised unless that comes after the pooling."""
-        return self._map_norm(self.stages(in_slices(self.stem, self.stem, self.check(x))))
+        return self._map_norm(self.stages(self.stem(self.check(x))))
 
     def _map_norm(self, x: Tensor) -> Tensor:
         return x if self.norm_after_pool else self.norm(x)
@@ -243,7 +247,7 @@ class Hierarchical(Backbone):
         check_output_format(output_fmt)
         take, last = feature_take_indices(len(self.stages), indices)
         final = len(self.stages) - 1
-        x = in_slices(self.stem, self.stem, self.check(x))
+        x = self.stem(self.check(x))
         intermediates = []
         for i, stage in enumerate(self.stages[: last + 1] if stop_early else self.stages):
             x = stage(x)

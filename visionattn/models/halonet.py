@@ -238,7 +238,7 @@ class HaloNet(Hierarchical):
                 hidden = make_divisible(ratio * (width if bottle_in else dim))
                 blocks.append(block(letter, width, dim, hidden, stride, heads, drop_path))
                 width, stride = dim, 1
-            stages.append(Stage(blocks, dim))
+            stages.append(Stage(blocks, dim, in_slices=False))
         final = None
         if num_features:
             product = Pointwise2d(width, num_features, bias=False, **dd)
