@@ -248,3 +248,14 @@ def test_the_direct_path_is_taken(name):
             seen.add(node)
             nodes += [following for following, _ in node.next_functions]
     assert any(TAKEN[name] in node.name() for node in seen), {node.name() for node in seen}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_gradients_of_gradients_through_checkpoints(name):
+    """Checkpoints give what a backward pass saved once, in the pass that is differentiated too."""
+    torch.manual_seed(0)
+    model = visionattn.create_model(name)
+    model.eval().set_grad_checkpointing()
+    x = torch.randn(2, 3, 64, 64, requires_grad=True)
+    (grad,) = torch.autograd.grad(model(x).square().mean(), x, create_graph=True)
+    assert grad.isfinite().all()

@@ -8,6 +8,7 @@ from importlib import metadata
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from visionattn.layers import HaloAttention2d, NeighborhoodAttention2d, local_attention, size_constant
 from visionattn.layers.window_attention import window_attention
@@ -185,3 +186,17 @@ def test_the_operators(kernel):
     with torch.no_grad():
         out, lse = _attention(*arguments)
         torch.library.opcheck(_gradients, (out, out, lse, *arguments, True), test_utils=quick)
+
+
+@runs
+def test_recomputed(kernel):
+    """Checkpoints give what is saved once."""
+    layer = NeighborhoodAttention2d(12, 1, 3, device=DEVICE)
+    x = torch.randn(2, 7, 2, 12, device=DEVICE)
+    kernel(True)
+    ours, expected = (
+        torch.autograd.grad(out.square().sum(), list(layer.parameters()))
+        for out in (checkpoint(layer, x, use_reentrant=False), layer(x))
+    )
+    for a, b in zip(ours, expected, strict=True):
+        torch.testing.assert_close(a, b)

@@ -8,11 +8,8 @@ from torch.autograd import Function
 from .depthwise import DepthwiseConv2d, depthwise, depthwise_backward, depthwise_conv
 from .direct import is_direct, is_watched
 from .int8 import Int8Linear
-from .pointwise import Pointwise2d
+from .pointwise import CHUNK, Pointwise2d
 from .product import product
-
-CHUNK = 2**23
-"""Bytes of hidden channels that are computed at once, where a batch can be cut so fine."""
 
 
 class DepthwiseMlp(nn.Module):
@@ -72,10 +69,10 @@ class _DepthwiseMlp(Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, w1, b1, w, b, w2, b2, *hidden = ctx.saved_tensors
+        x, w1, b1, w, b, w2, b2, *hidden = saved = ctx.saved_tensors  # once, or checkpoints refuse
         wanted, dilation = ctx.needs_input_grad, ctx.dilation
         if torch.is_grad_enabled():  # the gradients will be differentiated
-            inputs = [t for t, needed in zip(ctx.saved_tensors, wanted, strict=False) if needed]
+            inputs = [t for t, needed in zip(saved, wanted, strict=False) if needed]
             h = F.linear(x.permute(0, 2, 3, 1), w1, b1).permute(0, 3, 1, 2)
             out = F.linear(F.gelu(depthwise_conv(h, w, b, dilation)).permute(0, 2, 3, 1), w2, b2).permute(0, 3, 1, 2)
             found = iter(torch.autograd.grad(out, inputs, grad, create_graph=True))
@@ -127,7 +124,7 @@ def _forward(
 
 
 def _step(x: Tensor, w1: Tensor) -> int:
-    """How many samples are computed at once."""
+    """How many samples are computed at once, where a batch can be cut so fine."""
     return max(1, CHUNK // max(1, len(w1) * x.shape[2:].numel() * x.element_size()))
 
 

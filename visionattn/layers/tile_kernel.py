@@ -327,8 +327,9 @@ def _save(ctx, inputs, output):
 
 
 def _backward(ctx, do, _):
-    *saved, axis = ctx.saved_tensors[:6]
-    tables, biases = (ctx.saved_tensors[6:][part] for part in (slice(ctx.tables), slice(ctx.tables, None)))
+    kept = ctx.saved_tensors  # once, or checkpoints refuse
+    *saved, axis = kept[:6]
+    tables, biases = (kept[6:][part] for part in (slice(ctx.tables), slice(ctx.tables, None)))
     of_bias = any(ctx.needs_input_grad[4])
     dq, dk, dv, daxis, dbiases = _gradients(do, *saved, tables, biases, axis, ctx.rows, ctx.scale, of_bias)
     dbiases = dbiases if of_bias else [None] * len(biases)
