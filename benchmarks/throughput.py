@@ -3,6 +3,7 @@
     python benchmarks/throughput.py                                    # one model of each family
     python benchmarks/throughput.py 'van_*' --against reference        # as published: benchmarks/reference/
     python benchmarks/throughput.py --all --against timm,reference     # the first of these that has the model
+    python benchmarks/throughput.py van_b1 --int8 --against plain      # what fusing or int8 changes in time and output
     python benchmarks/throughput.py dinat_mini --device cuda --dtype bfloat16 --compile --compile-mode max-autotune
 
 Both sides take turns in one process, each in its better memory layout. The ratio is their median time by ours, above 1
@@ -147,7 +148,11 @@ def transformers_peer(name: str, size: int) -> nn.Module | None:
     return FocalNetForImageClassification(FocalNetConfig(image_size=size, num_labels=1000, **options))
 
 
-PEERS = {"timm": timm_peer, "transformers": transformers_peer, "reference": reference_peer}
+def plain_peer(name: str, size: int) -> nn.Module:
+    return visionattn.create_model(name, img_size=size)
+
+
+PEERS = {"timm": timm_peer, "transformers": transformers_peer, "reference": reference_peer, "plain": plain_peer}
 
 
 def find_peer(name: str, size: int, libraries: Iterable[str]) -> tuple[str, nn.Module] | None:
@@ -265,7 +270,9 @@ def parse(argv: list[str]) -> Namespace:
     parser = Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", help="names or patterns; none: one model of each family")
     parser.add_argument("--all", action="store_true", help="every model under 60 M parameters")
-    parser.add_argument("--against", default="", help=f"peers, the first that has the model: {','.join(PEERS)}")
+    parser.add_argument(
+        "--against", default="", help=f"peers, the first that has the model: {','.join(PEERS)} (our model, not fused)"
+    )
     parser.add_argument("--mode", choices=("inference", "training", "both"), default="both", help="what to time")
     parser.add_argument("--batch", type=positive, default=8, help="images")
     parser.add_argument("--size", type=positive, help="height and width in pixels; that of the model's weights if none")
@@ -273,7 +280,7 @@ def parse(argv: list[str]) -> Namespace:
     parser.add_argument("--autocast", action="store_true", help="float32 weights, computing in --dtype")
     parser.add_argument("--compile", action="store_true", help="torch.compile both sides")
     parser.add_argument("--compile-mode", help="default, reduce-overhead, max-autotune, ...")
-    parser.add_argument("--fuse", action="store_true", help="fold our batch norms for inference")
+    parser.add_argument("--fuse", action="store_true", help="fold our batch norms and layer scales for inference")
     parser.add_argument("--int8", action="store_true", help="int8 weights of ours for inference on a CPU, fused")
     parser.add_argument(
         "--layout", choices=("best", *LAYOUTS), default="best", help="of memory; best: the better of each"

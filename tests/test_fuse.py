@@ -16,12 +16,21 @@ from visionattn.layers.fuse import fuse_modules, scale_input
 from visionattn.layers.pointwise import Pointwise2d
 
 TESTS = visionattn.list_models("test_*")
+SCALED = [
+    ("test_van", {}),
+    ("test_attnet", {"use_layer_scale": True}),
+    ("test_dinat", {"layer_scale": 0.5}),
+    ("test_focalnet", {"use_layerscale": True}),
+    ("test_focalnet", {"use_layerscale": True, "use_postln": True}),
+    ("test_hornet", {"layer_scale_init_value": 0.5}),
+    ("test_patnet", {"layer_scale_init_value": 0.5, "use_spatial_attn": False}),
+]
 CASES = [
     *((name, {}) for name in TESTS),
     ("test_van", {"layer_scale": None}),
     ("test_patnet", {"layer_scale_init_value": 0.5}),
-    ("test_patnet", {"layer_scale_init_value": 0.5, "use_spatial_attn": False}),
     ("test_patnet", {"use_channel_attn": False, "patch_norm": False}),
+    *(case for case in SCALED if case[1]),
 ]
 
 
@@ -60,17 +69,23 @@ def test_output_stays(name, options):
 def test_no_batch_norm_is_left(name):
     model = visionattn.create_model(f"test_{name}").eval()
     assert batch_norms(model) and not batch_norms(model.fuse())
-    assert not any(hasattr(module, "gamma") for module in model.modules() if name == "van")
 
 
-@pytest.mark.parametrize("name", ["test_van", "test_patnet"])
-def test_a_fused_model_is_a_model(name):
-    model = randomise(visionattn.create_model(name)).fuse()
+@pytest.mark.parametrize("name, options", SCALED)
+def test_no_layer_scale_is_left(name, options):
+    model = visionattn.create_model(name, **options).eval()
+    assert any(hasattr(module, "gamma") for module in model.modules())
+    assert not any(hasattr(module, "gamma") for module in model.fuse().modules())
+
+
+@pytest.mark.parametrize("name, options", [*SCALED, ("test_patnet", {})])
+def test_a_fused_model_is_a_model(name, options):
+    model = randomise(visionattn.create_model(name, **options)).fuse()
     x = torch.randn(2, 3, 64, 48)
     with torch.no_grad():
         expected = model(x)
         torch.testing.assert_close(copy.deepcopy(model)(x), expected)
-        fused = visionattn.create_model(name).eval().fuse()
+        fused = visionattn.create_model(name, **options).eval().fuse()
         fused.load_state_dict(model.state_dict(), strict=True)
         torch.testing.assert_close(fused(x), expected)
         exported = torch.export.export(model, (x,)).module()

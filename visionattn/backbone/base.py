@@ -127,7 +127,7 @@ class Backbone(Mechanics, nn.Module):
         }
 
     def fuse(self) -> "Backbone":
-        """Merge batch norms into the products next to them, in place, for faster inference.
+        """Merge batch norms and layer scales into the products next to them, in place, for faster inference.
 
         Returns:
             this model, whose output is the same up to rounding and whose parameters are others.

@@ -42,6 +42,8 @@ class AttentiveConv2d(nn.Module):
         torch.Size([1, 32, 20, 31])
     """
 
+    last_product = "proj"
+
     def __init__(
         self,
         dim: int,

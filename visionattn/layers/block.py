@@ -5,6 +5,8 @@ from collections.abc import Callable
 from timm.layers import DropPath, LayerScale
 from torch import Tensor, nn
 
+from .fuse import fuse_scale
+
 
 class Block(nn.Module):
     """x + mixer(norm1(x)), then x + mlp(norm2(x)), each branch with optional layer scale and stochastic depth.
@@ -45,6 +47,11 @@ class Block(nn.Module):
         self.mlp = mlp
         self.ls2 = nn.Identity() if layer_scale is None else scale_layer(dim, layer_scale, **dd)
         self.drop_path2 = DropPath(drop_path) if drop_path else nn.Identity()
+
+    def fuse(self) -> None:
+        """Merge the layer scales into the products that the branches end in, for inference."""
+        fuse_scale(self, "ls1", self.mixer)
+        fuse_scale(self, "ls2", self.mlp)
 
     def forward(self, x: Tensor, *args) -> Tensor:
         x = x + self.drop_path1(self.ls1(self.mixer(self.norm1(x), *args)))

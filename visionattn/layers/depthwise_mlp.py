@@ -21,6 +21,8 @@ class DepthwiseMlp(nn.Module):
         drop: dropout rate after the activation and after the second product.
     """
 
+    last_product = "fc2"
+
     def __init__(self, dim: int, hidden_dim: int, drop: float = 0.0, device=None, dtype=None) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}

@@ -40,6 +40,8 @@ class FocalModulation(nn.Module):
         torch.Size([1, 30, 41, 64])
     """
 
+    last_product = "proj"
+
     def __init__(
         self,
         dim: int,

@@ -1,8 +1,9 @@
-"""Merging batch norms into the linear maps and convolutions next to them, for inference.
+"""Merging batch norms and layer scales into the linear maps and convolutions next to them, for inference.
 
 A module that can be merged has a method `fuse()` that changes it in place; `fuse_modules` calls those of a whole model.
 For norms that follow a product nothing need be written: the pairs that a class names in its attribute `fused_pairs`,
-`fused_pairs = (("conv", "norm"),)`, and neighbours in an `nn.Sequential` are merged by themselves.
+`fused_pairs = (("conv", "norm"),)`, and neighbours in an `nn.Sequential` are merged by themselves. A mixer or MLP that
+ends in a product names it in its attribute `last_product`, and the layer scale of its block is merged into that.
 """
 
 import torch
@@ -44,6 +45,21 @@ def fuse_pair(parent: nn.Module, product: str, norm: str) -> None:
         setattr(parent, norm, getattr(second, "act", nn.Identity()))  # timm's norms may come with an activation
 
 
+def fuse_scale(parent: nn.Module, scale: str, before: nn.Module) -> None:
+    """Merge a learned layer scale into what comes before it, and leave an identity in its place.
+
+    Args:
+        parent: the module that the scale belongs to.
+        scale: name of the scale; without a parameter `gamma` it stays.
+        before: the mixer, MLP or norm that the scale is applied to; it stays, with the scale, if it ends in no product.
+    """
+    gamma = getattr(getattr(parent, scale), "gamma", None)
+    product = getattr(before, getattr(before, "last_product", ""), before)
+    if gamma is not None and isinstance(product, nn.Linear | nn.Conv2d | nn.LayerNorm):
+        scale_output(product, gamma.detach())
+        setattr(parent, scale, nn.Identity())
+
+
 def is_batch_norm(module: nn.Module) -> bool:
     """Whether `module` is an affine function of every channel in eval mode, apart from timm's activation after it."""
     return isinstance(module, BatchNorm) and module.running_mean is not None
@@ -60,11 +76,11 @@ def scale_and_shift(norm: BatchNorm) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def scale_output(product: nn.Linear | nn.Conv2d, scale: Tensor, shift: Tensor | None = None) -> None:
+def scale_output(product: nn.Linear | nn.Conv2d | nn.LayerNorm, scale: Tensor, shift: Tensor | None = None) -> None:
     """Make `product(x)` what `product(x) * scale + shift` was.
 
     Args:
-        product: convolution or linear map.
+        product: convolution, linear map, or norm with a weight per channel.
         scale: per output channel.
         shift: per output channel, None for none.
     """

@@ -30,6 +30,8 @@ class GatedMlp(nn.Module):
         (B, C, H, W) to (B, C, H, W).
     """
 
+    last_product = "fc2"
+
     def __init__(
         self, dim: int, hidden_dim: int, dconv: bool = True, norm: bool = True,
         act_layer: Callable[[], nn.Module] = nn.GELU, drop: float = 0.0, device=None, dtype=None,

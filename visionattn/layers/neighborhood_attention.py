@@ -119,6 +119,8 @@ class NeighborhoodAttention2d(nn.Module):
 
     axes = neighborhood_axis, graph_neighborhood_axis
 
+    last_product = "proj"
+
     def __init__(
         self,
         dim: int,

@@ -52,6 +52,8 @@ class Mlp(nn.Module):
         (..., C) to (..., C), channels last.
     """
 
+    last_product = "fc2"
+
     def __init__(
         self,
         dim: int,

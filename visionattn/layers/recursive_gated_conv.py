@@ -168,6 +168,8 @@ class RecursiveGatedConv(nn.Module):
         torch.Size([1, 64, 20, 31])
     """
 
+    last_product = "proj_out"
+
     def __init__(
         self,
         dim: int,

@@ -34,6 +34,8 @@ class SelfAttention(nn.Module):
         torch.Size([1, 15, 64])
     """
 
+    last_product = "proj"
+
     def __init__(
         self,
         dim: int,

@@ -118,7 +118,6 @@ class AttNet(Hierarchical):
             stem, stages, norm=ChannelNorm(dims[-1], eps=1e-5, **dd), norm_after_pool=True,
             num_classes=num_classes, in_chans=in_chans, global_pool=global_pool, drop_rate=drop_rate, **dd,
         )  # fmt: skip
-        self.use_layer_scale = use_layer_scale
         self.apply(partial(init_weights, kinds=nn.Linear | nn.Conv2d))
 
     def adapt_state_dict(self, state_dict: dict[str, Tensor], made_for: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -130,7 +129,7 @@ class AttNet(Hierarchical):
                 continue
             for scale, product in (("ls1", "mixer.proj"), ("ls2", "mlp.fc2")):
                 key, weight = f"{name}.{scale}.gamma", f"{name}.{product}.weight"
-                if self.use_layer_scale and weight in state_dict:
+                if hasattr(getattr(block, scale), "gamma") and weight in state_dict:
                     state_dict.setdefault(key, torch.ones_like(state_dict[weight][:, 0]))
                 elif key in state_dict and weight in state_dict:
                     gamma, bias = state_dict.pop(key), f"{name}.{product}.bias"

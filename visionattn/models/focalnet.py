@@ -12,6 +12,7 @@ from ..backbone import Hierarchical, Isotropic, Stage
 from ..layers import FocalModulation, TokenFocalModulation
 from ..layers.block import Block
 from ..layers.focal_modulation import fit_tensor
+from ..layers.fuse import fuse_scale
 from ..layers.init import init_weights
 from ..layers.patch import PatchConv2d
 from ..layers.pointwise import Mlp
@@ -85,6 +86,11 @@ class PatchEmbedding(nn.Module):
 
 class PostNormBlock(Block):
     """x + norm1(mixer(x)), then x + norm2(mlp(x)), otherwise as `Block`."""
+
+    def fuse(self) -> None:
+        """Merge the layer scales into the norms, for inference."""
+        fuse_scale(self, "ls1", self.norm1)
+        fuse_scale(self, "ls2", self.norm2)
 
     def forward(self, x: Tensor, *args) -> Tensor:
         x = x + self.drop_path1(self.ls1(self.norm1(self.mixer(x, *args))))

@@ -15,7 +15,7 @@ from ..backbone import Hierarchical, Stage
 from ..errors import VisionattnError
 from ..layers import PartialChannelAttention, PartialConv2d, PartialSelfAttention, PartialSpatialAttention
 from ..layers.conv_norm import ConvNorm, product_norm
-from ..layers.fuse import scale_input, scale_output
+from ..layers.fuse import fuse_scale, scale_input
 from ..layers.init import init_weights
 from ..layers.layout import channels_last
 from ..layers.norm_act_product import activated, norm_act_product
@@ -57,6 +57,7 @@ class PartialMlp(nn.Module):
     """
 
     fused_pairs = (("fc1", "norm"),)
+    last_product = "fc2"  # once the spatial attention is merged
 
     def __init__(
         self, dim: int, hidden_dim: int, act_layer: Callable[[], nn.Module], spatial: bool, device=None, dtype=None
@@ -112,9 +113,8 @@ class PartialBlock(nn.Module):
             unmoved = shift.new_zeros(self.mixer.widths[0])
             scale_input(self.mlp.fc1, None, torch.cat([unmoved, shift.flatten()]))
             self.mixer.shift = None
-        if isinstance(self.ls2, LayerScale2d) and isinstance(self.mlp.spatial, nn.Identity):
-            scale_output(self.mlp.fc2, self.ls2.gamma.detach())
-            self.ls2 = nn.Identity()
+        if isinstance(self.mlp.spatial, nn.Identity):
+            fuse_scale(self, "ls2", self.mlp)
 
     @channels_last
     def forward(self, x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from ..layers import VanAttention
 from ..layers.block import Block
 from ..layers.conv_norm import ConvNorm
 from ..layers.depthwise_mlp import DepthwiseMlp
-from ..layers.fuse import is_batch_norm, scale_and_shift, scale_input, scale_output
+from ..layers.fuse import fuse_scale, is_batch_norm, scale_and_shift, scale_input, scale_output
 from ..layers.init import by_fan_out, init_weights
 from ..layers.layout import channels_last
 from ..layers.pointwise import Pointwise
@@ -79,9 +79,8 @@ class VanBlock(Block):
         self.mixer.shortcut = False
         self.shortcut = (1 + gain * scale)[:, None, None].to(self.norm1.running_mean)
         scale_input(self.mlp.fc1, *scale_and_shift(self.norm2))
-        if hasattr(self.ls2, "gamma"):
-            scale_output(self.mlp.fc2, self.ls2.gamma.detach())
-        for name in ("norm1", "norm2", "ls1", "ls2"):
+        fuse_scale(self, "ls2", self.mlp)
+        for name in ("norm1", "norm2", "ls1"):
             setattr(self, name, nn.Identity())
 
     @channels_last
