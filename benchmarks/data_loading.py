@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
-from measure import Parser, positive
+from common import Parser
 from PIL import Image
 from timm.data import create_dataset, create_loader
 
@@ -26,6 +26,7 @@ from visionattn.data.images import load_validation
 from visionattn.data.loader import TrainSampler, read_batches, train_loader
 from visionattn.data.transforms import OnImage, train_transform
 from visionattn.errors import run
+from visionattn.measure import positive
 
 
 def write_jpegs(folder: Path, count: int) -> None:

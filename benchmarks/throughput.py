@@ -28,29 +28,27 @@ from statistics import fmean, median
 
 import timm
 import torch
-from measure import (
-    DTYPES,
-    LAYOUTS,
-    REFERENCES,
-    Parser,
-    Table,
-    add_machine,
-    ceiling,
-    in_turns,
-    load,
-    machine,
-    peak_memory,
-    positive,
-    ratio,
-    reference,
-    shake,
-    start,
-)
+from common import REFERENCES, Parser, reference
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import visionattn
 from visionattn.errors import VisionattnError, all_lines, run
+from visionattn.macs import count
+from visionattn.measure import (
+    DTYPES,
+    LAYOUTS,
+    Table,
+    add_machine,
+    ceiling,
+    in_turns,
+    machine,
+    peak_memory,
+    positive,
+    ratio,
+    shake,
+    start,
+)  # fmt: skip
 from visionattn.models.focalnet import FocalNet
 from visionattn.registry import ModelInfo, find, timm_name
 from visionattn.weights import convert_state_dict
@@ -185,7 +183,7 @@ def count_macs(info: ModelInfo, size: int) -> float | None:
     """Multiply-adds in 1e9."""
     if size == info.input_size[-1] or info.gmacs is None:
         return info.gmacs
-    return load(Path(__file__).parents[1] / "tests" / "macs.py").count(info.name, (3, size, size)) / 1e9
+    return count(info.name, (3, size, size)) / 1e9
 
 
 def measure(info: ModelInfo, args: Namespace, device: torch.device, seconds: Callable, training: bool) -> dict | None:

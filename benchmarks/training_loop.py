@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import torch
-from measure import Parser, positive
+from common import Parser
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -19,6 +19,7 @@ import visionattn
 import visionattn.training.trainer as trainer_module
 from visionattn.data.loader import Batch
 from visionattn.errors import run as run_script
+from visionattn.measure import positive
 from visionattn.training.config import parse_train
 from visionattn.training.logging import RunLog
 from visionattn.training.trainer import Trainer

@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from macs import counted_flops
 from numerics import assert_half_precision
 from timm.layers import LayerNorm2d
 from torch import nn
@@ -15,6 +14,7 @@ import visionattn
 from visionattn.errors import VisionattnError
 from visionattn.layers import AttentiveConv2d, TokenAttentiveConv2d
 from visionattn.layers.norm import ChannelNorm, ChannelRmsNorm
+from visionattn.macs import counted_flops
 from visionattn.models.attnet import GatedMlp
 from visionattn.weights import convert_state_dict
 

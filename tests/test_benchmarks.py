@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import nn
 
+from visionattn.measure import peak_memory
+
 FOLDER = Path(__file__).parent.parent / "benchmarks"
-SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "measure")
+SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "common")
 
 
 @pytest.fixture
@@ -87,9 +89,8 @@ def test_scaling(script, tmp_path):
     assert "WindowAttention2d" in out and (tmp_path / "scaling.png").stat().st_size
 
 
-def test_memory_is_what_a_step_holds_at_once(script):
+def test_memory_is_what_a_step_holds_at_once():
     """Four layers of 1 MiB maps whose outputs are kept for the backward pass."""
-    measure = runpy.run_path(str(FOLDER / "measure.py"))
     layers = [layer for _ in range(4) for layer in (nn.Linear(512, 512, bias=False), nn.Sigmoid())]
     model, x = nn.Sequential(*layers), torch.randn(512, 512)
 
@@ -99,4 +100,4 @@ def test_memory_is_what_a_step_holds_at_once(script):
 
     step()
     # Backward of the last product: what three sigmoids gave, a gradient in, a gradient out, and that of a weight.
-    assert measure["peak_memory"](step, torch.device("cpu")) == pytest.approx(6 * 2**20, rel=1e-3)
+    assert peak_memory(step, torch.device("cpu")) == pytest.approx(6 * 2**20, rel=1e-3)

@@ -5,13 +5,12 @@ import re
 import sys
 from pathlib import Path
 
-import macs
 import pytest
 import timm
 import torch
 
 import visionattn
-from visionattn import registry
+from visionattn import macs, registry
 from visionattn.weights import convert_state_dict
 
 ROOT = Path(__file__).parent.parent

@@ -5,7 +5,6 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from macs import counted_flops
 from timm.layers import DropPath
 from torch import nn
 from torch.autograd import gradcheck
@@ -15,6 +14,7 @@ from visionattn.errors import VisionattnError
 from visionattn.layers import ChannelAttention, ConvPosEnc, WindowAttention2d
 from visionattn.layers.local_attention import local_plan
 from visionattn.layers.window_attention import graph_window_axis, window_axis
+from visionattn.macs import counted_flops
 from visionattn.models.davit import Downsample
 from visionattn.weights import convert_state_dict
 

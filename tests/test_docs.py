@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from visionattn.cli import models_table
+from visionattn.cli.catalog import models_table
 
 MODELS = Path(__file__).parent.parent / "docs" / "models.md"
 

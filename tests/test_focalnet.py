@@ -5,7 +5,6 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from macs import counted_flops
 from timm.layers import DropPath, LayerNorm2d
 from torch import nn
 from torch.autograd import gradcheck
@@ -13,6 +12,7 @@ from torch.autograd import gradcheck
 import visionattn
 from visionattn.errors import VisionattnError
 from visionattn.layers import FocalModulation
+from visionattn.macs import counted_flops
 from visionattn.weights import convert_state_dict
 
 SMALL = {"embed_dim": 8, "depths": (1, 1, 1, 1), "num_classes": 5}

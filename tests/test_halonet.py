@@ -7,13 +7,13 @@ from collections import OrderedDict
 import pytest
 import torch
 import torch.nn.functional as F
-from macs import counted_flops
 from torch import nn
 from torch.autograd import gradcheck
 
 import visionattn
 from visionattn.errors import VisionattnError
 from visionattn.layers import HaloAttention2d, halo_attention, local_attention, size_constant
+from visionattn.macs import counted_flops
 from visionattn.models.halonet import Bottleneck, HaloNet
 from visionattn.weights import convert_state_dict
 

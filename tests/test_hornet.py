@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from macs import counted_flops
 from timm.layers import DropPath
 from timm.optim import param_groups_layer_decay
 from torch import nn
@@ -14,6 +13,7 @@ from torch.autograd import gradcheck
 import visionattn
 from visionattn.errors import VisionattnError
 from visionattn.layers import GlobalLocalFilter, RecursiveGatedConv
+from visionattn.macs import counted_flops
 from visionattn.weights import convert_state_dict
 
 

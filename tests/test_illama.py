@@ -6,13 +6,13 @@ from unittest.mock import Mock
 import pytest
 import torch
 import torch.nn.functional as F
-from macs import counted_flops
 from torch import nn
 from torch.autograd import gradcheck
 
 import visionattn
 from visionattn.layers import CausalSelfAttention
 from visionattn.layers.causal_attention import causal_halves, rotary_table
+from visionattn.macs import counted_flops
 from visionattn.weights import load_checkpoint
 
 DOUBLE = {"dtype": torch.float64}

@@ -9,7 +9,6 @@ from collections import OrderedDict
 import pytest
 import torch
 import torch.nn.functional as F
-from macs import counted_flops
 from torch.autograd import gradcheck
 
 from visionattn.layers import (
@@ -24,6 +23,7 @@ from visionattn.layers import (
     size_constant,
 )
 from visionattn.layers.cache import ParameterCache
+from visionattn.macs import counted_flops
 
 
 def keys_of(query, length, kernel, dilation, stride):

@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from macs import counted_flops
 from timm.layers import DropPath
 from torch import nn
 from torch.autograd import gradcheck
@@ -13,6 +12,7 @@ from torch.autograd import gradcheck
 import visionattn
 from visionattn.errors import VisionattnError
 from visionattn.layers import HiLoAttention
+from visionattn.macs import counted_flops
 from visionattn.models.litv2 import DeformableMerging
 
 

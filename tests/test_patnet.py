@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from macs import counted_flops
 from torch import nn
 from torch.autograd import gradcheck
 
@@ -15,6 +14,7 @@ import visionattn
 from visionattn.errors import VisionattnError
 from visionattn.layers import PartialChannelAttention, PartialConv2d, PartialSelfAttention, PartialSpatialAttention
 from visionattn.layers.partial_attention import distance_buckets
+from visionattn.macs import counted_flops
 from visionattn.weights import convert_state_dict
 
 LAYERS = [

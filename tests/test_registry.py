@@ -5,13 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import macs
 import pytest
 import timm
 import torch
 
 import visionattn
-from visionattn import cli
+from visionattn import cli, macs
 from visionattn.errors import UnknownArgumentError, UnknownModelError, VisionattnError
 
 ROOT = Path(__file__).parent.parent

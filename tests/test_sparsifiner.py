@@ -11,13 +11,13 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from macs import counted_flops
 from torch import nn
 from torch.autograd import gradcheck
 
 import visionattn
 from visionattn.errors import VisionattnError
 from visionattn.layers import ConnectivityPredictor, SparseAttention
+from visionattn.macs import counted_flops
 from visionattn.models.sparsifiner import SparsifinerLV
 from visionattn.weights import convert_state_dict, load_checkpoint
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 import visionattn
 from visionattn.cli import main as command
-from visionattn.cli import models_table
+from visionattn.cli.catalog import models_table
 from visionattn.errors import VisionattnError
 from visionattn.tasks import TASKS
 from visionattn.tasks.useless import RULES, given

@@ -19,6 +19,7 @@ import yaml
 from jsonargparse import ArgumentParser, set_loader, set_parsing_settings
 
 from ..errors import VisionattnError, user_input
+from ..recipes import PREFIX, recipe_path
 from .yaml_text import MAX_DEPTH, Plain, checked, explain, read, read_file, resolved, to_yaml
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)  # --help shows the text under each field
@@ -55,7 +56,8 @@ def make_parser(config: type, prog: str, description: str) -> ArgumentParser:
     parser.add_argument(
         "--config",
         metavar="CONFIG",
-        help="YAML file of options; later files and options win. Its key base names files that it changes.",
+        help="YAML file of options, or recipe:NAME for one that comes with visionattn (recipe:digits); later files and "
+        "options win. Its key base names files that it changes.",
     )
     parser.add_argument("--print_config", action="store_true", help="Print every option with its value, and exit.")
     parser.add_class_arguments(config)
@@ -88,7 +90,8 @@ def parse(
         values = _collected(parser, config, *brought).values
     for name, text in pairs:
         if name == "config":
-            values = _merged(values, _read_options(parser, config, Path(text), read_before))
+            file = recipe_path(text.removeprefix(PREFIX)) if text.startswith(PREFIX) else Path(text)
+            values = _merged(values, _read_options(parser, config, file, read_before))
     for name, text in pairs:
         if name not in ALONE:
             _take(config, values, name, text)

@@ -21,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from ..data.drawing import grid
 from ..errors import VisionattnError, require, user_input
+from ..progress import is_quiet
 from ..tasks.task import Task
 from .checkpoint import write_file
 from .config import TrainConfig
@@ -73,7 +74,7 @@ class RunLog:
         self.epoch, self.first, self.update, self.images, self.speed = epoch, update, update, 0, 0.0
         self.rows = [row for row in self.rows if int(row["epoch"]) < epoch]  # where a run was rolled back
         self.began = self.told = time.time()
-        if self.main and sys.stdout.isatty():
+        if self.main and sys.stdout.isatty() and not is_quiet():
             head = TextColumn(f"epoch {epoch + 1}/{self.epochs}")
             self.bar = Progress(
                 head, BarColumn(24), MofNCompleteColumn(), TextColumn("{task.description}"), transient=True
@@ -98,7 +99,7 @@ class RunLog:
         line = f"loss {loss:.4f}  lr {lr:.2e}  {self.speed:.0f} images/s  ETA {eta}"
         if self.bar:
             self.bar.update(self.task, description=line)
-        elif time.time() - self.told > 10:  # a line now and then
+        elif time.time() - self.told > 10 and not is_quiet():  # a line now and then
             self.told = time.time()
             print(f"epoch {self.epoch + 1}/{self.epochs}  update {self.update}/{self.updates}  {line}", flush=True)
         step = self.epoch * self.updates + self.update

@@ -4,15 +4,19 @@ Attention is counted by its definition, not as it is executed (tiles compute mas
 factorised).
 """
 
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import visionattn
-from visionattn.layers import (
+from .create import create_model
+from .layers import (
     AttentiveConv2d,
     ChannelAttention,
     ConnectivityPredictor,
@@ -24,7 +28,7 @@ from visionattn.layers import (
     SelfAttention,
     WindowAttention2d,
 )
-from visionattn.models.litv2 import DeformableMerging
+from .models.litv2 import DeformableMerging
 
 
 def _neighborhood(module, inputs):
@@ -118,33 +122,103 @@ ATTENTION = {
 
 
 @contextmanager
-def counted_flops():
+def counted_flops() -> Iterator[FlopCounterMode]:
     """torch's counter of operations. Fused attention is taken apart: not every torch counts it on every device."""
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         yield counter
 
 
-def count(name, input_size):
-    with torch.device("meta"):
-        model = visionattn.create_model(name).eval()
-    total = 0
+def count_macs(model: nn.Module, input_size: Sequence[int], parts: Sequence[str] = ()) -> dict[str, int]:
+    """Multiply-adds of one sample, in all and in parts of a model.
 
-    def hook(module, inputs, count):
-        nonlocal total
-        total += count(module, inputs)
+    Args:
+        model: on the meta device, in eval mode.
+        input_size: (channels, height, width) in pixels.
+        parts: names of modules.
 
-    for module in model.modules():
-        for layer, macs in ATTENTION.items():
-            if isinstance(module, layer):
-                module.register_forward_pre_hook(partial(hook, count=macs))
+    Returns:
+        multiply-adds by the names of the parts; those of the whole by "".
+    """
+    found: Counter[str] = Counter()
+
+    def hook(module: nn.Module, inputs: Any, name: str, macs: Any) -> None:
+        found.update({part: macs(module, inputs) for part in _around(name, parts)})
+
+    handles = [
+        module.register_forward_pre_hook(partial(hook, name=name, macs=macs))
+        for name, module in model.named_modules()
+        for layer, macs in ATTENTION.items()
+        if isinstance(module, layer)
+    ]
     with counted_flops() as counter, torch.no_grad():
         model(torch.empty(1, *input_size, device="meta"))
-    counts = counter.get_flop_counts()["Global"]
+    for handle in handles:
+        handle.remove()
+    by_module = counter.get_flop_counts()
+    for part in ("", *parts):
+        found[part] += _products(by_module[f"{type(model).__name__}.{part}" if part else "Global"])
     for name, module in model.named_modules():
         if isinstance(module, ConnectivityPredictor):  # of its products it depends which are executed as linear maps
-            for op, flops in counter.get_flop_counts()[f"{type(model).__name__}.{name}"].items():
-                counts[op] -= flops
-    return (
-        total
-        + sum(counts.get(op, 0) for op in (torch.ops.aten.addmm, torch.ops.aten.mm, torch.ops.aten.convolution)) // 2
-    )
+            own = _products(by_module[f"{type(model).__name__}.{name}"])
+            found.subtract(dict.fromkeys(_around(name, parts), own))
+    return dict(found)
+
+
+def _around(name: str, parts: Sequence[str]) -> list[str]:
+    """The parts that a module is in, and the whole."""
+    return ["", *(part for part in parts if f"{name}.".startswith(f"{part}."))]
+
+
+def _products(flops: dict[Any, int]) -> int:
+    """Multiply-adds of linear maps and convolutions."""
+    ops = torch.ops.aten.addmm, torch.ops.aten.mm, torch.ops.aten.convolution
+    return sum(flops.get(op, 0) for op in ops) // 2
+
+
+def count(name: str, input_size: Sequence[int]) -> int:
+    """Multiply-adds of one sample in a registered model.
+
+    Args:
+        name: of the model.
+        input_size: (channels, height, width) in pixels.
+    """
+    with torch.device("meta"):
+        model = create_model(name).eval()
+    return count_macs(model, input_size)[""]
+
+
+def stages(model: nn.Module, input_size: Sequence[int]) -> list[dict[str, Any]]:
+    """The parts of a model one after the other.
+
+    Args:
+        model: a backbone on the meta device, in eval mode.
+        input_size: (channels, height, width) in pixels.
+
+    Returns:
+        of each part its name (`stage`), number of `blocks`, shape of the `output`, `params`, and multiply-adds in 1e9
+        (`gmacs`).
+    """
+    parts = [name for name, module in model.named_children() if next(module.parameters(), None) is not None]
+    if "stages" in parts:
+        at = parts.index("stages")
+        parts[at : at + 1] = [f"stages.{i}" for i in range(len(model.stages))]
+    shapes: dict[str, str] = {}
+
+    def note(module: nn.Module, inputs: Any, output: Any, name: str) -> None:
+        output = output if isinstance(output, Tensor) else output[0]
+        shapes[name] = " x ".join(map(str, output.shape[1:]))
+
+    handles = [model.get_submodule(n).register_forward_hook(partial(note, name=n)) for n in parts]
+    macs = count_macs(model, input_size, parts)
+    for handle in handles:
+        handle.remove()
+    return [
+        {
+            "stage": name,
+            "blocks": len(getattr(part, "blocks", part if isinstance(part, nn.Sequential) else ())) or None,
+            "output": shapes.get(name, "-"),
+            "params": sum(p.numel() for p in part.parameters()),
+            "gmacs": round(macs[name] / 1e9, 4),
+        }
+        for name, part in ((name, model.get_submodule(name)) for name in parts)
+    ]

@@ -1,43 +1,35 @@
-"""What the benchmarks have in common: clocks, turns, memory, the machine they ran on, and tables."""
+"""Timing: clocks, turns, memory, the machine that it was on, and tables."""
 
 import argparse
 import gc
-import importlib.util
 import os
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from statistics import median, quantiles
-from types import ModuleType
 
-import timm
 import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-import visionattn
-from visionattn.errors import VisionattnError
+from .errors import VisionattnError
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler tells of its starts and stops otherwise
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-REFERENCES = {path.stem: path for path in sorted((Path(__file__).parent / "reference").glob("*.py"))}
 
 Seconds = Callable[[Callable[[], object], int], float]
 """Takes what is to be timed and how many calls of it; seconds of one."""
 
 
-class Parser(argparse.ArgumentParser):
-    """A parser whose complaints are one line, as those of the other scripts."""
-
-    def error(self, message: str):
-        raise VisionattnError(f"{message}; see --help")
-
-
 def positive(text: str) -> int:
-    """An argument that counts something."""
+    """An argument that counts something.
+
+    Raises:
+        ArgumentTypeError: if it is no number from 1 up.
+    """
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a number from 1 up, got {text!r}")
     return int(text)
@@ -163,20 +155,6 @@ def shake(model: nn.Module) -> nn.Module:
     return model
 
 
-@cache
-def reference(family: str) -> ModuleType:
-    """benchmarks/reference/<family>.py."""
-    return load(REFERENCES[family])
-
-
-def load(path: Path) -> ModuleType:
-    """A module that is in no package."""
-    spec = importlib.util.spec_from_file_location(f"_{path.parent.name}_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def machine(device: torch.device) -> dict[str, str]:
     """Of the run: date, machine, versions."""
     if device.type == "cuda":
@@ -185,7 +163,7 @@ def machine(device: torch.device) -> dict[str, str]:
         lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
         known = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
         name = known[0] if known else platform.processor() or platform.machine()
-    versions = {"torch": torch.__version__, "timm": timm.__version__, "visionattn": visionattn.__version__}
+    versions = {name: version(name) for name in ("torch", "timm", "visionattn")}
     return {"date": time.strftime("%Y-%m-%d"), "machine": name, "threads": str(torch.get_num_threads()), **versions}
 
 

@@ -1,0 +1,119 @@
+"""The command line: one parser, one line for what is wrong, results on stdout alone."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+import visionattn
+from visionattn.cli import commands, main
+from visionattn.cli.catalog import COLUMNS
+from visionattn.recipes import folder, list_recipes
+
+
+def told(capsys: pytest.CaptureFixture, *argv: str) -> str:
+    assert main(list(argv)) == 0
+    return capsys.readouterr().out
+
+
+def test_help_names_every_command(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--help"])
+    out = capsys.readouterr().out
+    assert end.value.code == 0 and all(name in out for name in commands())
+
+
+@pytest.mark.parametrize("name", commands())
+def test_help_of_a_command(capsys, name):
+    with pytest.raises(SystemExit) as end:
+        main([name, "--help"])
+    assert end.value.code == 0 and "usage: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "give a command: list, info"),
+        (["lisst"], "invalid choice: 'lisst'"),
+        (["list", "--max_params", "many"], "option max_params: Expected a float. Got value: many"),
+        (["list", "--columns", "name,colour"], "there is no column colour; there are name"),
+        (["info"], "info.name"),
+        (["info", "van_b0", "--jsn"], "unrecognized arguments: --jsn"),
+        (["compare", "van_b0"], "two models or more"),
+        (["benchmark", "test_van", "--batch", "0"], "from 1 up"),
+        (["benchmark", "test_van", "--device", "nowhere"], "cannot use device nowhere"),
+        (["benchmark", "test_van", "--int8", "--compile"], "--int8 is for inference"),
+        (["train", "--config", "recipe:dinat_tin"], "did you mean classification/dinat_tiny"),
+        (["train", "--optim.lrr", "1"], "did you mean --optim.lr"),
+        (["completion", "fish"], "invalid choice: 'fish'"),
+    ],
+)
+def test_what_cannot_be_is_told_in_one_line(capsys, argv, message):
+    assert main(argv) == 2
+    out, err = capsys.readouterr()
+    assert message in err and len(err.splitlines()) == 1 and not out
+
+
+def test_list_filters_and_sorts(capsys):
+    chosen = ["list", "--family", "dinat", "--max_params", "30", "--min_top1", "80", "--licence", "mit"]
+    rows = json.loads(told(capsys, *chosen, "--sort", "top1", "--descending", "--format", "json"))
+    names = [row["name"] for row in rows]
+    assert "dinat_mini" in names and "dinat_small" not in names
+    figures = [row["top1"] for row in rows]
+    assert figures == sorted(figures, reverse=True) and min(figures) >= 80
+    assert told(capsys, *chosen).split() == sorted(names)  # names alone where there is no terminal
+    table = told(capsys, "list", "van_*", "--format", "markdown", "--columns", ",".join(COLUMNS)).splitlines()
+    assert table[0].count("|") == len(COLUMNS) + 1 and len(table) == 2 + len(visionattn.list_models("van_*"))
+    detectors = told(capsys, "list", "--task", "detection").split()
+    assert "focalnet_tiny_lrf" in detectors and "attnet_t1" not in detectors
+
+
+@pytest.mark.parametrize("name", ["van_b0", "convit_tiny", "dinat_mini", "halonet26t", "test_sparsifiner"])
+def test_info_adds_up(capsys, name):
+    """The stages have all parameters but those of tokens and positions, and all multiply-adds."""
+    facts = json.loads(told(capsys, "info", name, "--json"))
+    assert sum(stage["gmacs"] for stage in facts["stages"]) == pytest.approx(facts["gmacs"], rel=2e-3)
+    params = sum(stage["params"] for stage in facts["stages"])
+    assert 0.96 * facts["parameters"] <= params <= facts["parameters"]
+    assert all(f"eprint = {{{paper['arxiv']}}}" in facts["bibtex"][i] for i, paper in enumerate(facts["papers"]))
+    text = told(capsys, "info", name)
+    assert facts["stages"][-1]["output"] in text and "licence" in text
+
+
+def test_benchmark_and_compare(capsys):
+    found = json.loads(told(capsys, "benchmark", "test_van", "test_patnet", "--rounds", "2", "--json"))
+    assert [row["model"] for row in found["models"]] == ["test_van", "test_patnet"]
+    assert all(row["ms"] > 0 and row["MiB"] > 0 for row in found["models"]) and found["about"]["torch"]
+    rows = json.loads(told(capsys, "compare", "test_van", "test_van", "--rounds", "2", "--fuse", "--json", "--quiet"))
+    assert rows[0]["speed"] == 1 and rows[1]["params"] == rows[0]["params"]
+    assert "test_van" in told(capsys, "benchmark", "test_van", "--training", "--rounds", "2")
+
+
+def test_train_and_validate_are_the_scripts(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["train", "--config", "recipe:digits", "--epochs", "1", "--print_config"])
+    assert end.value.code == 0 and "test_dinat" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as end:
+        main(["validate", "--help"])
+    assert end.value.code == 0 and "--tta" in capsys.readouterr().out
+
+
+def test_recipes_have_names():
+    assert folder().is_dir() and "classification/dinat_tiny" in list_recipes()
+    assert all(recipe.startswith("detection/") for recipe in list_recipes("detection"))
+
+
+def test_completion(capsys):
+    """What is printed is a script that bash reads."""
+    script = told(capsys, "completion", "bash")
+    assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
+    assert all(name in script for name in commands())
+
+
+def test_nothing_of_progress_is_among_the_results():
+    code = "from visionattn.progress import track, set_quiet; import time, visionattn.progress as p; p.EVERY = 0.01\n"
+    code += "for i in track(range(3), 'counting'): time.sleep(0.02)\nset_quiet(True)\n"
+    code += "for i in track(range(3), 'silent'): time.sleep(0.02)\nprint('result')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "result\n" and "counting: 1 of 3" in done.stderr and "silent" not in done.stderr

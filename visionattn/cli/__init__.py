@@ -1,0 +1,53 @@
+"""The `visionattn` command."""
+
+import sys
+from importlib import import_module
+
+from ..errors import run
+from ..progress import set_quiet
+from .parser import Command, Parser
+from .scripts import SCRIPTS
+
+MODULES = ("catalog", "predict", "speed", "share", "scripts")
+"""Modules of this package, each with its `COMMANDS`."""
+
+
+def commands() -> dict[str, Command]:
+    """The commands by name."""
+    found = [command for name in MODULES for command in import_module(f".{name}", __name__).COMMANDS]
+    return {command.name: command for command in found}
+
+
+def make_parser(known: dict[str, Command]) -> Parser:
+    """The parser of all commands, from which shell completion is made too."""
+    from .. import __version__
+
+    parser = Parser(prog="visionattn", description="Vision backbones built on attention.")
+    parser.add_argument("--version", action="version", version=__version__)
+    subcommands = parser.add_subcommands(required=True, dest="command", metavar="COMMAND")
+    for command in known.values():
+        own = Parser(description=command.help[0].upper() + command.help[1:] + ".")
+        command.add(own)
+        own.add_argument("--quiet", action="store_true", help="print results and errors alone")
+        subcommands.add_subcommand(command.name, own, help=command.help)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns the exit status, 2 for a request that cannot be met."""
+
+    def call(arguments: list[str]) -> int | None:
+        arguments = arguments if argv is None else argv
+        known = commands()
+        if arguments and arguments[0] in SCRIPTS:  # which read their own options
+            return SCRIPTS[arguments[0]](arguments[1:])
+        args = make_parser(known).parse_args(arguments)
+        own = args[args.command]
+        set_quiet(own.quiet)
+        return known[args.command].run(own)
+
+    return run(call)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

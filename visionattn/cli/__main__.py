@@ -1,0 +1,7 @@
+"""`python -m visionattn.cli`."""
+
+import sys
+
+from . import main
+
+sys.exit(main())

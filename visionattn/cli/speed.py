@@ -1,0 +1,145 @@
+"""`visionattn benchmark` and `visionattn compare`."""
+
+import json
+from collections.abc import Callable
+from functools import partial
+from statistics import median
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from ..create import create_model
+from ..errors import VisionattnError
+from ..macs import count_macs
+from ..measure import DTYPES, LAYOUTS, add_machine, in_turns, machine, peak_memory, positive, start
+from ..progress import tell
+from ..quantize import quantize
+from ..registry import model_info
+from ..weights.description import is_place
+from .catalog import print_table
+from .parser import Command, Parser
+
+
+def _add_common(parser: Parser) -> None:
+    parser.add_argument("--batch", type=positive, default=1, help="images at once")
+    parser.add_argument("--size", type=positive, help="height and width in pixels; that of the model's weights if none")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="of weights and images")
+    parser.add_argument("--layout", choices=tuple(LAYOUTS), default="channels_last", help="of memory")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the models")
+    parser.add_argument("--fuse", action="store_true", help="fold batch norms and layer scales first")
+    parser.add_argument("--int8", action="store_true", help="int8 weights, on a CPU")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    add_machine(parser)
+
+
+def _add_benchmark(parser: Parser) -> None:
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="registered names or checkpoints")
+    parser.add_argument("--training", action="store_true", help="time training steps, and tell their memory")
+    _add_common(parser)
+
+
+def _add_compare(parser: Parser) -> None:
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="registered names or checkpoints, two or more")
+    _add_common(parser)
+
+
+def _made(name: str, args: Any, device: torch.device, training: bool = False) -> nn.Module:
+    """A model as the options want it run."""
+    kwargs = {"img_size": args.size} if args.size and not is_place(name) else {}
+    model = create_model(name, **kwargs).train(training)
+    if args.int8 and (training or args.compile or args.dtype != "float32" or device.type != "cpu"):
+        raise VisionattnError("--int8 is for inference in float32 on a CPU, without --compile")
+    if args.fuse and training:
+        raise VisionattnError("--fuse is for inference")
+    if args.fuse:
+        model.fuse()
+    if args.int8:
+        model = quantize(model)
+    model = model.to(device, DTYPES[args.dtype], memory_format=LAYOUTS[args.layout])
+    if args.compile:
+        model.compile()
+    return model
+
+
+def _step(model: nn.Module, x: torch.Tensor, targets: torch.Tensor) -> None:
+    if model.training:
+        cross_entropy(model(x).float(), targets).backward()
+        model.zero_grad()
+        return
+    with torch.inference_mode():
+        model(x)
+
+
+def _call(model: nn.Module, args: Any, device: torch.device) -> tuple[Callable[[], None], int]:
+    size = args.size or model.pretrained_cfg["input_size"][-1]
+    channels = model.pretrained_cfg["input_size"][0]
+    x = torch.randn(args.batch, channels, size, size, device=device, dtype=DTYPES[args.dtype])
+    targets = torch.zeros(args.batch, dtype=torch.long, device=device)
+    return partial(_step, model, x.contiguous(memory_format=LAYOUTS[args.layout]), targets), size
+
+
+def _benchmark(args: Any) -> None:
+    device, seconds = start(args)
+    about, rows = machine(device), []
+    tell(", ".join(f"{key} {value}" for key, value in about.items()))
+    for name in args.models:
+        model = _made(name, args, device, args.training)
+        call, size = _call(model, args, device)
+        row = {"model": name, "size": size} | _facts(name, size)
+        (times,) = in_turns([call], args.rounds, seconds)
+        row |= {"ms": 1e3 * median(times), "images/s": args.batch / median(times)}
+        row["MiB"] = peak_memory(call, device) / 2**20
+        rows.append(row)
+    if args.json:
+        options = {key: getattr(args, key) for key in ("batch", "dtype", "layout", "compile", "fuse", "int8")}
+        print(json.dumps({"about": about | options, "models": rows}, indent=1))
+        return
+    heads = list(rows[0])
+    print_table(heads, [[_rounded(row[head]) for head in heads] for row in rows])
+
+
+def _facts(name: str, size: int) -> dict[str, Any]:
+    """Million parameters and multiply-adds in 1e9 of a model."""
+    with torch.device("meta"):
+        model = create_model(name).eval()
+    macs = count_macs(model, (model.pretrained_cfg["input_size"][0], size, size))[""]
+    return {"params": sum(p.numel() for p in model.parameters()) / 1e6, "gmacs": macs / 1e9}
+
+
+def _rounded(value: Any) -> Any:
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+def _compare(args: Any) -> None:
+    if len(args.models) < 2:
+        raise VisionattnError(f"give two models or more to compare, got {args.models[0]}")
+    device, seconds = start(args)
+    tell(", ".join(f"{key} {value}" for key, value in machine(device).items()))
+    rows = []
+    calls = []
+    for name in args.models:
+        model = _made(name, args, device)
+        call, size = _call(model, args, device)
+        cfg = model.pretrained_cfg
+        calls.append(call)
+        rows.append({"model": name, "size": size} | _facts(name, size) | {"licence": cfg.get("license")})
+        if not is_place(name):
+            rows[-1]["top1"] = model_info(name).top1
+    times = [median(each) for each in in_turns(calls, args.rounds, seconds)]
+    for row, call, time in zip(rows, calls, times, strict=True):
+        row |= {"ms": 1e3 * time, "images/s": args.batch / time, "MiB": peak_memory(call, device) / 2**20}
+        row["speed"] = times[0] / time
+    if args.json:
+        print(json.dumps(rows, indent=1))
+        return
+    heads = list(dict.fromkeys(key for row in rows for key in row))
+    print_table(heads, [[_rounded(row.get(head)) for head in heads] for row in rows])
+    print(f"\nspeed: times that of {args.models[0]}, both in turns, {args.batch} images in {args.dtype}")
+
+
+COMMANDS = (
+    Command("benchmark", "time models, and tell their memory", _add_benchmark, _benchmark),
+    Command("compare", "facts and speed of models side by side", _add_compare, _compare),
+)
