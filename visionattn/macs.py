@@ -155,8 +155,9 @@ def count_macs(model: nn.Module, input_size: Sequence[int], parts: Sequence[str]
     for handle in handles:
         handle.remove()
     by_module = counter.get_flop_counts()
-    for part in ("", *parts):
-        found[part] += _products(by_module[f"{type(model).__name__}.{part}" if part else "Global"])
+    found[""] += _products(by_module["Global"])
+    for part in parts:
+        found[part] += _in_module(by_module, f"{type(model).__name__}.{part}", model.get_submodule(part))
     for name, module in model.named_modules():
         if isinstance(module, ConnectivityPredictor):  # of its products it depends which are executed as linear maps
             own = _products(by_module[f"{type(model).__name__}.{name}"])
@@ -167,6 +168,13 @@ def count_macs(model: nn.Module, input_size: Sequence[int], parts: Sequence[str]
 def _around(name: str, parts: Sequence[str]) -> list[str]:
     """The parts that a module is in, and the whole."""
     return ["", *(part for part in parts if f"{name}.".startswith(f"{part}."))]
+
+
+def _in_module(by_module: dict[str, dict], name: str, module: nn.Module) -> int:
+    """Multiply-adds of products in a module, or in its children if it is not called itself."""
+    if name in by_module:
+        return _products(by_module[name])
+    return sum(_in_module(by_module, f"{name}.{key}", child) for key, child in module.named_children())
 
 
 def _products(flops: dict[Any, int]) -> int:
@@ -208,7 +216,10 @@ def stages(model: nn.Module, input_size: Sequence[int]) -> list[dict[str, Any]]:
         output = output if isinstance(output, Tensor) else output[0]
         shapes[name] = " x ".join(map(str, output.shape[1:]))
 
-    handles = [model.get_submodule(n).register_forward_hook(partial(note, name=n)) for n in parts]
+    handles = []
+    for name in parts:
+        module = model.get_submodule(name)
+        handles.append((module[-1] if name == "blocks" else module).register_forward_hook(partial(note, name=name)))
     macs = count_macs(model, input_size, parts)
     for handle in handles:
         handle.remove()

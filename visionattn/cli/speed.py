@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from ..create import create_model
 from ..errors import VisionattnError
 from ..macs import count_macs
-from ..measure import DTYPES, LAYOUTS, add_machine, in_turns, machine, peak_memory, positive, start
+from ..measure import DTYPES, LAYOUTS, Seconds, add_machine, in_turns, machine, peak_memory, positive, start
 from ..progress import tell
 from ..quantize import quantize
 from ..registry import model_info
@@ -49,10 +49,6 @@ def _made(name: str, args: Any, device: torch.device, training: bool = False) ->
     """A model as the options want it run."""
     kwargs = {"img_size": args.size} if args.size and not is_place(name) else {}
     model = create_model(name, **kwargs).train(training)
-    if args.int8 and (training or args.compile or args.dtype != "float32" or device.type != "cpu"):
-        raise VisionattnError("--int8 is for inference in float32 on a CPU, without --compile")
-    if args.fuse and training:
-        raise VisionattnError("--fuse is for inference")
     if args.fuse:
         model.fuse()
     if args.int8:
@@ -80,10 +76,24 @@ def _call(model: nn.Module, args: Any, device: torch.device) -> tuple[Callable[[
     return partial(_step, model, x.contiguous(memory_format=LAYOUTS[args.layout]), targets), size
 
 
-def _benchmark(args: Any) -> None:
+def _start(args: Any, training: bool = False) -> tuple[torch.device, Seconds]:
+    """The device and the clock.
+
+    Raises:
+        VisionattnError: if the options do not go together.
+    """
+    if args.int8 and (training or args.compile or args.dtype != "float32" or args.device != "cpu"):
+        raise VisionattnError("--int8 is for inference in float32 on a CPU, without --compile")
+    if args.fuse and training:
+        raise VisionattnError("--fuse is for inference: leave out --training")
     device, seconds = start(args)
-    about, rows = machine(device), []
-    tell(", ".join(f"{key} {value}" for key, value in about.items()))
+    tell(", ".join(f"{key} {value}" for key, value in machine(device).items()))
+    return device, seconds
+
+
+def _benchmark(args: Any) -> None:
+    device, seconds = _start(args, args.training)
+    rows = []
     for name in args.models:
         model = _made(name, args, device, args.training)
         call, size = _call(model, args, device)
@@ -94,7 +104,7 @@ def _benchmark(args: Any) -> None:
         rows.append(row)
     if args.json:
         options = {key: getattr(args, key) for key in ("batch", "dtype", "layout", "compile", "fuse", "int8")}
-        print(json.dumps({"about": about | options, "models": rows}, indent=1))
+        print(json.dumps({"about": machine(device) | options, "models": rows}, indent=1))
         return
     heads = list(rows[0])
     print_table(heads, [[_rounded(row[head]) for head in heads] for row in rows])
@@ -115,10 +125,8 @@ def _rounded(value: Any) -> Any:
 def _compare(args: Any) -> None:
     if len(args.models) < 2:
         raise VisionattnError(f"give two models or more to compare, got {args.models[0]}")
-    device, seconds = start(args)
-    tell(", ".join(f"{key} {value}" for key, value in machine(device).items()))
-    rows = []
-    calls = []
+    device, seconds = _start(args)
+    rows, calls = [], []
     for name in args.models:
         model = _made(name, args, device)
         call, size = _call(model, args, device)
