@@ -229,7 +229,7 @@ def stages(model: nn.Module, input_size: Sequence[int]) -> list[dict[str, Any]]:
             "blocks": len(getattr(part, "blocks", part if isinstance(part, nn.Sequential) else ())) or None,
             "output": shapes.get(name, "-"),
             "params": sum(p.numel() for p in part.parameters()),
-            "gmacs": round(macs[name] / 1e9, 4),
+            "gmacs": round(macs[name] / 1e9, 6),
         }
         for name, part in ((name, model.get_submodule(name)) for name in parts)
     ]

@@ -190,7 +190,10 @@ def _info(args: Any) -> None:
     print(info.name)
     print("\n".join(f"  {label:{width}}  {value}" for label, value in rows))
     print()
-    table = [[s["stage"], s["blocks"], s["output"], round(s["params"] / 1e6, 3), s["gmacs"]] for s in facts["stages"]]
+    table = [
+        [s["stage"], s["blocks"], s["output"], round(s["params"] / 1e6, 3), round(s["gmacs"], 4)]
+        for s in facts["stages"]
+    ]
     print_table(["stage", "blocks", "output", "params M", "GMACs"], table)
     print("\n" + "\n".join(facts["bibtex"]))
 
