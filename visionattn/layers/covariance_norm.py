@@ -9,9 +9,11 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from .direct import is_direct, is_watched
 from .norm_act_product import is_learning, learn
 from .pointwise import Pointwise2d
 from .product import FUSED, product, takes_conv
@@ -21,10 +23,27 @@ POSITIONS = 8  # per channel in, likewise: S costs C_in^2 for each, and what is 
 
 
 Term = tuple[Pointwise2d | nn.Conv2d, nn.BatchNorm2d, Tensor]
-"""A product for which `is_pointwise` holds, a batch norm, and the map (B, C_in, H, W); a stride is left out."""
+"""A product for which `is_summed` holds, a batch norm, and the map (B, C_in, H, W); a stride is left out."""
 
 
-def is_pointwise(product: nn.Module) -> bool:
+def is_summed(x: Tensor, products: Sequence[nn.Module], *parts: nn.Module | None) -> bool:
+    """Whether, in training, `normed_sum` takes the place of products, their norms and what comes between and after.
+
+    Args:
+        x: a map that they compute with.
+        products: which make the terms.
+        parts: all modules that it takes the place of; stochastic depth has to be off.
+    """
+    if not torch.is_grad_enabled() or not all(map(_is_pointwise, products)):
+        return False
+    modules = [module for part in parts if part is not None for module in part.modules()]
+    if any(isinstance(module, DropPath) for module in modules):
+        return False
+    parameters = (p for module in modules for p in module.parameters(recurse=False))
+    return is_direct(x, *parameters) and not is_watched(*modules)
+
+
+def _is_pointwise(product: nn.Module) -> bool:
     """Whether a module is a product over channels, of every or of some positions, without bias."""
     if type(product) is nn.Conv2d:
         plain = product.kernel_size == (1, 1) and product.padding == (0, 0) and product.groups == 1

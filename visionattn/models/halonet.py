@@ -9,7 +9,6 @@ from functools import partial
 from itertools import accumulate
 from operator import mul
 
-import torch
 from timm.layers import DropPath, EcaModule, SEModule, calculate_drop_path_rates, make_divisible, to_ntuple
 from torch import Tensor, nn
 
@@ -17,8 +16,7 @@ from ..backbone import Hierarchical, Stage
 from ..errors import VisionattnError
 from ..layers import HaloAttention2d
 from ..layers.conv_norm import ConvNorm, product_norm
-from ..layers.covariance_norm import is_pointwise, normed_sum, with_every
-from ..layers.direct import is_direct, is_watched
+from ..layers.covariance_norm import is_summed, normed_sum, with_every
 from ..layers.init import by_fan_out, init_weights
 from ..layers.layout import channels_last
 from ..layers.pointwise import Pointwise, Pointwise2d
@@ -93,32 +91,22 @@ class Bottleneck(nn.Module):
 
     @channels_last
     def forward(self, x: Tensor) -> Tensor:
-        direct, every = self._is_direct(x), x
-        if direct and isinstance(self.shortcut, ConvNorm):
+        projects, every = isinstance(self.shortcut, ConvNorm), x
+        products = [self.conv3, self.shortcut.proj] if projects else [self.conv3]
+        direct = is_summed(x, products, self.conv3, self.norm3, self.drop_path, self.act3, self.shortcut)
+        if direct and projects:
             x, every = with_every(x, self.shortcut.proj.stride[0])
         y = product_norm(self.conv1, self.norm1, x, self.act1)
         y = self.gate(product_norm(self.mixer, self.norm2, y, self.act2))
         if direct:
             terms = [(self.conv3, self.norm3, y)]
-            if isinstance(self.shortcut, ConvNorm):
+            if projects:
                 terms.append((self.shortcut.proj, self.shortcut.norm, every))
             return normed_sum(terms, every if isinstance(self.shortcut, nn.Identity) else None, self.act3)
         y = self.drop_path(product_norm(self.conv3, self.norm3, y))
         if self.shortcut is not None:
             y = y.add_(self.shortcut(x))  # no gradient needs what the norm returned
         return self.act3(y)
-
-    def _is_direct(self, x: Tensor) -> bool:
-        """Whether what follows the mixer and the shortcut are computed together, in training."""
-        if not torch.is_grad_enabled() or type(self.drop_path) is not nn.Identity:
-            return False
-        modules, products = [self.conv3, self.norm3, self.drop_path, self.act3], [self.conv3]
-        if self.shortcut is not None:
-            modules += self.shortcut.modules()
-        if isinstance(self.shortcut, ConvNorm):
-            products.append(self.shortcut.proj)
-        parameters = (p for module in modules for p in module.parameters())
-        return all(map(is_pointwise, products)) and is_direct(x, *parameters) and not is_watched(*modules)
 
 
 def _stem(kind: str, in_chans: int, dim: int, pool: bool, act_layer: Callable, **dd) -> nn.Sequential:
