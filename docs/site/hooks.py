@@ -90,7 +90,7 @@ def family_facts(family: str, model: str) -> str:
     names = family_models()[family]
     info = visionattn.model_info(model)
     parts = [
-        f"\n## Its block\n\n![layers of a block of {model} in the order in which they are computed]({family}.svg)\n",
+        f"\n## Its block\n\n![layers of a block of {model} in the order in which they are computed]({family}.svg)\n\n",
         f"Layers of a block of `{model}` in the order in which they are computed, with the shapes of one image's maps; "
         "what belongs together is framed, and the lines at the left are the residuals.\n",
         "\n## Variants\n\n" + model_table(names),
@@ -146,7 +146,7 @@ def plot(path: Path) -> None:
         for axis, values in zip(axes, rows, strict=True):
             points = sorted((x, i.top1) for x, i in zip(values, infos, strict=True) if x)
             if points:
-                axis.plot(*zip(*points, strict=True), marker=mark, ms=5, lw=0.8, alpha=0.85, label=family)
+                axis.scatter(*zip(*points, strict=True), marker=mark, s=30, alpha=0.85, label=family)
     for axis, label in zip(axes, ("parameters, millions", "multiply-adds, 1e9", "images/s, CPU"), strict=True):
         axis.set(xlabel=label, xscale="log")
         axis.grid(alpha=0.3)
