@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .cache import is_plain
-from .heads import split_heads
+from .direct import is_direct
+from .heads import SplitHeads, split_heads
 from .size_constant import size_constant
 from .symbolic import Size, for_batch, is_symbolic
 
@@ -68,6 +69,7 @@ class TileGroup(NamedTuple):
             pairs that do not count point past its end. None in plans for no table.
         mask: in these, whether a pair counts, for every head: (1, heads * tiles, T, w), or (1, heads, T, w) if all
             tiles share it. None where every pair counts.
+        kinds: (tiles,) which of the pairs, then (kinds, T, w), are those of each tile; None where `pairs` says it.
 
     On GPUs pairs and masks may be wider than w; what is beyond does not count.
     """
@@ -77,6 +79,7 @@ class TileGroup(NamedTuple):
     shared: bool
     pairs: Tensor | None = None
     mask: Tensor | None = None
+    kinds: Tensor | None = None
 
 
 class Plan(NamedTuple):
@@ -126,6 +129,7 @@ def _plan(axis: Callable[..., AxisTiles], rows: tuple, cols: tuple, device: torc
     not grow with the map."""
     rows, cols = axis(*rows), axis(*cols)
     large = rows.pairs is not None and rows.pairs.size * cols.pairs.size > MAX_PAIRS
+    by_kind = heads is None and device.type == "cpu" and not large
     classes = (_classes(tiles.pairs) if large else [slice(None)] for tiles in (rows, cols))
 
     def tensor(array: np.ndarray) -> Tensor:
@@ -135,11 +139,14 @@ def _plan(axis: Callable[..., AxisTiles], rows: tuple, cols: tuple, device: torc
     for row, col in product(*classes):
         queries = _product(rows.queries[row], cols.queries[col], cols.num_queries)
         keys = _product(rows.keys[row], cols.keys[col], cols.num_keys)
-        pairs = mask = None
+        pairs = mask = kinds = None
         if rows.pairs is not None:
             y, x = rows.pairs[row], cols.pairs[col]
             if large:
                 y, x = y[:1], x[:1]
+            elif by_kind:
+                (y, row_kinds), (x, col_kinds) = (np.unique(p, axis=0, return_inverse=True) for p in (y, x))
+                kinds = tensor((row_kinds.reshape(-1, 1) * len(x) + col_kinds.ravel()).ravel())
             y, x = y[:, None, :, None, :, None], x[None, :, None, :, None, :]
             shape = -1, queries.shape[1], keys.shape[1]
             counts = ((y >= 0) & (x >= 0)).reshape(shape)
@@ -148,7 +155,7 @@ def _plan(axis: Callable[..., AxisTiles], rows: tuple, cols: tuple, device: torc
                 pairs = tensor(np.where(counts, pairs, rows.num_entries * cols.num_entries))
             elif not counts.all():
                 mask = tensor(np.tile(counts, (heads, 1, 1))[None])
-        groups.append(TileGroup(tensor(queries), tensor(keys), large and len(queries) > 1, pairs, mask))
+        groups.append(TileGroup(tensor(queries), tensor(keys), large and len(queries) > 1, pairs, mask, kinds))
         position.append(queries.ravel())
     position = np.concatenate(position)
     inverse = np.empty(rows.num_queries * cols.num_queries, dtype=np.int64)
@@ -217,7 +224,7 @@ def padded_heads(qkv: Tensor, bias: Tensor | None, heads: int, plan: Plan) -> tu
         heads: number of heads.
         plan: says how much padding there is.
     """
-    q, k, v = split_heads(qkv, heads)
+    q, k, v = SplitHeads.apply(qkv, heads) if torch.is_grad_enabled() and is_direct(qkv) else split_heads(qkv, heads)
     height, width = plan.padding
     if height or width:
         B, H, W, C = qkv.shape
@@ -238,11 +245,15 @@ def relative_bias(table: Tensor, plan: Plan) -> list[Tensor]:
     Returns:
         for each group a (1, heads * tiles, T, w) tensor, or (1, heads, T, w) if its tiles share it.
     """
-    table = F.pad(table, (0, 1 if plan.holders is None else OUTSIDE), value=-torch.inf)
-    return [
-        table.index_select(1, group.pairs.flatten()).unflatten(1, group.pairs.shape).flatten(0, 1)[None]
-        for group in plan.groups
-    ]
+    table, biases = F.pad(table, (0, 1 if plan.holders is None else OUTSIDE), value=-torch.inf), []
+    for group in plan.groups:
+        bias = table.index_select(1, group.pairs.flatten()).unflatten(1, group.pairs.shape).flatten(0, 1)
+        if group.kinds is not None:
+            head = torch.arange(len(table), device=table.device) * len(group.pairs)
+            index = (head[:, None] + group.kinds).flatten()
+            bias = bias.flatten(1).index_select(0, index).unflatten(1, bias.shape[1:])
+        biases.append(bias[None])
+    return biases
 
 
 def _with_axis_logits(q: Tensor, v: Tensor, rows: Tensor, cols: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -326,13 +337,32 @@ def local_attention(
     Returns:
         (B, heads, N, d_v).
     """
-    B, heads, _, d = q.shape
-    scale = d**-0.5 if scale is None else scale
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     biases = bias or [group.mask for group in plan.groups]
     if takes_kernel(q, k, v, plan, dropout):
         from .tile_kernel import tile_attention  # which imports Triton
 
         return tile_attention(q, k, v, plan, biases, scale, axis_logits)
+    if axis_logits is None:
+        from .tile_products import takes_products, tile_products
+
+        if takes_products(q, k, v, plan, biases, dropout):
+            return tile_products(q, k, v, plan, biases, scale)
+    return fused_attention(q, k, v, plan, biases, scale, dropout, axis_logits)
+
+
+def fused_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plan,
+    biases: Sequence[Tensor | None],
+    scale: float,
+    dropout: float = 0.0,
+    axis_logits: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """`local_attention` by fused attention of copied tiles."""
+    B, heads, _, _ = q.shape
     dim, places = v.shape[-1], None
     if axis_logits is not None:
         q, places, v = _with_axis_logits(q * scale, v, *axis_logits)

@@ -6,6 +6,7 @@ from timm.layers import to_2tuple, trunc_normal_
 from torch import Tensor, nn
 
 from .cache import ParameterCache
+from .direct import is_direct
 from .heads import check_heads
 from .local_attention import AxisTiles, local_attention, local_plan, padded_heads, relative_bias
 from .pointwise import Pointwise
@@ -13,7 +14,14 @@ from .position import resize_table
 from .symbolic import Size, ceil_div, fixed
 
 
-def neighborhood_axis(length: int, kernel_size: int, dilation: int = 1, stride: int = 1) -> AxisTiles:
+def neighborhood_axis(
+    length: int,
+    kernel_size: int,
+    dilation: int = 1,
+    stride: int = 1,
+    tile: int | None = None,
+    whole: int | None = None,
+) -> AxisTiles:
     """Tiles of neighbourhood attention along one axis.
 
     Tokens with equal position modulo `dilation` form a group. Inside a group of n, query p attends to the `kernel_size`
@@ -25,22 +33,28 @@ def neighborhood_axis(length: int, kernel_size: int, dilation: int = 1, stride: 
         kernel_size: keys per query.
         dilation: distance between neighbouring keys.
         stride: consecutive queries that share a window.
+        tile: queries of a tile, of which there are as many as it takes to get a multiple of the stride; at least 4 and
+            the kernel if None.
+        whole: longest group that is one tile, as masking a small map costs less than cutting it up; twice the kernel
+            if None. Groups of queries that share windows are cut up.
     """
-    K, T = kernel_size, stride * -(-max(kernel_size, 4) // stride)
+    K, T = kernel_size, stride * -(-(tile or max(kernel_size, 4)) // stride)
     num_keys = max(length, K * dilation)
     groups = [
         (g, len(range(g, length, dilation)), len(range(g, num_keys, dilation))) for g in range(min(dilation, length))
     ]
     longest = max(n for _, _, n in groups)
-    if stride == 1 and longest <= 2 * K:  # masking a small map costs less than cutting it up
+    if stride == 1 and longest <= (whole or 2 * K):
         T = max(m for _, m, _ in groups)
-    span = T - stride if T % stride == 0 else stride * -(-(T - 1) // stride)
-    width = min(longest, K + span)
     queries, keys, pairs = [], [], []
-    for g, m, n in groups:
-        p = np.arange(n)
-        lead = np.minimum(p // stride * stride + stride // 2, n - 1)
-        start = np.clip(lead - K // 2, 0, n - K)
+    lead = np.arange(longest) // stride * stride + stride // 2
+    starts = [np.clip(np.minimum(lead[:n], n - 1) - K // 2, 0, n - K) for _, _, n in groups]
+    width = K + max(
+        start[min(first + T, m) - 1] - start[first]
+        for (_, m, _), start in zip(groups, starts, strict=True)
+        for first in range(0, m, T)
+    )
+    for (g, m, n), start in zip(groups, starts, strict=True):
         for first in range(0, m, T):
             query = np.minimum(np.arange(first, first + T), m - 1)
             key = max(min(start[first], n - width), 0) + np.arange(width)
@@ -183,11 +197,22 @@ class NeighborhoodAttention2d(nn.Module):
         )
 
 
+def _cpu_window(window: tuple[int, int, int], of_rows: bool) -> tuple[int | None, ...]:
+    """The window with the tiles that were fastest on CPUs: flat ones see fewer keys that do not count; small maps are
+    cut up in training, where all weights are kept."""
+    K = window[0]
+    if torch.is_grad_enabled():
+        return *window, max(K, 4), K
+    return *window, max(-(-K // 2), 4) if of_rows else max(K, 4), None
+
+
 @torch.fx.wrap
 def _neighborhood_attention(layer: NeighborhoodAttention2d, qkv: Tensor) -> Tensor:
     """(B, H, W, 3C) projections to (B, H, W, C). Opaque to symbolic tracing, as its tiling depends on the size."""
     (H, W), heads, table = fixed(*qkv.shape[1:3]), layer.num_heads, layer.rpb
     window = layer.window(H, W)
+    if layer.axes[0] is neighborhood_axis and table is not None and is_direct(qkv):
+        window = tuple(map(_cpu_window, window, (True, False)))
     plan = local_plan(layer.axes, (H, W), window, qkv.device, heads if table is None else None)
     q, k, v = padded_heads(qkv, layer.qkv.bias, heads, plan)
 
