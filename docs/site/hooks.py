@@ -1,4 +1,4 @@
-"""What mkdocs builds besides the pages as they are: tables, pictures of blocks, the plot of the zoo, bits of the README.
+"""What mkdocs builds besides the pages as they are: tables, pictures of blocks, the plot of the zoo, the README.
 
 A page takes a part of the README by a line `{{ readme "Heading" }}`, and a whole file of the repository by
 `{{ file "CONTRIBUTING.md" }}`. A page of a family names a model of it in its front matter, and gets that model's block,
