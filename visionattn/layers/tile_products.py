@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from .direct import is_direct
-from .local_attention import Plan, fused_attention
+from .local_attention import Plan, TileGroup, fused_attention
 
 MAX_TILE = 2**16  # pairs, beyond which weights are too many to keep
 CHUNK = 2**22  # bytes of keys and values that are copied at a time
@@ -27,8 +27,13 @@ def takes_products(
         and q.is_cpu
         and all(bias is not None and bias.dtype == q.dtype for bias in biases)
         and is_direct(q, k, v, *biases)
-        and all(group.queries.shape[1] * group.keys.shape[1] <= MAX_TILE for group in plan.groups)
+        and all(_fits(group, bias) for group, bias in zip(plan.groups, biases, strict=True))
     )
+
+
+def _fits(group: TileGroup, bias: Tensor) -> bool:
+    (_, T), w = group.queries.shape, group.keys.shape[1]
+    return T * w <= MAX_TILE and bias.shape[-1] == w  # plans for kernels have wider ones
 
 
 def tile_products(q: Tensor, k: Tensor, v: Tensor, plan: Plan, biases: Sequence[Tensor], scale: float) -> Tensor:
