@@ -170,6 +170,45 @@ def test_norms_are_merged(make, affine, act):
     close(conv_norm.product_norm(conv, norm, x, act), merged)
 
 
+@pytest.mark.parametrize("make", [lambda: nn.Conv2d(6, 8, 3, bias=False), lambda: Pointwise2d(6, 8)])
+def test_norms_in_place(make, monkeypatch):
+    monkeypatch.setattr(norm_act_product, "WORTH", 2**40)
+    monkeypatch.setattr(norm_act_product, "IN_PLACE", 0)
+    product, norm = make(), nn.BatchNorm2d(8).eval()
+    for tensor in norm.state_dict().values():
+        if tensor.ndim:
+            nn.init.uniform_(tensor, 0.5, 1.5)
+    for memory_format in torch.channels_last, torch.contiguous_format:
+        x = torch.randn(2, 6, 19, 23).to(memory_format=memory_format)
+        with torch.no_grad():
+            close(conv_norm.product_norm(product, norm, x, nn.ReLU()), norm(product(x)).relu())
+            seen = []
+            handle = product.register_forward_hook(lambda module, args, out, seen=seen: seen.append(out))
+            conv_norm.product_norm(product, norm, x)
+            handle.remove()
+            close(seen[0], product(x))
+
+
+@pytest.mark.parametrize("act", [nn.GELU(), nn.ReLU(), nn.Hardswish()])
+@pytest.mark.parametrize("in_place", [0, 2**40])
+def test_small_mlps(act, in_place, monkeypatch):
+    monkeypatch.setattr(norm_act_product, "IN_PLACE", in_place)
+    fc1, norm, fc2 = Pointwise2d(6, 8, bias=False), nn.BatchNorm2d(8).eval(), Pointwise2d(8, 6, bias=False)
+    for tensor in norm.state_dict().values():
+        if tensor.ndim:
+            nn.init.uniform_(tensor, 0.5, 1.5)
+    x = torch.randn(2, 6, 5, 7)
+    with torch.no_grad():
+        y = norm_act_product.small_mlp(fc1, norm, act, fc2, x)
+        assert (y is None) == isinstance(act, nn.Hardswish)
+        if y is not None:
+            close(y, fc2(act(norm(fc1(x)))))
+        visionattn.set_pointwise("conv")
+        assert norm_act_product.small_mlp(fc1, norm, act, fc2, x) is None
+    visionattn.set_pointwise("auto")
+    assert norm_act_product.small_mlp(fc1, norm, act, fc2, x) is None
+
+
 def test_what_is_not_direct():
     x = torch.randn(2, 3)
     assert is_direct(x)

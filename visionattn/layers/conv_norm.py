@@ -8,12 +8,15 @@ from torch import Tensor, nn
 
 from .depthwise import DepthwiseConv2d
 from .direct import is_watched
-from .norm_act_product import affine, is_frozen
+from .norm_act_product import affine, is_frozen, norm_of_product
 from .pointwise import Pointwise2d
 from .product import product as multiply
 
 IN_PLACE = {nn.ReLU: F.relu_, nn.SiLU: partial(F.silu, inplace=True), nn.Identity: lambda x: x}
 """What writes an activation over its input."""
+
+
+PRODUCTS = nn.Conv2d, DepthwiseConv2d, Pointwise2d
 
 
 class ConvNorm(nn.Module):
@@ -62,7 +65,7 @@ def product_norm(product: nn.Conv2d | Pointwise2d, norm: nn.Module, x: Tensor, a
     """act(norm(product(x))) of maps (B, C, H, W).
 
     In inference on a CPU a batch norm is merged into the product, as `fuse` does for good, where a pass over the map
-    costs more than one over the weights.
+    costs more than one over the weights, and else computed in place.
     """
     if _merges(x, product, norm, act):
         scale, shift = affine(norm)
@@ -76,13 +79,14 @@ def product_norm(product: nn.Conv2d | Pointwise2d, norm: nn.Module, x: Tensor, a
         else:
             y = multiply(x.permute(0, 2, 3, 1), weight, shift).permute(0, 3, 1, 2)
         return y if act is None else IN_PLACE[type(act)](y)
-    y = norm(product(x))
+    y = product(x)
+    y = norm_of_product(norm, product, y) if type(product) in PRODUCTS else norm(y)
     return y if act is None else act(y)
 
 
 def _merges(x: Tensor, product: nn.Module, norm: nn.Module, act: nn.Module | None = None) -> bool:
     return (
-        type(product) in (nn.Conv2d, DepthwiseConv2d, Pointwise2d)
+        type(product) in PRODUCTS
         and (act is None or (type(act) in IN_PLACE and not is_watched(act)))
         and is_frozen(norm, x, product)
         and x.numel() // x.shape[1] > product.weight[0].numel()

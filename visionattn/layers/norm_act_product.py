@@ -8,6 +8,7 @@ from torch.autograd import Function
 from .direct import is_direct, is_watched
 from .fuse import is_batch_norm
 from .pointwise import Pointwise2d
+from .product import is_small
 from .product import product as multiply
 
 
@@ -103,18 +104,26 @@ class _NormActProduct(Function):
 WORTH = 2**18
 """Elements of a map from which on a pass over it costs more than to scale the parameters beside it."""
 
+IN_PLACE = 2**16
+"""Elements from which on to write over a map is faster than torch's norm and GELU, which take less time to begin."""
 
-def is_frozen(norm: nn.Module, x: Tensor, *products: nn.Module) -> bool:
-    """Whether a batch norm of a map like x is an affine function that these products around it may take in on the fly,
-    as nobody wants gradients or sees what they return, and the map is large."""
+
+def is_frozen(norm: nn.Module, x: Tensor, *products: nn.Module, size: int | None = None) -> bool:
+    """Whether a batch norm of a map like x is an affine function that may be computed otherwise, by these products
+    around it for example, as nobody wants gradients or sees what they return, and the map has `size` elements.
+
+    Args:
+        size: `WORTH` if None.
+    """
     return (
         not torch.is_grad_enabled()
         and type(norm) is nn.BatchNorm2d
         and not norm.training
+        and is_direct(x)
+        and x.numel() >= (WORTH if size is None else size)
         and norm.affine
         and is_batch_norm(norm)
-        and is_direct(x, norm.running_mean, *(product.weight for product in products))
-        and x.numel() >= WORTH
+        and is_direct(norm.running_mean, *[product.weight for product in products])
         and not is_watched(norm, *products)
     )
 
@@ -125,21 +134,57 @@ def affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     return scale, torch.addcmul(norm.bias, norm.running_mean, scale, value=-1)
 
 
+def norm_of_product(norm: nn.Module, product: nn.Module, y: Tensor) -> Tensor:
+    """norm(y) for what a product returned, which is a map of its own. A frozen norm is computed in its place where that
+    is fast: torch's takes some four times as long on channels_last memory, and half as long on other."""
+    if not is_frozen(norm, y, product, size=IN_PLACE) or not y.is_contiguous(memory_format=torch.channels_last):
+        return norm(y)
+    scale, shift = affine(norm)
+    rows = _last(y)
+    torch.addcmul(shift, rows, scale, out=rows)
+    return y
+
+
 def activated(act: nn.Module, x: Tensor, *makers: nn.Module) -> Tensor:
     """act(x), in place of x where nobody else has it.
 
     Args:
         makers: modules, one of which returned x.
     """
-    plain = type(act) is nn.GELU and act.approximate == "none"
-    if plain and not torch.is_grad_enabled() and is_direct(x) and not is_watched(act, *makers):
+    plain = type(act) is nn.GELU and act.approximate == "none" and not torch.is_grad_enabled()
+    if plain and is_direct(x) and x.numel() >= IN_PLACE and not is_watched(act, *makers):
         torch.ops.aten.gelu_(_last(x))
         return x
     return act(x)
 
 
+def small_mlp(fc1: nn.Module, norm: nn.Module, act: nn.Module, fc2: nn.Module, x: Tensor) -> Tensor | None:
+    """fc2(act(norm(fc1(x)))) of a map (B, C, H, W) that is so small that calls of modules and choices between ways take
+    as long as what they compute; None of others."""
+    gelu = type(act) is nn.GELU and act.approximate == "none"
+    if not (
+        type(fc1) is type(fc2) is Pointwise2d
+        and (gelu or type(act) is nn.ReLU)
+        and is_frozen(norm, x, fc1, fc2, size=0)
+        and is_small(x, fc1.out_features)
+        and not is_watched(act)
+    ):
+        return None
+    scale, shift = affine(norm)
+    rows = F.linear(_last(x), fc1.weight, fc1.bias)
+    torch.addcmul(shift, rows, scale, out=rows)
+    if not gelu:
+        rows = F.relu_(rows)
+    elif rows.numel() >= IN_PLACE:
+        torch.ops.aten.gelu_(rows)
+    else:
+        rows = F.gelu(rows.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # see _last
+    return F.linear(rows, fc2.weight, fc2.bias).permute(0, 3, 1, 2)
+
+
 def _last(x: Tensor) -> Tensor:
-    """(B, C, H, W) as (B, H, W, C): torch's GELU is half as fast again on what is contiguous without a format."""
+    """(B, C, H, W) as (B, H, W, C): torch's GELU is half as fast again on what is contiguous without a format, but
+    takes longer to begin."""
     return x.permute(0, 2, 3, 1)
 
 

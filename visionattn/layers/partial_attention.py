@@ -131,6 +131,11 @@ def _var_mean(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _centred_var_mean(x: Tensor) -> tuple[Tensor, Tensor]:
     """Sums over rows of channels, which are several times as fast as torch's reduction."""
+    if len(x) == 1:  # the statistics of batch norms, in one operation where ten small ones would be
+        N = x.shape[2] * x.shape[3]
+        x = x.contiguous(memory_format=torch.channels_last)
+        mean, var = torch.batch_norm_update_stats(x, None, None, 0.0)
+        return var.mul_(N).div_(N - 1)[None], mean[None]
     rows = x.permute(0, 2, 3, 1).flatten(1, 2)
     mean = rows.mean(1)
     return (rows - mean[:, None]).square_().sum(1) / (rows.shape[1] - 1), mean

@@ -9,7 +9,7 @@ from torch.autograd import Function
 
 from .direct import is_direct, is_watched
 from .int8 import Int8Linear
-from .product import product, takes_conv
+from .product import is_small, product, takes_conv
 
 CHUNK = 2**23
 """Bytes of hidden channels that are computed at once: they stay in the cache, and below the 32 MB from which on glibc
@@ -24,8 +24,10 @@ class Pointwise(nn.Linear):
     """
 
     def forward(self, x: Tensor) -> Tensor:
+        if not is_direct(x) or is_small(x, self.out_features):
+            return super().forward(x)
         parameters = (self.weight,) if self.bias is None else (self.weight, self.bias)
-        return product(x, self.weight, self.bias) if is_direct(x, *parameters) else super().forward(x)
+        return product(x, self.weight, self.bias) if is_direct(*parameters) else super().forward(x)
 
 
 class Pointwise2d(Pointwise):

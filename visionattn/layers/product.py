@@ -20,7 +20,7 @@ from ..errors import VisionattnError
 
 ROUTES = ("auto", "linear", "conv")
 FEW_CHANNELS = 128
-LARGE = 2**24  # multiply-adds, below which nothing is measured
+LARGE = 2**24  # multiply-adds, below which nothing is measured: MKL is called in less time
 CLEARLY = 1.2  # times as fast: two measurements of equal routes must not differ in what they choose
 FUSED = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
@@ -52,7 +52,8 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) 
     """F.linear(x, weight, bias), or its exact GELU; `is_direct` must be true of all."""
     graph = torch.is_grad_enabled()
     conv = takes_conv(x, weight)
-    if FUSED and not graph and x.dtype == torch.float32 and (gelu or conv or weight.shape[1] <= FEW_CHANNELS):
+    few = bias is not None and weight.shape[1] <= FEW_CHANNELS and not is_small(x, len(weight))
+    if FUSED and not graph and x.dtype == torch.float32 and (gelu or conv or few):
         act = ("gelu", [], "none") if gelu else ("none", [], "")
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, *act)
     y = _conv(x, weight, bias) if conv else F.linear(x, weight, bias)
@@ -61,12 +62,16 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) 
     return F.gelu(y) if graph else torch.ops.aten.gelu_(y)
 
 
+def is_small(x: Tensor, width: int) -> bool:
+    """Whether a product with `width` outputs is over before it could pay to choose a library."""
+    return _route == "auto" and x.numel() * width < LARGE
+
+
 def takes_conv(x: Tensor, weight: Tensor) -> bool:
     """Whether `product` computes by convolution."""
     if _route != "auto":
         return _route == "conv" and x.numel() > 0
-    large = x.numel() * len(weight) >= LARGE and x.dtype == torch.float32
-    return large and get_pointwise() == "conv"
+    return not is_small(x, len(weight)) and x.dtype == torch.float32 and get_pointwise() == "conv"
 
 
 def _conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

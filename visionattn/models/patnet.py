@@ -18,7 +18,7 @@ from ..layers.conv_norm import ConvNorm, product_norm
 from ..layers.fuse import fuse_scale, scale_input
 from ..layers.init import init_weights
 from ..layers.layout import channels_last
-from ..layers.norm_act_product import activated, norm_act_product
+from ..layers.norm_act_product import activated, norm_act_product, small_mlp
 from ..layers.pointwise import Pointwise, Pointwise2d
 from ..registry import Family, Variant, Weights, register_family
 
@@ -78,8 +78,11 @@ class PartialMlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled():
             return self.spatial(norm_act_product(self.norm, self.act, self.fc2, self.fc1(x)))
-        hidden = product_norm(self.fc1, self.norm, x)
-        return self.spatial(self.fc2(activated(self.act, hidden, self.fc1, self.norm)))
+        y = small_mlp(self.fc1, self.norm, self.act, self.fc2, x)
+        if y is None:
+            hidden = product_norm(self.fc1, self.norm, x)
+            y = self.fc2(activated(self.act, hidden, self.fc1, self.norm))
+        return self.spatial(y)
 
 
 class PartialBlock(nn.Module):
