@@ -1,6 +1,8 @@
 """What README and docs print runs, with the package as a wheel has it; and the examples do."""
 
+import json
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -87,6 +89,18 @@ def test_shell_blocks_run_as_printed(installed, block):
         (programs / name).chmod(0o755)
     done = call(installed, "bash", "-euc", block)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_the_public_functions_are_typed(tmp_path):
+    """A user who has pyright check everything is told of nothing that is ours."""
+    pytest.importorskip("pyright")
+    shutil.copy(ROOT / "tests" / "typed.py", tmp_path)
+    settings = {"typeCheckingMode": "strict", "extraPaths": [str(ROOT)], "reportMissingTypeStubs": False}
+    (tmp_path / "pyrightconfig.json").write_text(json.dumps(settings))
+    command = [sys.executable, "-m", "pyright", "--pythonpath", sys.executable, "-p", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
 
 
 @pytest.fixture

@@ -26,11 +26,11 @@ Loads = Sequence[Callable[[nn.Module], None]]
 
 
 def create_model(
-    name: str | os.PathLike,
+    name: str | os.PathLike[str],
     pretrained: bool | None = None,
     checkpoint_path: str = "",
     checkpoint_prefix: str = "",
-    **kwargs,
+    **kwargs: Any,
 ) -> nn.Module:
     """Create a model.
 
@@ -79,7 +79,7 @@ def create_described(
     pretrained: bool | None = None,
     checkpoint_path: str = "",
     checkpoint_prefix: str = "",
-    **kwargs,
+    **kwargs: Any,
 ) -> nn.Module:
     """The classifier or feature extractor that a place describes, or that has the backbone it describes.
 
@@ -96,14 +96,14 @@ def create_described(
 
 
 def create_detector(
-    backbone: str | os.PathLike,
+    backbone: str | os.PathLike[str],
     head: str,
     num_classes: int,
     pretrained_backbone: bool | None = None,
     backbone_kwargs: dict[str, Any] | None = None,
     fpn_channels: int = 256,
     anchor_sizes: Sequence[int] | None = None,
-    **kwargs,
+    **kwargs: Any,
 ) -> nn.Module:
     """Create a detector: a head of torchvision's over a backbone of any family.
 
@@ -139,13 +139,13 @@ def create_detector(
 
 
 def create_segmenter(
-    backbone: str | os.PathLike,
+    backbone: str | os.PathLike[str],
     head: str,
     num_classes: int,
     pretrained_backbone: bool | None = None,
     backbone_kwargs: dict[str, Any] | None = None,
     auxiliary: bool = False,
-    **kwargs,
+    **kwargs: Any,
 ) -> nn.Module:
     """Create a segmenter: a decoder of segmentation_models_pytorch over a backbone of any family.
 
@@ -346,7 +346,7 @@ def _make_trained(
     head: str | None = None,
     num_classes: int | None = None,
     backbone_kwargs: dict[str, Any] | None = None,
-    **kwargs,
+    **kwargs: Any,
 ) -> nn.Module:
     """The model of a checkpoint without its weights; arguments are in place of its own, which hold under its head."""
     entries = described.entries

@@ -32,7 +32,7 @@ def model_preprocessing(model: nn.Module) -> dict[str, Any]:
     return {key: own[key] for key in KEYS}
 
 
-def create_transform(model: nn.Module, is_training: bool = False, **kwargs) -> Callable:
+def create_transform(model: nn.Module, is_training: bool = False, **kwargs: Any) -> Callable[..., Any]:
     """The transform of PIL images that the model's weights were evaluated with, or one to train with.
 
     Args:
