@@ -208,13 +208,13 @@ def picture() -> Image.Image:
 
 def test_command_writes_pictures(tmp_path, capsys):
     picture().save(tmp_path / "a.png")
-    common = ["explain", str(tmp_path / "a.png"), "--model", "test_dinat", "--output", str(tmp_path / "out")]
+    common = ["explain", str(tmp_path / "a.png"), "--model", "test_halonet", "--output", str(tmp_path / "out")]
     assert main([*common, "--class", "7", "--grid", "--gif"]) == 0
     assert "class 7 (" in capsys.readouterr().out
     assert main([*common, "--method", "attention", "--layer", "stages.0.*", "--query", "5,20", "--head", "0"]) == 0
     files = {path.name: path for path in (tmp_path / "out").iterdir()}
     assert set(files) == {"a-gradcam.png", "a-gradcam-grid.png", "a-gradcam.gif", "a-attention.png"}
-    assert Image.open(files["a-gradcam.gif"]).n_frames == len(cam_layers(visionattn.create_model("test_dinat")))
+    assert Image.open(files["a-gradcam.gif"]).n_frames == len(cam_layers(visionattn.create_model("test_halonet")))
     held = files["a-gradcam.png"].read_bytes()
     assert main(common) == 2 and "a-gradcam.png exists" in capsys.readouterr().err
     assert files["a-gradcam.png"].read_bytes() == held
