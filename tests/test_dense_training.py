@@ -251,6 +251,13 @@ def test_predictions_are_drawn(tmp_path: Path, runs, head: str, capsys):
         assert told in capsys.readouterr().err
 
 
+def test_checkpoints_are_explained(tmp_path: Path, runs, capsys):
+    Scenes(AnnotationConfig(), True, False)[0][0].resize((90, 60)).save(tmp_path / "a.png")
+    options = ["explain", str(tmp_path / "a.png"), "--output", str(tmp_path / "out")]
+    assert command([*options, "--checkpoint", checkpoint(runs["fpn"]), "--class", "background"]) == 0
+    assert "class 0 (background)" in capsys.readouterr().out and (tmp_path / "out" / "a-gradcam.png").exists()
+
+
 class Certain(torch.nn.Module):
     """Tells class 0 everywhere, of which other classes have a probability of exactly 0."""
 

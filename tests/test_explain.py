@@ -239,3 +239,34 @@ def test_command_refuses_in_one_line(tmp_path, capsys, given, told):
     assert main(["explain", str(tmp_path / "a.png"), "--output", str(tmp_path / "out"), *given]) == 2
     error = capsys.readouterr().err
     assert told in error and error.count("\n") == 1 and not list(tmp_path.glob("out/*"))
+
+
+def planted(count: int, canvas: int, side: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Images (N, 1, canvas, canvas) with a digit somewhere in noise, the digits, and where they are (N, canvas, canvas)."""
+    load_digits = pytest.importorskip("sklearn.datasets").load_digits
+    generator, digits = torch.Generator().manual_seed(seed), load_digits()
+    chosen = torch.randint(len(digits.images), (count,), generator=generator)
+    drawn = F.interpolate(torch.from_numpy(digits.images[chosen]).float()[:, None] / 16, (side, side), mode="bilinear")
+    images = 0.3 * torch.rand(count, canvas, canvas, generator=generator)
+    objects = torch.zeros(count, canvas, canvas, dtype=torch.bool)
+    for i, (y, x) in enumerate(torch.randint(canvas - side + 1, (count, 2), generator=generator).tolist()):
+        images[i, y : y + side, x : x + side] += drawn[i, 0]
+        objects[i, y : y + side, x : x + side] = True
+    return images[:, None] * 2 - 1, torch.from_numpy(digits.target)[chosen].long(), objects
+
+
+def train(model: nn.Module, images: Tensor, labels: Tensor, steps: int, lr: float) -> None:
+    optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.2)
+    for _ in range(steps):
+        batch = torch.randint(len(images), (32,))
+        loss = F.cross_entropy(model(images[batch]), labels[batch])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+
+
+def density(values: Tensor, objects: Tensor) -> float:
+    """How many times as much lies on the objects as elsewhere, place for place."""
+    return (values[objects].mean() / values[~objects].mean()).item()

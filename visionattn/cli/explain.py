@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 from torch import Tensor, nn
@@ -15,6 +15,10 @@ from torch import Tensor, nn
 from ..errors import VisionattnError, printable, require, user_input
 from ..progress import track
 from .parser import Command, Parser
+
+if TYPE_CHECKING:
+    from ..explain import Map, Relevance
+    from ..explain.pictures import Panel
 
 METHODS = ("gradcam", "rollout", "attention")
 
@@ -195,24 +199,21 @@ def _explain(args: Any) -> None:
         with user_input(f"cannot read {image}", OSError, ValueError), Image.open(image) as opened:
             tensor = loaded.prepare(to_mode(opened, loaded.mode))
         told, title, chosen, others = _found(args, loaded, tensor)
-        with user_input(f"cannot explain {image}", MemoryError):
-            pictures = {files[0]: sheet(chosen, title)}
-            if args.grid:
-                pictures[files[1]] = sheet(list(others()), title)
+        pictures = {files[0]: sheet(chosen, title)}
+        if args.grid:
+            pictures[files[1]] = sheet(list(others()), title)
         for file, picture in pictures.items():
             write_file(file, partial(picture.save, format="png"))
         if args.gif:
-            frames = [sheet([panel], title) for panel in others()]
-            content = animation(frames)
+            content = animation([sheet([panel], title) for panel in others()])
             write_file(files[-1], lambda file, content=content: file.write(content))
         print(printable(f"{image}: {told}; see {', '.join(map(str, files))}"), flush=True)
 
 
-Panels = Sequence[Any]
-
-
-def _found(args: Any, loaded: Loaded, tensor: Tensor) -> tuple[str, str, Panels, Callable[[], Iterator[Any]]]:
-    """What is said, the title, what is drawn, and what is drawn of all layers."""
+def _found(
+    args: Any, loaded: Loaded, tensor: Tensor
+) -> tuple[str, str, list["Panel"], Callable[[], Iterator["Panel"]]]:
+    """What is said of an image, the title, what is drawn, and what is drawn of all layers."""
     from ..explain import attention_maps, cam_layers, grad_cam, rollout
     from ..explain.pictures import Panel, panel_of
 
@@ -247,15 +248,15 @@ def _found(args: Any, loaded: Loaded, tensor: Tensor) -> tuple[str, str, Panels,
         chosen = [each for each in found if each.layer in names]
     told = loaded.name(int(found[0].classes[0]))
 
-    def panel(each: Any) -> Panel:
+    def panel(each: "Relevance") -> Panel:
         return Panel(each.layer, each.values[0], shown)
 
     return told, f"{args.method}, {told}", [panel(each) for each in chosen], lambda: map(panel, found)
 
 
-def _one_each(maps: Sequence[Any], like: Any) -> list[Any]:
+def _one_each(maps: Sequence["Map"], like: "Map") -> list["Map"]:
     """One map of each layer: of the kind that was chosen where there is one, else what it has first."""
-    layers: dict[str, list[Any]] = {}
+    layers: dict[str, list[Map]] = {}
     for each in maps:
         layers.setdefault(each.layer, []).append(each)
     return [
