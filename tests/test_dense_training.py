@@ -242,13 +242,14 @@ def test_predictions_are_drawn(tmp_path: Path, runs, head: str, capsys):
     assert "exists" in capsys.readouterr().err and (Path(output) / "0.png").read_bytes() == before
     assert command([*options, "--overwrite", *images]) == 0
     (tmp_path / "broken.jpg").write_bytes(b"no image")
-    for wrong, told in (
-        ("broken.jpg", "broken.jpg"),
-        ("nowhere.jpg", "nowhere.jpg"),
-        ("new/../0.jpg", "several images"),
+    for wrong, told, code in (
+        ("broken.jpg", "broken.jpg", 1),  # which does not end the others
+        ("nowhere.jpg", "nowhere.jpg", 2),
+        ("new/../0.jpg", "several images", 2),
     ):
-        assert command([*options, "--overwrite", images[0], str(tmp_path / wrong)]) == 2
+        assert command([*options, "--overwrite", images[0], str(tmp_path / wrong)]) == code
         assert told in capsys.readouterr().err
+    assert command([*options, "--overwrite", str(tmp_path / "broken.jpg")]) == 2
 
 
 def test_checkpoints_are_explained(tmp_path: Path, runs, capsys):

@@ -41,9 +41,12 @@ def track(items: Iterable[Item], what: str, total: int | None = None) -> Iterato
         yield from items
     elif sys.stderr.isatty():
         from rich.console import Console
-        from rich.progress import track as bar
+        from rich.progress import Progress
 
-        yield from bar(items, what, total, console=Console(stderr=True), transient=True)
+        # What is printed in between goes above the bar where both are on the terminal, else to where stdout leads.
+        console, shared = Console(stderr=True), sys.stdout.isatty()
+        with Progress(*Progress.get_default_columns(), console=console, transient=True, redirect_stdout=shared) as bar:
+            yield from bar.track(items, total, description=what)
     else:
         yield from _lines(items, what, total)
 

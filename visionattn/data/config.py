@@ -54,8 +54,9 @@ class DataConfig:
     max_bad_fraction: ClosedUnitInterval = 0.01
     """Share of an epoch's images that may be unreadable: the next readable image stands in for each. One more ends the
     run, and so does any unreadable image in validation."""
-    num_workers: NonNegativeInt = 1
-    """Processes that load images, for each training process; 0: load in the training process itself."""
+    num_workers: NonNegativeInt | None = None
+    """Processes that load images, for each training process; 0: load in the training process itself; null: by the cores
+    that there are. What a run computes does not depend on it."""
 
 
 @dataclass

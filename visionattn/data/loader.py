@@ -6,6 +6,7 @@ Neither the number of workers, nor a restart, nor the number of processes that s
 import logging
 import os
 import random
+import shlex
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -66,6 +67,28 @@ def _seed_generators(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed & 0xFFFFFFFF)
     torch.default_generator.manual_seed(seed)
+
+
+def choose_workers(wanted: int | None, device: torch.device, processes: int = 1) -> int:
+    """How many processes load images for a training process: what the options say, else by the cores there are.
+
+    On a CPU training takes the cores itself, and one process in eight cores keeps up with it; beside a GPU all load, up
+    to eight, beyond which the disk is slower.
+
+    Args:
+        wanted: `data.num_workers`.
+        device: that trains.
+        processes: that train, among which the cores of the machine are shared.
+    """
+    if wanted is not None:
+        return wanted
+    cores = count_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+    return min(max(cores // 8 if device.type == "cpu" else cores, 1), 8)
+
+
+def count_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Batch(NamedTuple):
@@ -160,12 +183,21 @@ class SampleDataset(Dataset):
         mode: what images are converted to.
         num_workers: number of loading processes.
         max_bad: unreadable images that one pass may meet.
+        folder: of the data, which errors name the command for that lists all that is wrong in it.
     """
 
     def __init__(
-        self, images: ImageSet, transform: Callable, seed: int, mode: str, num_workers: int, max_bad: int = 0
+        self,
+        images: ImageSet,
+        transform: Callable,
+        seed: int,
+        mode: str,
+        num_workers: int,
+        max_bad: int = 0,
+        folder: str | None = None,
     ) -> None:
         self.images, self.transform, self.seed, self.mode, self.max_bad = images, transform, seed, mode, max_bad
+        self.folder = folder
         self.unreadable: dict[int, str] = {}  # the errors met so far, by image
         self.workers = RawArray("q", 2 * num_workers)  # process id of each and the image that it is at, or -1
 
@@ -207,13 +239,13 @@ def train_loader(
     num_workers: int,
     max_bad_fraction: float = 0.0,
     collate: Collate = collate_tensors,
+    folder: str | None = None,
 ) -> DataLoader:
     """Batches in the sampler's order; up to `max_bad_fraction` of an epoch's images may be unreadable, and replaced."""
     taken = sampler.updates * sampler.accumulation * sampler.batch_size / sampler.repeats
     max_bad = int(max_bad_fraction * taken)
-    return _loader(
-        SampleDataset(images, transform, sampler.seed, mode, num_workers, max_bad), sampler, num_workers, collate
-    )
+    dataset = SampleDataset(images, transform, sampler.seed, mode, num_workers, max_bad, folder)
+    return _loader(dataset, sampler, num_workers, collate)
 
 
 def eval_loader(
@@ -225,11 +257,12 @@ def eval_loader(
     rank: int = 0,
     processes: int = 1,
     collate: Collate = collate_tensors,
+    folder: str | None = None,
 ) -> DataLoader:
     """This process's share of the images, each of which falls to exactly one process."""
     mine = [(0, index) for index in range(rank, len(images), processes)]
     batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
-    return _loader(SampleDataset(images, transform, 0, mode, num_workers), batches, num_workers, collate)
+    return _loader(SampleDataset(images, transform, 0, mode, num_workers, folder=folder), batches, num_workers, collate)
 
 
 def read_batches(loader: DataLoader) -> Iterator[Batch]:
@@ -245,6 +278,8 @@ def read_batches(loader: DataLoader) -> Iterator[Batch]:
             told = (
                 f" ({len(bad)} images are unreadable, more than data.max_bad_fraction allows)" if len(bad) > 1 else ""
             )
+            if dataset.folder:
+                told += f"; all that is wrong: visionattn check {shlex.quote(dataset.folder)}"
             raise VisionattnError(next(reversed(errors.values())) + told)
         for index, error in errors.items():
             if index not in dataset.unreadable:

@@ -98,3 +98,12 @@ def decode(mask: list | dict[str, Any], size: tuple[int, int]) -> np.ndarray | i
         return pixels.reshape(size[1], size[0]).T
     polygons = [polygon for polygon in mask if len(polygon) >= 6]
     return rle.decode(rle.merge(rle.frPyObjects(polygons, *size))) if polygons else 0
+
+
+def encode(mask: np.ndarray) -> dict[str, Any]:
+    """A mask (H, W) of true and false as COCO's run-length code, which JSON takes."""
+    from faster_coco_eval.core import mask as rle
+
+    code = rle.encode(np.asfortranarray(mask, np.uint8))
+    counts = code["counts"]
+    return {"size": list(mask.shape), "counts": counts.decode() if isinstance(counts, bytes) else counts}

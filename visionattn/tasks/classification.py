@@ -94,12 +94,20 @@ class Classification(Task):
         device = next(model.parameters()).device
         return Validation(predictor.to(device), OnImage(views), metrics, facts, lines)
 
-    def summarise(self, found: Tensor, classes: list[str], threshold: float | None) -> str:
-        """The five likeliest classes, or those that are at least as likely as the threshold, the likeliest first."""
+    def summarise(self, found: Tensor, classes: list[str], threshold: float | None, top_k: int | None = None) -> str:
+        """The likeliest classes with their probabilities, see `listed`."""
+        told = [f"{i['class']} {100 * i['probability']:.1f} %" for i in self.listed(found, classes, threshold, top_k)]
+        return ", ".join(told) or f"no class at {100 * threshold:g} %"
+
+    def listed(
+        self, found: Tensor, classes: list[str], threshold: float | None, top_k: int | None = None
+    ) -> list[dict[str, Any]]:
+        """The `top_k` likeliest classes, the likeliest first: of all, or of those that reach the threshold. None: five,
+        or as many as reach it."""
         shares = found.float().softmax(0) if threshold is None else found.float().sigmoid()
         ranked = shares.argsort(descending=True).tolist()
-        told = ranked[:5] if threshold is None else [i for i in ranked if shares[i] >= threshold]
-        return ", ".join(f"{classes[i]} {100 * shares[i]:.1f} %" for i in told) or f"no class at {100 * threshold:g} %"
+        told = ranked[: top_k or 5] if threshold is None else [i for i in ranked if shares[i] >= threshold][:top_k]
+        return [{"class": classes[i], "index": i, "probability": shares[i].item()} for i in told]
 
 
 class ClassificationLoss(nn.Module):

@@ -17,6 +17,7 @@ from ..data.drawing import draw_objects
 from ..data.images import ImageSet
 from ..data.joint import ObjectTransform
 from ..data.loader import Collate
+from ..data.masks import encode
 from ..errors import require
 from .config import TaskConfig
 from .dense import DenseTask
@@ -76,6 +77,22 @@ class Detection(DenseTask):
     def summarise(self, found: dict[str, Tensor], classes: list[str], threshold: float | None) -> str:
         counts = Counter(found["labels"][found["scores"] >= threshold].tolist())
         return ", ".join(f"{count} x {classes[label - 1]}" for label, count in counts.most_common()) or "nothing found"
+
+    def listed(self, found: dict[str, Tensor], classes: list[str], threshold: float | None) -> list[dict[str, Any]]:
+        """Objects as annotations of COCO, the most certain first, their masks as run-length codes."""
+        entries = []
+        for number in found["scores"].argsort(descending=True).tolist():
+            score, label = found["scores"][number].item(), found["labels"][number].item()
+            if score < threshold:
+                break
+            x1, y1, x2, y2 = found["boxes"][number].tolist()
+            entry = {"category_id": label, "class": classes[label - 1], "score": score}
+            entry |= {"bbox": [x1, y1, x2 - x1, y2 - y1], "area": (x2 - x1) * (y2 - y1), "iscrowd": 0}
+            if "masks" in found:
+                mask = found["masks"][number].numpy()
+                entry |= {"area": float(mask.sum()), "segmentation": encode(mask)}
+            entries.append(entry)
+        return entries
 
 
 class DetectionLoss(nn.Module):

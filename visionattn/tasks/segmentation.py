@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from functools import reduce
+from typing import Any
 
 import torch
 from PIL import Image
@@ -10,12 +11,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..create import create_segmenter
-from ..data.annotations import IGNORED, collate_crops, collate_lists
+from ..data.annotations import IGNORED, collate_crops, collate_lists, tight_boxes
 from ..data.drawing import draw_map
 from ..data.images import ImageSet
 from ..data.joint import MapTransform
 from ..data.loader import Collate
 from ..data.maps import load_segmentation, load_segmentation_validation
+from ..data.masks import encode
 from ..errors import VisionattnError
 from ..heads.pyramid import by_size
 from .config import LossConfig, TtaConfig
@@ -80,6 +82,19 @@ class Segmentation(DenseTask):
         shares = found.flatten().bincount(minlength=len(classes)) / found.numel()
         ranked = sorted(zip(shares.tolist(), classes, strict=True), reverse=True)
         return ", ".join(f"{name} {100 * share:.1f} %" for share, name in ranked if share >= 0.001)
+
+    def listed(self, found: Tensor, classes: list[str], threshold: float | None) -> list[dict[str, Any]]:
+        """The pixels of each class as an annotation of COCO, the largest first, as run-length codes."""
+        labels, counts = found.unique(return_counts=True)
+        entries = []
+        for number in counts.argsort(descending=True, stable=True).tolist():
+            label, area = labels[number].item(), counts[number].item()
+            mask = (found == label).numpy()
+            x1, y1, x2, y2 = tight_boxes(mask[None])[0].tolist()
+            entry = {"category_id": label, "class": classes[label], "share": area / found.numel()}
+            entry |= {"bbox": [x1, y1, x2 - x1, y2 - y1], "area": float(area), "iscrowd": 0}
+            entries.append(entry | {"segmentation": encode(mask)})
+        return entries
 
 
 class PixelLoss(nn.Module):

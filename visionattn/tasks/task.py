@@ -214,9 +214,29 @@ class Task(ABC):
             threshold: least score of what is told; None for a model that finds one class in each image or pixel.
         """
 
+    def listed(self, found: Any, classes: list[str], threshold: float | None) -> list[dict[str, Any]]:
+        """What the model makes of an image, an entry for each thing, for programs: JSON's types alone.
+
+        Args:
+            found: as for `summarise`.
+            classes: names of the classes.
+            threshold: as for `summarise`.
+        """
+        return [{"summary": self.summarise(found, classes, threshold)}]
+
     def draw(self, image: Tensor, target: Any, output: Any, classes: list[str]) -> list[Image.Image]:
         """Pictures of an image's target and of what the model makes of it; none where there is nothing to be seen."""
         return []
+
+
+def image_mode(model: nn.Module) -> str:
+    """What images are converted to for the model."""
+    channels = getattr(model, "in_chans", 3)
+    if channels not in (1, 3):
+        raise VisionattnError(
+            f"images have 3 channels, or 1 in grey: a model with in_chans {channels} cannot take them"
+        )
+    return "L" if channels == 1 else "RGB"
 
 
 def finite(logits: Tensor) -> Tensor:

@@ -10,15 +10,14 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from ..data.images import ImageSet
-from ..data.loader import Stream, TrainSampler, derive_seed, eval_loader, train_loader
+from ..data.loader import Stream, TrainSampler, choose_workers, derive_seed, eval_loader, train_loader
 from ..errors import VisionattnError, user_input
 from ..tasks import make_task
-from ..tasks.task import Task
+from ..tasks.task import Task, image_mode
 from ..weights.description import Described, check_made
 from ..weights.entries import check_model, longest_side
 from .checkpoint import Saved
 from .config import TrainConfig
-from .evaluation import image_mode
 from .guard import leave_group
 
 
@@ -84,12 +83,15 @@ def make_loaders(
     config = task.config
     data, (train_images, val_images), mode = config.data, images, image_mode(model)
     parts = config.optim.accumulation, rank, processes
+    workers = choose_workers(data.num_workers, next(model.parameters()).device, processes)
+    folder = data.root if data.name == "folder" else None
     sampler = TrainSampler(len(train_images), data.batch_size, config.seed, *parts, config.augment.repeats)
+    bad = data.max_bad_fraction
     train_batches = train_loader(
-        train_images, task.transform(True), sampler, mode, data.num_workers, data.max_bad_fraction, task.collate(True)
+        train_images, task.transform(True), sampler, mode, workers, bad, task.collate(True), folder
     )
-    share = data.eval_batch_size, mode, data.num_workers, rank, processes
-    val_batches = eval_loader(val_images, task.transform(False), *share, task.collate(False))
+    share = data.eval_batch_size, mode, workers, rank, processes
+    val_batches = eval_loader(val_images, task.transform(False), *share, task.collate(False), folder)
     train_batches.worker_init_fn = val_batches.worker_init_fn = leave_group
     return sampler, train_batches, val_batches
 

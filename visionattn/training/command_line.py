@@ -11,6 +11,7 @@ from argparse import ArgumentError
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cache
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
@@ -22,7 +23,8 @@ from ..errors import VisionattnError, user_input
 from ..recipes import PREFIX, recipe_path
 from .yaml_text import MAX_DEPTH, Plain, checked, explain, read, read_file, resolved, to_yaml
 
-set_parsing_settings(docstring_parse_attribute_docstrings=True)  # --help shows the text under each field
+if find_spec("docstring_parser"):  # which only train.py and validate.py need: --help shows the text under each field
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
 AS_IT_IS = "as it is"
 set_loader(AS_IT_IS, lambda text: text)  # texts are read here, once
 Config = TypeVar("Config")

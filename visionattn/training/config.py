@@ -22,6 +22,7 @@ from ..errors import VisionattnError
 from ..tasks.config import LossConfig, TaskConfig, TtaConfig
 from ..tasks.table import TASKS
 from ..tasks.useless import given, refuse, useless
+from ..weights.description import read_described
 from .command_line import make_parser, parse, values_of
 from .yaml_text import read_file
 
@@ -271,6 +272,21 @@ def _own_options(file: str) -> set[str]:
         return set()
     groups = {key: value for key, value in options.items() if isinstance(value, dict)}
     return options.keys() | {f"{group}.{key}" for group, values in groups.items() for key in values}
+
+
+def options_of(checkpoint: str, read: Callable = read_described) -> dict[str, Any]:
+    """The options of validate.py that a checkpoint brings, without what is the machine's it was trained on.
+
+    Args:
+        checkpoint: its file.
+        read: gives what its header says and what it holds.
+    """
+    known = ("task", "model", "model_kwargs", "head", "head_kwargs", "precision", "data", "annotations", "joint")
+    description, _ = read(checkpoint)
+    options = {key: description[key] for key in known if key in description}
+    if isinstance(data := options.get("data"), dict):
+        options["data"] = {key: value for key, value in data.items() if key != "num_workers"}
+    return options
 
 
 def parse_validate(argv: list[str], describe: Callable[[str], dict[str, Any]]) -> ValidateConfig:

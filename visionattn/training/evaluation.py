@@ -22,17 +22,17 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from ..backbone import Backbone
-from ..data.loader import eval_loader, read_batches
+from ..data.loader import choose_workers, eval_loader, read_batches
 from ..errors import VisionattnError, all_lines, printable, user_input
 from ..quantize import quantize
 from ..registry import list_models
 from ..tasks import TASKS, make_task
-from ..tasks.task import Metrics
+from ..tasks.task import Metrics, image_mode
 from ..tasks.useless import refuse, useless
 from ..weights import load_checkpoint
 from ..weights.description import describe_place, is_place, read_described
 from .checkpoint import without_nan, write_file
-from .config import ValidateConfig, parse_validate
+from .config import ValidateConfig, options_of, parse_validate
 
 
 @torch.no_grad()
@@ -73,23 +73,6 @@ def make_accelerator(precision: str, **kwargs: Any) -> Accelerator:
     """accelerate's front for devices and processes; refuses a precision the device lacks."""
     with user_input("cannot start", ValueError):
         return Accelerator(mixed_precision=precision, **kwargs)
-
-
-def image_mode(model: nn.Module) -> str:
-    """What images are converted to for the model."""
-    channels = getattr(model, "in_chans", 3)
-    if channels not in (1, 3):
-        raise VisionattnError(
-            f"images have 3 channels, or 1 in grey: a model with in_chans {channels} cannot take them"
-        )
-    return "L" if channels == 1 else "RGB"
-
-
-def options_of(checkpoint: str, read: Callable = read_described) -> dict[str, Any]:
-    """The options of validate.py that a checkpoint brings; `read` gives what its header says and what it holds."""
-    known = ("task", "model", "model_kwargs", "head", "head_kwargs", "precision", "data", "annotations", "joint")
-    description, _ = read(checkpoint)
-    return {key: description[key] for key in known if key in description}
 
 
 def validate_all(config: ValidateConfig, argv: list[str]) -> None:
@@ -166,8 +149,9 @@ def validate(
     device = accelerator.device
     validation = task.make_validation(_as_run(model, config, device), images, classes)
     rank, processes = accelerator.process_index, accelerator.num_processes
-    share = data.eval_batch_size, mode, data.num_workers, rank, processes
-    loader = eval_loader(images, validation.transform, *share, task.collate(False))
+    share = data.eval_batch_size, mode, choose_workers(data.num_workers, device, processes), rank, processes
+    folder = data.root if data.name == "folder" else None
+    loader = eval_loader(images, validation.transform, *share, task.collate(False), folder)
     reset_peak_memory(device)
     watch = Stopwatch()
     results = evaluate(

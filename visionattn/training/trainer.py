@@ -16,7 +16,7 @@ from timm.utils import ModelEmaV3, dispatch_clip_grad
 from torch import Tensor
 
 from ..backbone import Mechanics
-from ..data.loader import Batch, Stream, derive_seed, read_batches
+from ..data.loader import Batch, Stream, choose_workers, derive_seed, read_batches
 from ..errors import VisionattnError
 from ..layers.product import get_pointwise, set_pointwise
 from ..tasks import make_task
@@ -52,7 +52,8 @@ class Trainer(Kept):
         )
         check_sharding(config, accelerator)
         if accelerator.device.type == "cpu":  # threads that wait for a core which a loading process has are very slow
-            spare = (os.cpu_count() or 1) - config.data.num_workers
+            workers = choose_workers(config.data.num_workers, accelerator.device, accelerator.num_processes)
+            spare = (os.cpu_count() or 1) - workers
             torch.set_num_threads(max(1, min(torch.get_num_threads(), spare)))
 
         route = get_pointwise() if config.pointwise == "auto" else config.pointwise

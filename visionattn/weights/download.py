@@ -50,12 +50,12 @@ def fetch(
     """
     names, sources = list(names), list(sources)
     cache = Path(cache_dir or os.path.join(get_dir(), "checkpoints"))
-    if wrong := [source for source in sources if not source.startswith(HUB) and not _is_address(source)]:
+    if wrong := [source for source in sources if not source.startswith(HUB) and not is_address(source)]:
         raise VisionattnError(f"cannot fetch {model}: expected an address or {HUB}..., got {shortened(wrong[0])}")
     files = [f"{name}{suffix}" for name in names for suffix in SUFFIXES]
     mirrored = list(dict.fromkeys(files + [file for source in sources for file in _mirrored(source, names)]))
     mirror = os.environ.get(MIRROR, "")
-    remote = _is_address(mirror)
+    remote = is_address(mirror)
     if mirror and not remote:
         if not os.path.isdir(mirror):
             raise VisionattnError(f"{MIRROR} is neither a folder nor an address: {shortened(mirror)}")
@@ -225,7 +225,8 @@ def _lock(path: Path) -> Iterator[None]:
             lock.unlink(missing_ok=True)  # who waits for it finds the file, or downloads in its turn
 
 
-def _is_address(text: str) -> bool:
+def is_address(text: str) -> bool:
+    """Whether a text is an http or https address."""
     try:
         parts = urlsplit(text)
         return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
