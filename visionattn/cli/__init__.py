@@ -8,7 +8,7 @@ from ..progress import set_quiet
 from .parser import Command, Parser
 from .scripts import SCRIPTS
 
-MODULES = ("catalog", "predict", "explain", "speed", "share", "scripts")
+MODULES = ("catalog", "predict", "explain", "check", "speed", "share", "scripts")
 """Modules of this package, each with its `COMMANDS`."""
 
 

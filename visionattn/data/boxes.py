@@ -37,7 +37,7 @@ def load_detection(config: DataConfig, annotations: AnnotationConfig, masks: boo
     Raises:
         VisionattnError: if there are none, or an annotation is wrong, whose file and id it names.
     """
-    train = _open(config, annotations, masks, False, None)
+    train = open_objects(config, annotations, masks, False, None)
     train = train if kind_of(config) == "scenes" else _only_useful(train)
     return not_empty(train, "object to train on"), load_detection_validation(config, annotations, masks, train.classes)
 
@@ -53,12 +53,21 @@ def load_detection_validation(
         masks: whether masks are needed.
         classes: names of the model's classes.
     """
-    return not_empty(_open(config, annotations, masks, True, classes), "image to validate on")
+    return not_empty(open_objects(config, annotations, masks, True, classes), "image to validate on")
 
 
-def _open(
+def open_objects(
     config: DataConfig, annotations: AnnotationConfig, masks: bool, validation: bool, classes: list[str] | None
 ) -> ImageSet:
+    """All images of a split with their `Objects`; arguments as of `load_detection_validation`.
+
+    Args:
+        config: where they are.
+        annotations: how they are annotated.
+        masks: whether masks are needed.
+        validation: take the split to validate on.
+        classes: names of the model's classes, or None.
+    """
     kind, split = kind_of(config), config.val_split if validation else config.train_split
     if kind == "scenes":
         images = open_scenes(annotations, validation, semantic=False)

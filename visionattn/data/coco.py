@@ -11,6 +11,7 @@ from typing import Any
 
 from ..errors import VisionattnError, user_input
 from .box_formats import check_box, is_box, is_number
+from .faults import goes_on, one
 from .images import ImageSet
 from .masks import check_mask
 from .objects import Found, Wanted, image_set, known_classes, place_boxes, refuse_classes, size_of_file
@@ -57,21 +58,29 @@ def _read(root: Path, file: Path, split: str, wanted: Wanted) -> ImageSet:
     refuse_classes(wanted, file)
     images = _images(_entries(content, "images", file), file)
     items = _entries(content, "annotations", file, optional=True)
-    keyed = [_keys(item, number, file) for number, item in enumerate(items, 1)]
-    used = {category for _, _, category in keyed}
+    keyed = {}
+    for number, item in enumerate(items):
+        with one():
+            keyed[number] = _keys(item, number + 1, file)
+    used = {category for _, _, category in keyed.values()}
     found, number_of = _categories(_entries(content, "categories", file), used, file)
     classes = known_classes(found, wanted.classes, file)
     position = {name: number for number, name in enumerate(classes, 1)}
     label = {key: position[found[number]] for key, number in number_of.items()}
     paths = dict(zip(images, _paths(list(images.values()), root, file, split), strict=True))
-    sizes = {key: _size(image, paths[key], f"{file}: image {shown(key)}") for key, image in images.items()}
+    sizes: dict[Any, list[int] | None] = dict.fromkeys(images)
+    for key, image in images.items():
+        with one():
+            sizes[key] = _size(image, paths[key], f"{file}: image {shown(key)}")
     objects: dict[Any, list] = {key: [] for key in images}
-    for item, (where, image, category) in zip(items, keyed, strict=True):
-        if image not in images:
-            raise VisionattnError(f"{where} is of the image {shown(image)}, which the file does not list")
-        if category not in label:
-            raise VisionattnError(f"{where} is of the category {shown(category)}, which the file does not list")
-        objects[image].append(_object(item, sizes[image], wanted, where) | {"label": label[category], "where": where})
+    for number, (where, image, category) in keyed.items():
+        with one():
+            if image not in images:
+                raise VisionattnError(f"{where} is of the image {shown(image)}, which the file does not list")
+            if category not in label:
+                raise VisionattnError(f"{where} is of the category {shown(category)}, which the file does not list")
+            kept = _object(items[number], sizes[image], wanted, where)
+            objects[image].append(kept | {"label": label[category], "where": where})
     records = place_boxes([(sizes[key], objects[key]) for key in images], wanted, "xywh", file)
     return image_set(list(paths.values()), records, wanted, classes, file)
 
@@ -112,15 +121,16 @@ def _keys(item: dict[str, Any], number: int, file: Path) -> tuple[str, int | str
 def _images(entries: list[dict[str, Any]], file: Path) -> dict[int | str, dict[str, Any]]:
     images: dict[int | str, dict[str, Any]] = {}
     for number, image in enumerate(entries, 1):
-        key = _key(image, "id", f"{file}: image number {number}")
-        name, where = image.get("file_name"), f"{file}: image {shown(key)}"
-        if not isinstance(name, str) or not name:
-            what = f"has the file_name {shown(name)}: expected text" if "file_name" in image else "has no file_name"
-            raise VisionattnError(f"{where} {what}")
-        if key in images and images[key]["file_name"] != name:
-            twice = f"{shown(images[key]['file_name'])} and {shown(name)}"
-            raise VisionattnError(f"{where} is listed twice, as {twice}")
-        images[key] = image
+        with one():
+            key = _key(image, "id", f"{file}: image number {number}")
+            name, where = image.get("file_name"), f"{file}: image {shown(key)}"
+            if not isinstance(name, str) or not name:
+                what = f"has the file_name {shown(name)}: expected text" if "file_name" in image else "has no file_name"
+                raise VisionattnError(f"{where} {what}")
+            if key in images and images[key]["file_name"] != name:
+                twice = f"{shown(images[key]['file_name'])} and {shown(name)}"
+                raise VisionattnError(f"{where} is listed twice, as {twice}")
+            images[key] = image
     return images
 
 
@@ -173,6 +183,9 @@ def _paths(images: list[dict[str, Any]], root: Path, file: Path, split: str) -> 
             paths.append(folder / name)
             continue
         path = locate(name, folders, root)
+        if path is None and goes_on():  # reading it says that it is missing
+            paths.append(root / part / re.split(r"[/\\]", name)[-1])
+            continue
         if path is None and is_plain(name):
             raise VisionattnError(
                 f"{file} lists the image {shown(name)}, which is not in {root / part}, nor in other places"

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..errors import VisionattnError, user_input
 from .box_formats import is_box, is_number, number_of
+from .faults import one
 from .images import ImageSet
 from .masks import check_mask
 from .objects import Found, Wanted, image_set, known_classes, place_boxes, refuse_classes, size_of_file
@@ -50,17 +51,22 @@ def _read(
     for image in images:
         name, where = image.get("name", ""), f"{file}: image {shown(image.get('id'))}"
         subset = image.get("subset", "default")
-        path = locate(name, [root / "images" / subset, root / "images", root / subset, root], root)
+        path = None
+        with one():
+            path = locate(name, [root / "images" / subset, root / "images", root / subset, root], root)
+            if path is None:
+                refuse_outside(name, root, f"{where} has the name")
         if path is None:
-            refuse_outside(name, root, f"{where} has the name")
+            continue
         sides = [number_of(image.get(side)) for side in ("height", "width")]
         size = [int(side) for side in sides if is_number(side) and side >= 1]
         size = size if len(size) == 2 else size_of_file(path)
         paths.append(path)
-        shapes = [shape for shape in image if shape.tag != "tag"]
-        objects.append(
-            (size, [_object(s, label, size, wanted, f"{where}, {s.tag} {i}") for i, s in enumerate(shapes, 1)])
-        )
+        shapes, items = [shape for shape in image if shape.tag != "tag"], []
+        for number, shape in enumerate(shapes, 1):
+            with one():
+                items.append(_object(shape, label, size, wanted, f"{where}, {shape.tag} {number}"))
+        objects.append((size, items))
     return image_set(paths, place_boxes(objects, wanted, "xyxy", file), wanted, classes, file)
 
 

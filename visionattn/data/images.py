@@ -112,7 +112,7 @@ def load_datasets(config: DataConfig) -> tuple[ImageSet, ImageSet]:
     if kind == "digits":
         train, val = _split(_digits(), config.val_fraction)
     elif kind == "folder":
-        train_folder, val_folder = _split_folders(config)
+        train_folder, val_folder = split_folders(config)
         if train_folder == val_folder:
             raise VisionattnError(
                 f"{config.root} holds {val_folder.name}/ to validate on, but no {config.train_split}/"
@@ -139,7 +139,7 @@ def load_validation(config: DataConfig) -> ImageSet:
     if kind == "digits":
         val = _split(_digits(), config.val_fraction)[1]
     elif kind == "folder":
-        train_folder, val_folder = _split_folders(config)
+        train_folder, val_folder = split_folders(config)
         images = _open_folder(val_folder or train_folder)
         val = images if val_folder else _split(images, config.val_fraction)[1]
     else:
@@ -183,7 +183,7 @@ def _digits() -> ImageSet:
     return ImageSet(source, range(len(source)), [str(name) for name in digits.target_names], "digits")
 
 
-def _split_folders(config: DataConfig) -> tuple[Path, Path | None]:
+def split_folders(config: DataConfig) -> tuple[Path, Path | None]:
     """The folders to train and to validate on; no second where the first is to be split."""
     if config.root is None:
         raise VisionattnError("data.name folder needs data.root, the folder of the images")
@@ -213,16 +213,16 @@ def _open_folder(folder: Path, classes: list[str] | None = None) -> ImageSet:
         raise VisionattnError(f"{strays[0]} lies outside the class folders: {expected}")
     if empty := sorted(name for name, images in files.items() if not images):
         raise VisionattnError(f"class folder {folder / empty[0]} holds no images: {expected}")
-    found = sorted(files, key=_natural)
+    found = sorted(files, key=natural)
     if classes is not None and (unknown := sorted(set(found) - set(classes))):
         raise VisionattnError(f"{folder} holds classes that the model was not trained on: {_few(unknown)}")
     label = {name: number for number, name in enumerate(classes or found)}
     samples = [(str(path), label[name]) for name, images in files.items() for path in images]
-    samples.sort(key=lambda sample: _natural(sample[0]))
+    samples.sort(key=lambda sample: natural(sample[0]))
     return ImageSet(FolderImages(samples), range(len(samples)), found, str(folder))
 
 
-def _natural(name: str) -> tuple[list, str]:
+def natural(name: str) -> tuple[list, str]:
     """The order of timm's folders, in which names differ that it takes for equal, such as 1 and 01."""
     return natural_key(name), name
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..errors import VisionattnError, user_input
 from .annotations import open_hub, root_of, split_names
 from .config import DataConfig
+from .faults import one
 from .images import ImageSet, check_classes, dataset_name, stratified_split
 from .paths import EXTENSIONS, is_plain, locate, regular, shown
 
@@ -189,14 +190,15 @@ def _read_table(path: Path, root: Path, folder: Path) -> _Table:
     meant: dict[str, str] = {}  # by which name each was found
     for number, row in rows:
         where = f"{path}, row {number}"
-        file = _locate(row[0], root, folder, where)
-        names = read(row, header, columns, where)
-        if os.path.basename(meant.setdefault(file, row[0])) == os.path.basename(row[0]) and meant[file] != row[0]:
-            raise VisionattnError(f"{where}: both {meant[file]} and {row[0]} seem to be {file}")
-        if file in found and not is_list:
-            raise VisionattnError(f"{where}: {row[0]} has a row already")
-        before, _ = found.get(file, ([], None))
-        found[file] = list(dict.fromkeys([*before, *names])), row[at] if at is not None else None
+        with one():
+            file = _locate(row[0], root, folder, where)
+            names = read(row, header, columns, where)
+            if os.path.basename(meant.setdefault(file, row[0])) == os.path.basename(row[0]) and meant[file] != row[0]:
+                raise VisionattnError(f"{where}: both {meant[file]} and {row[0]} seem to be {file}")
+            if file in found and not is_list:
+                raise VisionattnError(f"{where}: {row[0]} has a row already")
+            before, _ = found.get(file, ([], None))
+            found[file] = list(dict.fromkeys([*before, *names])), row[at] if at is not None else None
     labels = [names for names, _ in found.values()]
     classes = sorted({name for names in labels for name in names}) if is_list else [header[i] for i in columns]
     if not classes:

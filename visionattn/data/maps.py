@@ -26,6 +26,7 @@ from .annotations import (
     split_names,
 )
 from .config import AnnotationConfig, DataConfig
+from .faults import one
 from .images import ImageSet
 from .paths import child, find_files, regular
 from .scenes import open_scenes
@@ -157,11 +158,18 @@ def _open(config: DataConfig, annotations: AnnotationConfig, validation: bool) -
         return open_scenes(annotations, validation, semantic=True)
     if kind == "hfds":
         return _open_hub_masks(config, annotations, split)
-    return _open_folder(config, root_of(config), annotations, split)
+    return open_maps(config, root_of(config), annotations, split)
 
 
-def _open_folder(config: DataConfig, root: Path, annotations: AnnotationConfig, split: str) -> ImageSet:
-    """The layout that the folder has."""
+def open_maps(config: DataConfig, root: Path, annotations: AnnotationConfig, split: str) -> ImageSet:
+    """Images and masks of a split, in the layout that the folder has.
+
+    Args:
+        config: options of the data.
+        root: the folder.
+        annotations: how they are annotated.
+        split: its name.
+    """
     names = read_names(annotations.classes) if annotations.classes else None
     splits = split_names(split)
     if (root / "leftImg8bit").is_dir():
@@ -189,10 +197,15 @@ def _open_folder(config: DataConfig, root: Path, annotations: AnnotationConfig, 
             f"{root} has no layout that is known: expected images/{split} and annotations/{split} (ADE20K's), "
             f"leftImg8bit/{split} and gtFine/{split} (Cityscapes'), or JPEGImages and SegmentationClass (VOC's)"
         )
-    if missing := next((path for pair in pairs for path in pair if not path.is_file()), None):
-        raise VisionattnError(f"{missing} is missing: every image of {split} needs its mask")
-    labelling = Labelling(names)
-    _check_second_class(pairs, labelling, names)
+    kept = []
+    for pair in pairs:
+        with one():
+            if missing := next((path for path in pair if not path.is_file()), None):
+                raise VisionattnError(f"{missing} is missing: every image of {split} needs its mask")
+            kept.append(pair)
+    pairs, labelling = kept, Labelling(names)
+    with one():
+        _check_second_class(pairs, labelling, names)
     return ImageSet(MaskedFiles(pairs, labelling), range(len(pairs)), labelling.classes, f"{root} ({split})")
 
 

@@ -12,6 +12,7 @@ from ..errors import VisionattnError
 from .annotations import Objects, check_size, open_upright, read_names
 from .box_formats import check_box, check_format, to_xywh
 from .config import AnnotationConfig
+from .faults import one
 from .images import ImageSet
 from .masks import decode
 from .paths import child, regular
@@ -108,18 +109,22 @@ def place_boxes(
     """
     written = [(item["bbox"], size) for size, items in images for item in items if not item.get("iscrowd")]
     boxes, sizes = zip(*written, strict=True) if written else ((), ())
-    box_format = check_format(boxes, sizes, wanted.annotations.box_format, default, origin)
+    box_format = wanted.annotations.box_format or default
+    with one():
+        box_format = check_format(boxes, sizes, wanted.annotations.box_format, default, origin)
     records = []
     for size, items in images:
         if size is None and box_format.startswith("relative"):
             items = []  # the image cannot be read, as will be told where it is loaded
+        kept = []
         for item in items:
             where, written = item.pop("where"), item["bbox"]
             x, y, width, height = to_xywh(written, box_format, size)
             box = [x - 1, y - 1, width + 1, height + 1] if from_one else [x, y, width, height]
-            check_box(box, written, where)
-            item["bbox"] = box
-        records.append({"size": size, "objects": items})
+            with one():
+                check_box(box, written, where)
+                kept.append(item | {"bbox": box})
+        records.append({"size": size, "objects": kept})
     return records
 
 

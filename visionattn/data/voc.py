@@ -10,6 +10,7 @@ from typing import Any
 from ..errors import VisionattnError, user_input
 from .annotations import read_names
 from .box_formats import is_box, number_of
+from .faults import one
 from .images import ImageSet
 from .objects import Found, Wanted, image_set, known_classes, named_classes, place_boxes, size_of_file
 from .paths import EXTENSIONS, SPLITS, child, find_files, is_plain, locate, refuse_outside, shown
@@ -110,10 +111,11 @@ def _read_listed(root: Path, listed: Path, wanted: Wanted) -> ImageSet:
     classes = wanted.classes or named_classes(wanted.annotations) or _labelmap(root) or VOC_CLASSES
     paths, trees, images = [], [], root / "JPEGImages"
     for file in read_list(root, listed, root / "Annotations", [".xml"]):
-        tree = _parse(file)
-        own = image_beside(file, root / "Annotations", images)
-        paths.append(own if own.is_file() else _image_of(tree, file, root, [own.parent, images]) or own)
-        trees.append((file, tree))
+        with one():
+            tree = _parse(file)
+            own = image_beside(file, root / "Annotations", images)
+            paths.append(own if own.is_file() else _image_of(tree, file, root, [own.parent, images]) or own)
+            trees.append((file, tree))
     return _make(paths, trees, listed, wanted, classes)
 
 
@@ -137,14 +139,16 @@ def _read_files(root: Path, annotations: Path, images: Path, wanted: Wanted) -> 
     """Images of all XML files of a folder; the classes are those that occur, if no file names them."""
     paths, trees = [], []
     for file in find_files(annotations, (".xml",), deep=annotations != root):
-        tree = _parse(file)
-        below = file.parent.relative_to(annotations)
-        folders = list(dict.fromkeys((images / below, file.parent, images, root / "images", root)))
-        path = _image_of(tree, file, root, folders)
-        if path is None:
-            raise VisionattnError(f"{file} is of the image {shown(_name(tree) or file.stem)}, which is not in {images}")
-        paths.append(path)
-        trees.append((file, tree))
+        with one():
+            tree = _parse(file)
+            below = file.parent.relative_to(annotations)
+            folders = list(dict.fromkeys((images / below, file.parent, images, root / "images", root)))
+            path = _image_of(tree, file, root, folders)
+            if path is None:
+                named = shown(_name(tree) or file.stem)
+                raise VisionattnError(f"{file} is of the image {named}, which is not in {images}")
+            paths.append(path)
+            trees.append((file, tree))
     given = named_classes(wanted.annotations, root, "classes.txt", "predefined_classes.txt") or _labelmap(root)
     names = {_text(item, "name") for _, tree in trees for item in tree.findall("object")}
     classes = known_classes(given or sorted(names - {""}), wanted.classes, annotations)
@@ -204,18 +208,23 @@ def _size(tree: ElementTree.Element, path: Path) -> list[int] | None:
 def _objects(file: Path, tree: ElementTree.Element, classes: Sequence[str]) -> list[dict[str, Any]]:
     label, objects = {name: number for number, name in enumerate(classes, 1)}, []
     for number, item in enumerate(tree.findall("object"), 1):
-        where, name = f"{file}: object {number}", _text(item, "name")
-        if not name:
-            raise VisionattnError(f"{where} has no name")
-        if name not in label:
-            raise VisionattnError(
-                f"{where} is a {shown(name)}, none of the classes: name yours with --annotations.classes FILE"
-            )
-        box = [number_of(item.findtext(f"bndbox/{edge}")) for edge in ("xmin", "ymin", "xmax", "ymax")]
-        if not is_box(box):
-            raise VisionattnError(f"{where} has no bndbox of four finite numbers (xmin, ymin, xmax, ymax)")
-        hard = HARD.get(_text(item, "difficult").casefold())
-        if hard is None:
-            raise VisionattnError(f"{where} has difficult {shown(_text(item, 'difficult'))}: expected 0 or 1")
-        objects.append({"bbox": box, "label": label[name], "iscrowd": hard, "where": where})
+        with one():
+            objects.append(_object(item, label, f"{file}: object {number}"))
     return objects
+
+
+def _object(item: ElementTree.Element, label: dict[str, int], where: str) -> dict[str, Any]:
+    name = _text(item, "name")
+    if not name:
+        raise VisionattnError(f"{where} has no name")
+    if name not in label:
+        raise VisionattnError(
+            f"{where} is a {shown(name)}, none of the classes: name yours with --annotations.classes FILE"
+        )
+    box = [number_of(item.findtext(f"bndbox/{edge}")) for edge in ("xmin", "ymin", "xmax", "ymax")]
+    if not is_box(box):
+        raise VisionattnError(f"{where} has no bndbox of four finite numbers (xmin, ymin, xmax, ymax)")
+    hard = HARD.get(_text(item, "difficult").casefold())
+    if hard is None:
+        raise VisionattnError(f"{where} has difficult {shown(_text(item, 'difficult'))}: expected 0 or 1")
+    return {"bbox": box, "label": label[name], "iscrowd": hard, "where": where}

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from ..errors import VisionattnError, user_input
 from .annotations import read_names
 from .box_formats import is_number, number_of
+from .faults import one
 from .images import ImageSet
 from .masks import check_mask
 from .objects import Found, Wanted, image_set, known_classes, named_classes, place_boxes, refuse_classes, size_of_file
@@ -38,10 +39,11 @@ def find_yolo(root: Path, splits: Sequence[str]) -> Found | None:
     if described is not None:
         content = described.content
         values = [content[name] for name in splits if content.get(name) not in NOTHING]
+        is_all = described.file.suffix == ".data" and content.get("val") in NOTHING  # of what CVAT writes
+        if is_all and content.get("train") not in NOTHING:
+            return Found(partial(_read_described, root, described, content["train"]), whole=True)
         if values:
             return Found(partial(_read_described, root, described, values[0]))
-        if described.file.suffix == ".data" and content.get("train") not in NOTHING:  # all that CVAT writes
-            return Found(partial(_read_described, root, described, content["train"]), whole=True)
     images = child(root, ["images"])
     for base in filter(None, (images, root)):
         if folder := child(base, splits):
@@ -63,10 +65,10 @@ def _labelled(root: Path, folder: Path, described: Description | None, whole: bo
 
 
 def _has_labels(root: Path, files: list[Path]) -> bool:
-    return any(_label_file(path, root).is_file() for path in files)
+    return any(label_file(path, root).is_file() for path in files)
 
 
-def _label_file(image: Path, root: Path) -> Path:
+def label_file(image: Path, root: Path) -> Path:
     """The text file of an image: in labels/ where the image is in images/, else beside it."""
     parts = list(image.relative_to(root).parts) if image.is_relative_to(root) else [image.name]
     folders = [number for number, part in enumerate(parts[:-1]) if part.casefold() == "images"]
@@ -140,10 +142,11 @@ def _listed(listed: Path, root: Path) -> list[Path]:
     """Images of a text file with a path in each line."""
     paths = []
     for name in filter(None, read_names(listed)):
-        path = locate(name, [listed.parent, root], root)
-        if path is None:
-            refuse_outside(name, root, f"{listed} lists")
-        paths.append(path)
+        with one():
+            path = locate(name, [listed.parent, root], root)
+            if path is None:
+                refuse_outside(name, root, f"{listed} lists")
+            paths.append(path)
     return paths
 
 
@@ -165,9 +168,13 @@ def _read(root: Path, paths: list[Path], origin: Path, described: Description | 
     points = described is not None and "kpt_shape" in described.content
     images = []
     for path in paths:
-        size, file = size_of_file(path), _label_file(path, root)
-        lines = _lines(file) if file.is_file() else []  # no file: nothing to be found in the image
-        items = [_object(line, label, points, f"{file}: line {number}", size, wanted) for number, line in lines]
+        size, file, items, lines = size_of_file(path), label_file(path, root), [], []
+        if file.is_file():  # no file: nothing to be found in the image
+            with one():
+                lines = _lines(file)
+        for number, line in lines:
+            with one():
+                items.append(_object(line, label, points, f"{file}: line {number}", size, wanted))
         images.append((size, items))
     return image_set(paths, place_boxes(images, wanted, "relative_cxcywh", origin), wanted, classes, origin)
 
