@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from visionattn.data.config import AugmentConfig, DataConfig
 from visionattn.data.images import ImageSet, load_datasets, load_validation, stratified_split
-from visionattn.data.loader import Batch, TrainSampler, eval_loader, read_batches, train_loader
+from visionattn.data.loader import Batch, TrainSampler, choose_workers, eval_loader, read_batches, train_loader
 from visionattn.data.transforms import OnImage, eval_transform, train_transform
 from visionattn.errors import VisionattnError
 
@@ -187,6 +187,25 @@ def one_line_error(loader: DataLoader) -> str:
         assert "\n" not in str(error)
         return str(error)
     raise AssertionError("nothing was raised")
+
+
+def test_workers_are_chosen_by_the_cores(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    for cores, of_cpu, of_gpu, of_four in ((1, 1, 1, 1), (2, 1, 2, 1), (16, 2, 8, 4), (128, 8, 8, 8)):
+        monkeypatch.setattr("visionattn.data.loader.count_cores", lambda cores=cores: cores)
+        assert choose_workers(None, cpu) == of_cpu
+        assert (choose_workers(None, gpu), choose_workers(None, gpu, 4)) == (of_gpu, of_four)
+        assert choose_workers(0, gpu) == 0 and choose_workers(5, cpu) == 5
+
+
+def test_errors_name_the_command_that_finds_them_all(tmp_path: Path):
+    make_folder(tmp_path)
+    (tmp_path / "dog" / "3.png").write_bytes(b"")
+    images = load_validation(DataConfig(root=str(tmp_path), val_fraction=1.0))
+    transform = OnImage(eval_transform(DataConfig(**PREPARED)))
+    loader = eval_loader(images, transform, 2, "RGB", 0, folder=str(tmp_path))
+    assert one_line_error(loader).endswith(f"; all that is wrong: visionattn check {tmp_path}")
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -344,6 +344,7 @@ def test_unreadable_image_stops_the_script_in_one_line(tmp_path: Path):
     done = script("train.py", "--data.root", str(tmp_path / "images"), *output)
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: cannot read {broken}") and done.stderr.count("\n") == 1, done.stderr
+    assert f"visionattn check {tmp_path / 'images'}\n" in done.stderr
     (folder,) = (tmp_path / "runs").iterdir()  # it is one to validate on: what was trained until then is kept
     assert training_state(read_saved(folder / "checkpoints" / "last.safetensors"))["counted"] > 0
     after = tree(tmp_path)
