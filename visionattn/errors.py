@@ -1,6 +1,7 @@
 """What visionattn raises when it was asked for something it cannot do. The message is one line."""
 
 import errno
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -151,10 +152,15 @@ def run(main: Callable[[list[str]], int | None]) -> int:
             stream.reconfigure(errors="backslashreplace")
     try:
         with optional():
-            return main(sys.argv[1:]) or 0
+            code = main(sys.argv[1:]) or 0
+        sys.stdout.flush()
+        return code
     except VisionattnError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever reads the results has had enough of them, as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
+        return 141  # as shells put it
     except OSError as error:
         if error.errno not in UNUSABLE or error.filename is None:
             raise
