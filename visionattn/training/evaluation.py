@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader
 from ..backbone import Backbone
 from ..data.loader import choose_workers, eval_loader, read_batches
 from ..errors import VisionattnError, all_lines, printable, user_input
+from ..progress import track
 from ..quantize import quantize
 from ..registry import list_models
 from ..tasks import TASKS, make_task
@@ -42,6 +43,7 @@ def evaluate(
     accelerator: Accelerator,
     metrics: Metrics,
     after_batch: Callable[[Any, Any, Any], None] = lambda images, targets, outputs: None,
+    what: str = "",
 ) -> dict[str, float]:
     """Metrics of a model over the loaders of all processes, which fail together if one of them does.
 
@@ -51,9 +53,11 @@ def evaluate(
         accelerator: the run's accelerator.
         metrics: what counts, new.
         after_batch: called with images, targets and outputs after each batch.
+        what: is being done, to show how far it is; empty where something else tells.
     """
     try:
-        for batch in read_batches(loader):
+        batches = read_batches(loader)
+        for batch in track(batches, what, len(loader)) if what and accelerator.is_main_process else batches:
             images, targets = send_to_device((batch.images, batch.targets), accelerator.device, non_blocking=True)
             with accelerator.autocast():
                 outputs = predict(images)
@@ -155,7 +159,12 @@ def validate(
     reset_peak_memory(device)
     watch = Stopwatch()
     results = evaluate(
-        validation.predict, loader, accelerator, validation.metrics, lambda batch, *_: watch.lap(len(batch))
+        validation.predict,
+        loader,
+        accelerator,
+        validation.metrics,
+        lambda batch, *_: watch.lap(len(batch)),
+        "validating",
     )
     speeds, memory = accelerator.gather(torch.tensor([[watch.speed, peak_memory(device)]], device=device)).T
     if not accelerator.is_main_process:
