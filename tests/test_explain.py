@@ -242,7 +242,7 @@ def test_command_refuses_in_one_line(tmp_path, capsys, given, told):
 
 
 def planted(count: int, canvas: int, side: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Images (N, 1, canvas, canvas) with a digit somewhere in noise, the digits, and where they are (N, canvas, canvas)."""
+    """Images (N, 1, canvas, canvas) with a digit in noise, the digits, and where they are."""
     load_digits = pytest.importorskip("sklearn.datasets").load_digits
     generator, digits = torch.Generator().manual_seed(seed), load_digits()
     chosen = torch.randint(len(digits.images), (count,), generator=generator)
@@ -270,3 +270,23 @@ def train(model: nn.Module, images: Tensor, labels: Tensor, steps: int, lr: floa
 def density(values: Tensor, objects: Tensor) -> float:
     """How many times as much lies on the objects as elsewhere, place for place."""
     return (values[objects].mean() / values[~objects].mean()).item()
+
+
+PLANTED = {
+    "test_attnet": ({"depths": (1, 1), "dims": (16, 32)}, 48, 20, 600, 5e-3),
+}
+"""Arguments, side of the canvas and of the digits, steps and learning rate."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PLANTED)
+def test_evidence_is_on_the_object(name):
+    """Grad-CAM and rollout of a model that reads planted digits put at least twice the density on these as elsewhere."""
+    kwargs, canvas, side, steps, lr = PLANTED[name]
+    model = visionattn.create_model(name, in_chans=1, num_classes=10, **kwargs)
+    train(model, *planted(3000, canvas, side, 0)[:2], steps, lr)
+    images, labels, objects = planted(50, canvas, side, 1)
+    with torch.no_grad():
+        assert (model.eval()(images).argmax(1) == labels).float().mean() > 0.8
+    assert density(grad_cam(model, images)[0].values, objects) >= 2
+    assert density(rollout(model, images)[0].values, objects) >= 2

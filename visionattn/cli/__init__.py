@@ -2,6 +2,7 @@
 
 import sys
 from importlib import import_module
+from importlib.metadata import version
 
 from ..errors import run
 from ..progress import set_quiet
@@ -20,10 +21,8 @@ def commands() -> dict[str, Command]:
 
 def make_parser(known: dict[str, Command]) -> Parser:
     """The parser of all commands, from which shell completion is made too."""
-    from .. import __version__
-
     parser = Parser(prog="visionattn", description="Vision backbones built on attention.")
-    parser.add_argument("--version", action="version", version=__version__)
+    parser.add_argument("--version", action="version", version=version("visionattn"))
     subcommands = parser.add_subcommands(required=True, dest="command", metavar="COMMAND")
     for command in known.values():
         own = Parser(description=command.help[0].upper() + command.help[1:] + ".")
