@@ -3,8 +3,9 @@
 import sys
 from importlib import import_module
 from importlib.metadata import version
+from typing import Any
 
-from ..errors import run
+from ..errors import optional, run
 from ..progress import set_quiet
 from .parser import Command, Parser
 from .scripts import SCRIPTS
@@ -16,7 +17,21 @@ MODULES = ("catalog", "predict", "explain", "check", "speed", "share", "scripts"
 def commands() -> dict[str, Command]:
     """The commands by name."""
     found = [command for name in MODULES for command in import_module(f".{name}", __name__).COMMANDS]
-    return {command.name: command for command in found}
+    return {command.name: command for command in (*found, COMPLETION)}
+
+
+def _add_completion(parser: Parser) -> None:
+    parser.add_argument("shell", choices=("bash", "zsh", "tcsh"), help="which shell")
+
+
+def _complete(args: Any) -> None:
+    with optional():
+        import shtab
+
+    print(shtab.complete(make_parser(commands()), args.shell))
+
+
+COMPLETION = Command("completion", "print what completes these commands in a shell", _add_completion, _complete)
 
 
 def make_parser(known: dict[str, Command]) -> Parser:

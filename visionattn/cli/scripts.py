@@ -1,8 +1,5 @@
-"""`visionattn train` and `visionattn validate`, which are train.py and validate.py, and what goes with the shell."""
+"""`visionattn train` and `visionattn validate`, which are train.py and validate.py."""
 
-from typing import Any
-
-from ..errors import optional
 from ..progress import set_quiet
 from .parser import Command, Parser
 
@@ -49,21 +46,7 @@ def _add_script(parser: Parser) -> None:
     parser.add_argument("options", nargs="*", help="as train.py and validate.py take them; --help explains each")
 
 
-def _add_completion(parser: Parser) -> None:
-    parser.add_argument("shell", choices=("bash", "zsh", "tcsh"), help="which shell")
-
-
-def _complete(args: Any) -> None:
-    with optional():
-        import shtab
-
-    from . import commands, make_parser
-
-    print(shtab.complete(make_parser(commands()), args.shell))
-
-
 COMMANDS = (
     Command("train", "train a model: the options of train.py", _add_script, lambda args: train(args.options)),
     Command("validate", "validate: the options of validate.py", _add_script, lambda args: validate(args.options)),
-    Command("completion", "print what completes these commands in a shell", _add_completion, _complete),
 )

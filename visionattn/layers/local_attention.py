@@ -24,6 +24,7 @@ from torch import Tensor
 from .cache import is_plain
 from .direct import is_direct
 from .heads import SplitHeads, split_heads
+from .plan import Plan, TileGroup
 from .size_constant import size_constant
 from .symbolic import Size, for_batch, is_symbolic
 
@@ -56,47 +57,6 @@ class AxisTiles(NamedTuple):
     num_keys: Size
     num_entries: Size
     places: tuple[Tensor, Tensor] | None = None
-
-
-class TileGroup(NamedTuple):
-    """Tiles that are attended in one call.
-
-    Args:
-        queries: (tiles, T) flat position of each query.
-        keys: (tiles, w) flat position of each key.
-        shared: whether there are several tiles and they share their pairs.
-        pairs: (tiles, T, w) index of each pair into the flattened relative table, or (1, T, w) if all tiles share it;
-            pairs that do not count point past its end. None in plans for no table.
-        mask: in these, whether a pair counts, for every head: (1, heads * tiles, T, w), or (1, heads, T, w) if all
-            tiles share it. None where every pair counts.
-        kinds: (tiles,) which of the pairs, then (kinds, T, w), are those of each tile; None where `pairs` says it.
-
-    On GPUs pairs and masks may be wider than w; what is beyond does not count.
-    """
-
-    queries: Tensor
-    keys: Tensor
-    shared: bool
-    pairs: Tensor | None = None
-    mask: Tensor | None = None
-    kinds: Tensor | None = None
-
-
-class Plan(NamedTuple):
-    """Gather tables of blocked attention on a map; a tile's window is the product of its row and column windows.
-
-    Args:
-        groups: of tiles.
-        inverse: (N,) where to find each query among all those of the groups.
-        padding: keys that each axis has beyond its queries.
-        holders: (M, most) where to find each key among all those of the groups, -1 past the last place. For the kernel
-            alone, hence None on the CPU.
-    """
-
-    groups: tuple[TileGroup, ...]
-    inverse: Tensor
-    padding: tuple[int, int]
-    holders: Tensor | None = None
 
 
 def local_plan(
@@ -347,7 +307,7 @@ def local_attention(
         from .tile_products import takes_products, tile_products
 
         if takes_products(q, k, v, plan, biases, dropout):
-            return tile_products(q, k, v, plan, biases, scale)
+            return tile_products(q, k, v, plan, biases, scale, fused_attention)
     return fused_attention(q, k, v, plan, biases, scale, dropout, axis_logits)
 
 

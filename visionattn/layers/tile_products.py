@@ -4,7 +4,7 @@ Rows that hold all heads are copied, and no more tiles at a time than caches hol
 as it has no gradient of a bias, training multiplies out the definition and keeps the weights.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from .direct import is_direct
-from .local_attention import Plan, TileGroup, fused_attention
+from .plan import Plan, TileGroup
 
 MAX_TILE = 2**16  # pairs, beyond which weights are too many to keep
 CHUNK = 2**22  # bytes of keys and values that are copied at a time
@@ -36,13 +36,15 @@ def _fits(group: TileGroup, bias: Tensor) -> bool:
     return T * w <= MAX_TILE and bias.shape[-1] == w  # plans for kernels have wider ones
 
 
-def tile_products(q: Tensor, k: Tensor, v: Tensor, plan: Plan, biases: Sequence[Tensor], scale: float) -> Tensor:
-    """`local_attention`, where `takes_products`."""
+def tile_products(
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, biases: Sequence[Tensor], scale: float, plain: Callable[..., Tensor]
+) -> Tensor:
+    """`local_attention`, where `takes_products`; `plain` is what else computes it, for gradients of gradients."""
     group = plan.groups[0]
     if group.queries.shape == (1, q.shape[2]) and group.keys.shape == (1, k.shape[2]):  # a tile that is the map
         return F.scaled_dot_product_attention(q, k, v, attn_mask=biases[0], scale=scale)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *biases)):
-        return _TileProducts.apply(plan, scale, q, k, v, *biases)
+        return _TileProducts.apply(plan, scale, plain, q, k, v, *biases)
     return _forward(plan, scale, q, k, v, biases, None)
 
 
@@ -108,24 +110,24 @@ class _TileProducts(Function):
     """`_forward` that keeps the weights, and its gradients."""
 
     @staticmethod
-    def forward(ctx, plan: Plan, scale: float, *inputs: Tensor) -> Tensor:
+    def forward(ctx, plan: Plan, scale: float, plain: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         kept = []
         out = _forward(plan, scale, *inputs[:3], inputs[3:], kept)
         ctx.save_for_backward(*inputs, *kept)
-        ctx.plan, ctx.scale = plan, scale
+        ctx.plan, ctx.scale, ctx.plain = plan, scale, plain
         return out
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        plan, scale, wanted = ctx.plan, ctx.scale, ctx.needs_input_grad[2:]
+        plan, scale, wanted = ctx.plan, ctx.scale, ctx.needs_input_grad[3:]
         saved = ctx.saved_tensors  # once, or checkpoints refuse
         inputs, kept = saved[: len(wanted)], iter(saved[len(wanted) :])
         q, k, v, *biases = inputs
         if torch.is_grad_enabled():  # the gradients will be differentiated
-            out = fused_attention(q, k, v, plan, biases, scale)
+            out = ctx.plain(q, k, v, plan, biases, scale)
             found = [x for x, want in zip(inputs, wanted, strict=True) if want]
             found = iter(torch.autograd.grad(out, found, grad, create_graph=True))
-            return None, None, *(next(found) if want else None for want in wanted)
+            return None, None, None, *(next(found) if want else None for want in wanted)
         dq, dk, dv = q.new_empty(q.transpose(1, 2).shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
         dbiases = [torch.zeros_like(x) if want else None for x, want in zip(biases, wanted[3:], strict=True)]
         places = sum(group.queries.numel() for group in plan.groups)
@@ -154,4 +156,4 @@ class _TileProducts(Function):
                 for x, part in ((dk, dk_i), (dv, dv_i)):
                     x[b].flatten(0, 1).index_add_(0, index, part.flatten(0, -2))
             torch.index_select(dq_tiles, 0, plan.inverse, out=dq[b])
-        return None, None, dq.transpose(1, 2), dk, dv, *dbiases
+        return None, None, None, dq.transpose(1, 2), dk, dv, *dbiases
