@@ -281,7 +281,7 @@ PLANTED = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PLANTED)
 def test_evidence_is_on_the_object(name):
-    """Grad-CAM and rollout of a model that reads planted digits put twice the density on these that is elsewhere."""
+    """Grad-CAM and rollout of a model that reads planted digits are twice as dense on them as elsewhere."""
     kwargs, canvas, side, steps, lr = PLANTED[name]
     model = visionattn.create_model(name, in_chans=1, num_classes=10, **kwargs)
     train(model, *planted(3000, canvas, side, 0)[:2], steps, lr)

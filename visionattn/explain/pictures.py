@@ -100,7 +100,7 @@ def _draw(ax: "Axes", panel: Panel) -> object:
         heat = heat.where(panel.keys.cpu(), math.nan)
     known = heat[~heat.isnan()]
     low, high = known.min().item(), known.max().item()
-    strength = 0.35 + 0.4 * (heat.nan_to_num(low) - low) / max(high - low, 1e-12)
+    strength = (0.35 if panel.keys is None else 0.5) + 0.4 * (heat.nan_to_num(low) - low) / max(high - low, 1e-12)
     drawn = ax.imshow(heat, cmap=COLOURS, alpha=strength.numpy(), extent=extent, interpolation="nearest")
     scale = torch.tensor([width / heat.shape[1], height / heat.shape[0]])
     if panel.keys is not None:
@@ -111,7 +111,7 @@ def _draw(ax: "Axes", panel: Panel) -> object:
         row, col, tall, wide = panel.query
         for colour, thickness in (("black", 3.4), ("cyan", 1.6)):
             box = Rectangle((col * width, row * height), wide * width, tall * height)
-            box.set(fill=False, edgecolor=colour, linewidth=thickness)
+            box.set(fill=False, edgecolor=colour, linewidth=thickness, zorder=3)
             ax.add_patch(box)
     return drawn
 
@@ -195,5 +195,7 @@ def animation(frames: Sequence[Image.Image], seconds: float = 0.7) -> bytes:
     """An animated GIF of frames of one size, that repeats for ever and stays longer at the last."""
     buffer = io.BytesIO()
     lengths = [round(1000 * seconds)] * (len(frames) - 1) + [round(2500 * seconds)]
+    # A palette that covers all colours, as the frame of a query is of a rare one.
+    frames = [frame.quantize(256, Image.Quantize.MAXCOVERAGE) for frame in frames]
     frames[0].save(buffer, "gif", save_all=True, append_images=frames[1:], duration=lengths, loop=0)
     return buffer.getvalue()
