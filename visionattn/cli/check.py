@@ -2,14 +2,14 @@
 
 import json
 from collections import Counter
-from typing import Any, get_args
+from typing import Any
 
-from ..data.config import AnnotationConfig, BoxFormat
 from ..errors import printable
 from ..measure import positive
 from .parser import Command, Parser
 
 TASKS = ("classification", "detection", "segmentation")
+BOX_FORMATS = tuple(f"{unit}{kind}" for unit in ("", "relative_") for kind in ("xywh", "xyxy", "cxcywh"))
 
 
 def _add(parser: Parser) -> None:
@@ -17,7 +17,7 @@ def _add(parser: Parser) -> None:
     parser.add_argument("--task", choices=TASKS, help="what they are for (default: as they are laid out)")
     parser.add_argument("--labels", default="", metavar="FILE", help="CSV file of images with several labels")
     parser.add_argument("--classes", default="", metavar="FILE", help="names of the classes, as --annotations.classes")
-    parser.add_argument("--box_format", choices=get_args(BoxFormat), help="as --annotations.box_format")
+    parser.add_argument("--box_format", choices=BOX_FORMATS, help="as --annotations.box_format")
     parser.add_argument("--masks", action="store_true", help="check the masks of objects too, for mask_rcnn")
     parser.add_argument("--least", type=positive, default=2, help="images or objects that each class needs in training")
     parser.add_argument("--format", choices=("text", "json"), default="text", help="what is printed")
@@ -25,6 +25,7 @@ def _add(parser: Parser) -> None:
 
 def _check(args: Any) -> int:
     from ..data.check import check
+    from ..data.config import AnnotationConfig
 
     annotations = AnnotationConfig(classes=args.classes, box_format=args.box_format)
     found = check(args.folder, args.task, args.labels, annotations, args.masks, args.least)
