@@ -3,8 +3,8 @@
 
 import sys
 
-from visionattn.cli.scripts import train
+from visionattn.cli.scripts import train as main
 from visionattn.errors import run
 
 if __name__ == "__main__":
-    sys.exit(run(train))
+    sys.exit(run(main))

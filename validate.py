@@ -3,8 +3,8 @@
 
 import sys
 
-from visionattn.cli.scripts import validate
+from visionattn.cli.scripts import validate as main
 from visionattn.errors import run
 
 if __name__ == "__main__":
-    sys.exit(run(validate))
+    sys.exit(run(main))

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from PIL import Image
+
 import visionattn
 from visionattn.errors import INSTALL
 from visionattn.training.checkpoint import save_checkpoint
@@ -89,13 +91,13 @@ everything = EVERYTHING
 for name, entry in entries():
     print("code", attempt(everything, name, entry), flush=True)
 # The others are there, and imported already.
-import accelerate, albumentations, jsonargparse, matplotlib.figure, rich, sklearn.datasets, torchmetrics.detection
+import accelerate, albumentations, matplotlib.figure, sklearn.datasets, torchmetrics.detection
 import segmentation_models_pytorch
 made = dict(entries())
 for library, name in LACKING:
     print("code", attempt((library,), name, made[name]), flush=True)
 '''
-TRAIN = ("jsonargparse", "accelerate", "rich", "matplotlib", "sklearn", "tensorboard")
+TRAIN = ("docstring_parser", "accelerate", "matplotlib", "sklearn", "tensorboard")
 LACKING = [
     *((library, "train", "train") for library in TRAIN),
     *((library, "detection", "dense") for library in ("albumentations", "faster_coco_eval", "torchmetrics")),
@@ -110,6 +112,7 @@ def test_what_is_not_installed_is_told_in_one_line(tmp_path: Path):
     save_checkpoint(tmp_path / "w.safetensors", model.state_dict(), known)
     known |= {"task": "segmentation", "head": "fpn", "head_kwargs": {}, "annotations": {}, "joint": {}}
     save_checkpoint(tmp_path / "segmenter.safetensors", model.state_dict(), known)
+    Image.new("RGB", (32, 32)).save(tmp_path / "x.png")
     text = ENTRIES.replace("EVERYTHING", repr(tuple(INSTALL)))
     (tmp_path / "entries.py").write_text(text.replace("LACKING", repr([entry[:2] for entry in LACKING])))
     done = subprocess.run(

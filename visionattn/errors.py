@@ -39,7 +39,7 @@ def shortened(text: object, longest: int = LONGEST) -> str:
 
 INSTALL = {
     **dict.fromkeys(
-        ("accelerate", "jsonargparse", "docstring_parser", "typeshed_client", "matplotlib", "rich", "sklearn"),
+        ("accelerate", "docstring_parser", "typeshed_client", "matplotlib", "sklearn"),
         "'visionattn[train]'",
     ),
     "tensorboard": "'visionattn[train]'",
