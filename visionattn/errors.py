@@ -43,6 +43,7 @@ INSTALL = {
         "'visionattn[train]'",
     ),
     "tensorboard": "'visionattn[train]'",
+    **dict.fromkeys(("onnx", "onnxscript", "onnxruntime", "openvino", "torchao"), "'visionattn[export]'"),
     **dict.fromkeys(
         ("albumentations", "cv2", "faster_coco_eval", "segmentation_models_pytorch", "torchmetrics"),
         "'visionattn[dense]'",

@@ -1,0 +1,278 @@
+"""Writing models as files of other programs, each compared with its model before it is kept."""
+
+import json
+import logging
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import VisionattnError, one_line, optional, require, user_input
+from ..weights.files import place
+from .about import about_model, as_text, task_of
+from .graph import make_program, sizes_of, traced
+from .quantized import quantize_onnx, quantize_program
+from .running import EXTRA, NAME, TOLERANCE, disagreement, load
+
+LARGEST = 2**31 - 2**20
+"""Bytes of an ONNX file with its weights inside: protobuf's limit, less the rest of the file."""
+INT8 = ("weights", "static")
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A file that was written.
+
+    Args:
+        path: of the file.
+        disagreement: largest difference from the model at `shapes`, in parts of its largest number if that is above 1;
+            of a file with int8 values, that of rounding.
+        shapes: of the images that it was compared at.
+        about: what the file says of itself.
+    """
+
+    path: Path
+    disagreement: float
+    shapes: list[tuple[int, ...]]
+    about: dict[str, Any]
+
+
+def export_onnx(
+    model: nn.Module,
+    path: str | os.PathLike,
+    size: tuple[int, int] | None = None,
+    int8: str | None = None,
+    calibration: Sequence[Tensor] = (),
+    opset: int | None = None,
+    overwrite: bool = False,
+) -> Exported:
+    """Write an ONNX file, with its weights inside unless they are over 2 GB.
+
+    Args:
+        model: in eval mode; a classifier, a feature extractor (`features_only=True`), a segmenter or a detector. A
+            detector takes one image (1, C, H, W) of a fixed size.
+        path: of the file, `*.onnx`.
+        size: fixed height and width; None: they are left open, as the batch always is.
+        int8: "weights": linear maps with int8 weights, and inputs that are rounded in every call; "static":
+            convolutions too, and inputs rounded by what `calibration` shows. None: float32.
+        calibration: images (B, C, H, W), prepared as the model wants them.
+        opset: version of the operators; None: torch's choice.
+        overwrite: replace a file that is there.
+
+    Raises:
+        VisionattnError: if the model cannot be exported so, or onnxruntime does not compute what the model does.
+        NotInstalledError: if onnx, onnxscript or onnxruntime is not installed.
+    """
+    require("onnx", "onnxscript", "onnxruntime")
+
+    def write(file: Path, about: dict[str, Any]) -> None:
+        _write_onnx(model, file, size, about, opset)
+        if int8:
+            quantize_onnx(file, int8, calibration)
+
+    return _export(model, Path(path), ".onnx", "onnx", size, int8, calibration, overwrite, write)
+
+
+def export_torch(
+    model: nn.Module,
+    path: str | os.PathLike,
+    size: tuple[int, int] | None = None,
+    int8: str | None = None,
+    calibration: Sequence[Tensor] = (),
+    overwrite: bool = False,
+) -> Exported:
+    """Write a program of torch.export, which `torch.export.load(path).module()` runs.
+
+    What it says of itself is the extra file `visionattn.json`. With `int8`, round values stand in the graph for a
+    compiler to make use of: AOTInductor or torch.compile; as it is, it computes with them in float32.
+
+    Args: those of `export_onnx`, with `path` `*.pt2`.
+    """
+
+    def write(file: Path, about: dict[str, Any]) -> None:
+        program = _program(model, size, int8, calibration)
+        torch.export.save(program, str(file), extra_files={EXTRA: json.dumps(as_text(about))})
+
+    return _export(model, Path(path), ".pt2", "torch", size, int8, calibration, overwrite, write)
+
+
+def export_aoti(
+    model: nn.Module,
+    path: str | os.PathLike,
+    size: tuple[int, int] | None = None,
+    int8: str | None = None,
+    calibration: Sequence[Tensor] = (),
+    overwrite: bool = False,
+) -> Exported:
+    """Write a package of AOTInductor, compiled for the machine that it is made on, which
+    `torch._inductor.aoti_load_package(path)` runs without Python code of the model.
+
+    What it says of itself is in `get_metadata()` of the loaded package.
+
+    Args: those of `export_onnx`, with `path` `*.pt2`.
+    """
+    if not any(map(shutil.which, (os.environ.get("CXX") or "g++", "clang++"))):
+        raise VisionattnError("AOTInductor needs a C++ compiler: install g++, or name one in CXX")
+
+    def write(file: Path, about: dict[str, Any]) -> None:
+        program = _program(model, size, int8, calibration)
+        options: dict[str, Any] = {"aot_inductor.metadata": as_text(about)}
+        if int8:
+            options["freezing"] = True  # which is where int8 products are recognised
+        with torch.no_grad():
+            torch._inductor.aoti_compile_and_package(program, package_path=str(file), inductor_configs=options)
+
+    return _export(model, Path(path), ".pt2", "aoti", size, int8, calibration, overwrite, write)
+
+
+def export_openvino(
+    model: nn.Module,
+    path: str | os.PathLike,
+    size: tuple[int, int] | None = None,
+    int8: str | None = None,
+    calibration: Sequence[Tensor] = (),
+    overwrite: bool = False,
+) -> Exported:
+    """Write OpenVINO's two files, `*.xml` and `*.bin` beside it, by its own converter from ONNX.
+
+    What they say of themselves is in the model's `rt_info` under "visionattn", as JSON.
+
+    Args: those of `export_onnx`, with `path` `*.xml`.
+    """
+    require("openvino", "onnx", "onnxscript", "onnxruntime")
+
+    def write(file: Path, about: dict[str, Any]) -> None:
+        import openvino
+
+        between = file.with_suffix(".onnx")
+        _write_onnx(model, between, size, about, None)
+        if int8:
+            quantize_onnx(between, int8, calibration)
+        converted = openvino.convert_model(between)
+        converted.set_rt_info(json.dumps(as_text(about)), [NAME])
+        openvino.save_model(converted, file, compress_to_fp16=False)
+        between.unlink()
+
+    return _export(model, Path(path), ".xml", "openvino", size, int8, calibration, overwrite, write)
+
+
+EXPORTS: dict[str, tuple[Callable[..., Exported], str]] = {
+    "onnx": (export_onnx, ".onnx"),
+    "torch": (export_torch, ".pt2"),
+    "aoti": (export_aoti, ".pt2"),
+    "openvino": (export_openvino, ".xml"),
+}
+"""What writes each format, and how its files end."""
+
+
+def _export(
+    model: nn.Module, path: Path, suffix: str, kind: str, size: tuple[int, int] | None, int8: str | None,
+    calibration: Sequence[Tensor], overwrite: bool, write: Callable[[Path, dict[str, Any]], None],
+) -> Exported:  # fmt: skip
+    """Writes to a temporary folder, compares, and puts what was written in its place."""
+    module = traced(model)
+    check_place(path, suffix, overwrite)
+    if int8 not in (None, *INT8):
+        raise VisionattnError(f"expected int8 one of {', '.join(INT8)}, got {int8}")
+    if int8 and task_of(model) == "detection":
+        raise VisionattnError("int8 is for classifiers, features and segmenters: boxes do not survive the rounding")
+    if int8 == "static" and not len(calibration):
+        raise VisionattnError("int8 static needs images to find the ranges of values with: give calibration (--data)")
+    about = about_model(model) | {
+        "format": kind,
+        "int8": int8,
+        "size": list(size) if size else None,
+    }
+    shapes = sizes_of(model, size)
+    with user_input(f"cannot write {path}", OSError), TemporaryDirectory(dir=path.parent, prefix=".export") as folder:
+        file = Path(folder, path.name)
+        try:
+            with _silence():
+                write(file, about)
+        except (VisionattnError, OSError):
+            raise
+        except Exception as error:  # exporters and compilers raise whatever they like
+            raise VisionattnError(f"cannot export {about['model']} to {kind}: {one_line(error)}") from error
+        run, said = load(file)
+        far = disagreement(run, module, shapes)
+        if not far <= TOLERANCE and not int8:
+            raise VisionattnError(f"{path} is not kept: it is {far:.1e} from what the model computes")
+        written = sorted(Path(folder).iterdir(), key=lambda each: each.name == path.name)  # the file itself comes last
+        for each in written:
+            place(each, path.with_name(each.name))
+    return Exported(path, far, shapes, said)
+
+
+def check_place(path: Path, suffix: str, overwrite: bool) -> None:
+    """Refuse a path that cannot be written, before any work.
+
+    Raises:
+        VisionattnError: if it ends otherwise, is there, or its folder is not.
+    """
+    if path.suffix != suffix:
+        raise VisionattnError(f"expected a name that ends in {suffix}, got {path}")
+    if path.exists() and not overwrite:
+        raise VisionattnError(f"{path} exists: choose another name, or replace it with --overwrite")
+    if not path.parent.is_dir():
+        raise VisionattnError(f"cannot write {path}: {path.parent} is not a folder")
+
+
+def _program(model: nn.Module, size: tuple[int, int] | None, int8: str | None, calibration: Sequence[Tensor]):
+    program = make_program(model, size)
+    if not int8:
+        return program
+    return make_program(model, size, quantize_program(program, int8, calibration))
+
+
+def _write_onnx(
+    model: nn.Module, file: Path, size: tuple[int, int] | None, about: dict[str, Any], opset: int | None
+) -> None:
+    program = torch.onnx.export(
+        make_program(model, size),
+        dynamo=True,
+        input_names=["image"],
+        output_names=about["outputs"],
+        opset_version=opset,
+        verbose=False,
+    )
+    assert program is not None
+    graph = program.model.graph
+    if task_of(model) != "detection":
+        _name_axes(graph, open_size=size is None)
+    program.model.metadata_props.update(as_text(about | {"opset": program.model.opset_imports[""]}))
+    weights = sum(value.const_value.nbytes for value in graph.initializers.values() if value.const_value is not None)
+    program.save(file, external_data=weights > LARGEST)
+
+
+def _name_axes(graph: Any, open_size: bool) -> None:
+    """Gives the open axes of images their names, and those of the batch of the outputs."""
+    import onnx_ir
+
+    image = graph.inputs[0]
+    names = ["batch", "height", "width"] if open_size else ["batch"]
+    for axis, name in zip((0, 2, 3), names, strict=False):
+        old = image.shape[axis]
+        for value in [image, *graph.outputs]:
+            shape = [name if each == old else each for each in value.shape]
+            value.shape = onnx_ir.Shape(shape)
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Exporters log and warn of what a user cannot act on."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), optional():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
