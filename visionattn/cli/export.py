@@ -56,8 +56,8 @@ def _export(args: Any) -> None:
     folder = open_folder(args.data, model) if args.data else None
     images = calibration(folder, model, size) if folder and args.int8 == "static" else ()
     made = EXPORTS[args.format][0](model, args.out, size, args.int8, images, overwrite=args.overwrite)
-    sides = "x".join(map(str, size or made.shapes[0][2:] if task_of(model) == "detection" else ("height", "width")))
-    sides = "x".join(map(str, size)) if size else sides
+    shown = size or (made.shapes[0][2:] if task_of(model) == "detection" else ("height", "width"))
+    sides = " x ".join(map(str, shown))
     version = f" opset {made.about['opset']}" if "opset" in made.about else ""
     batch = "one image" if task_of(model) == "detection" else "any batch"
     megabytes = made.path.stat().st_size / 2**20

@@ -7,9 +7,14 @@ from .parser import Command, Parser, key_value
 
 
 def _add_convert(parser: Parser) -> None:
-    parser.add_argument("file", help="file in any published layout of the model's family")
-    parser.add_argument("out", help="safetensors file to write")
-    parser.add_argument("--model", required=True, help="name of the model, with the tag of the weights if need be")
+    parser.add_argument("file", help="file in any published layout of the model's family, or with --to one of ours")
+    parser.add_argument("out", help="safetensors file to write; with --to .pth too, or for hf a folder")
+    parser.add_argument(
+        "--model", default="", help="name of the model, with the tag of the weights if need be, where the file has none"
+    )
+    parser.add_argument(
+        "--to", choices=("timm", "official", "hf"), help="write what timm, the paper's code or transformers loads"
+    )
     parser.add_argument("--kwargs", nargs="+", type=key_value, default=[], metavar="KEY=VALUE", help="its arguments")
     parser.add_argument("--source", default="", help="where the file is from, for the header")
     parser.add_argument("--replace", action="store_true", help="write over a file that is there")
@@ -17,6 +22,19 @@ def _add_convert(parser: Parser) -> None:
 
 
 def _convert(args: Any) -> None:
+    if args.to:
+        from ..outward import write_layout
+
+        if args.checkpoint_prefix:
+            args.kwargs.append(("checkpoint_prefix", args.checkpoint_prefix))
+        if args.kwargs and not args.model or args.source:
+            raise VisionattnError(
+                "with --to, options --kwargs and --checkpoint_prefix go with --model, --source with none"
+            )
+        print("\n".join(write_layout(args.file, args.out, args.to, args.model, args.replace, **dict(args.kwargs))))
+        return
+    if not args.model:
+        raise VisionattnError("option --model is needed: the name of the model that the file is of")
     from ..publish import convert_file
 
     made = convert_file(

@@ -20,6 +20,7 @@ from ..layers.init import init_weights
 from ..layers.layout import channels_last
 from ..layers.norm import ChannelNorm
 from ..registry import Family, Variant, Weights, register_family
+from ..weights.layouts import Flatten
 
 RULES = [
     (r"^downsample_layers\.0\.([02])\.0\.", r"stem.\1.proj."),
@@ -33,7 +34,7 @@ RULES = [
     (r"\.layer_scale_(\d)\.", r".ls\1."),
     (r"\.norm_(\d)\.", r".norm\1."),
     # 1 x 1 convolutions are kept as linear maps.
-    (r"((?:^|_|\.)proj|fc[12])\.weight$", r"\1.weight", lambda w: w.flatten(1) if w.shape[2:] == (1, 1) else w),
+    (r"((?:^|_|\.)proj|fc[12])\.weight$", r"\1.weight", Flatten()),
 ]
 
 

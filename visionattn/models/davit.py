@@ -5,7 +5,6 @@ Advancing a Unified Representation for a Variety of Vision Tasks", arXiv 2311.06
 channel block is global at a cost linear in the number of pixels; positions come from depthwise convolutions alone.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -23,21 +22,27 @@ from ..layers.patch import PatchStem
 from ..layers.pointwise import Mlp
 from ..layers.symbolic import is_symbolic
 from ..registry import Family, Variant, Weights, register_family
+from ..weights.layouts import renumber
 
 PAIR = ("spatial", "channel")
 
 
-def _numbered(types: Sequence[str], m: re.Match) -> str:
-    """Our number of block `which` of group `m[2]`: the published layouts number them group by group."""
-    which = int(m[3]) if m[3].isdigit() else types.index(m[3].removesuffix("_block"))
-    return f"stages.{m[1]}.blocks.{len(types) * int(m[2]) + which}."
+def _numbered(start: str, types: Sequence[str]) -> list:
+    """Rules for the numbers of blocks, which the published layouts count group by group."""
+    return [
+        (
+            rf"^{start}\.(\d)\.{'blocks.' if start == 'stages' else ''}(\d+)\.(?:{which}|{name}_block)\.",
+            renumber("stages.{1}.blocks.{0}.", which, times=len(types), group=2),
+        )
+        for which, name in enumerate(types)
+    ]
 
 
 def _layouts(types: Sequence[str]) -> dict[str, list]:
     official = [
         (r"^patch_embeds\.0\.", "stem."),
         (r"^patch_embeds\.(\d)\.", r"stages.\1.downsample."),
-        (r"^main_blocks\.(\d)\.(\d+)\.(\d+|[a-z]+_block)\.", partial(_numbered, types)),
+        *_numbered("main_blocks", types),
         (r"\.cpe\.0\.", ".cpe1."),
         (r"\.cpe\.1\.", ".cpe2."),
         (r"\.attn\.", ".mixer."),
@@ -46,7 +51,7 @@ def _layouts(types: Sequence[str]) -> dict[str, list]:
     ]
     timm = [
         (r"^(stem|stages\.\d\.downsample)\.conv\.", r"\1.proj."),
-        (r"^stages\.(\d)\.blocks\.(\d+)\.(\d+|[a-z]+_block)\.", partial(_numbered, types)),
+        *_numbered("stages", types),
         (r"\.attn\.", ".mixer."),
         (r"^head\.norm\.", "norm."),
         (r"^head\.fc\.", "head."),

@@ -23,11 +23,11 @@ from ..weights.layouts import renumber
 
 # Hugging Face's names, then the official ones.
 HF_RULES = [
-    (r"^d?i?nat\.embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
-    (r"^d?i?nat\.embeddings\.norm\.", "patch_embed.norm."),
-    (r"^d?i?nat\.encoder\.levels\.(\d+)\.layers\.(\d+)\.", r"levels.\1.blocks.\2."),
-    (r"^d?i?nat\.encoder\.levels\.(\d+)\.downsample\.", r"levels.\1.downsample."),
-    (r"^d?i?nat\.layernorm\.", "norm."),
+    (r"^(?:dinat|nat)\.embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+    (r"^(?:dinat|nat)\.embeddings\.norm\.", "patch_embed.norm."),
+    (r"^(?:dinat|nat)\.encoder\.levels\.(\d+)\.layers\.(\d+)\.", r"levels.\1.blocks.\2."),
+    (r"^(?:dinat|nat)\.encoder\.levels\.(\d+)\.downsample\.", r"levels.\1.downsample."),
+    (r"^(?:dinat|nat)\.layernorm\.", "norm."),
     (r"^classifier\.", "head."),
     (r"\.layernorm_before\.", ".norm1."),
     (r"\.layernorm_after\.", ".norm2."),
@@ -164,6 +164,9 @@ class DiNAT(Hierarchical):
 class DiNATs(DiNAT):
     """DiNAT_s: DiNAT with Swin's patch embedding and patch merging. Arguments as for `DiNAT`."""
 
+    layouts = {  # which calls levels as Swin does
+        "official": [(rule[0].replace("levels|layers", "layers|levels"), *rule[1:]) for rule in OFFICIAL_RULES]
+    }
     first_conv = "stem.proj"
     stem_layer = PatchStem
     downsample_layer = PatchMerging

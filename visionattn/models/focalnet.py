@@ -17,7 +17,7 @@ from ..layers.init import init_weights
 from ..layers.patch import PatchConv2d
 from ..layers.pointwise import Mlp
 from ..registry import Family, Variant, Weights, register_family
-from ..weights.layouts import renumber
+from ..weights.layouts import Flatten, renumber
 
 # Hugging Face's names, then the official ones.
 HF_RULES = [
@@ -39,9 +39,9 @@ BLOCK_RULES = [
     (r"\.modulation\.ln\.", ".mixer.norm."),
     (r"\.modulation\.", ".mixer."),
     (r"\.gamma_(\d)$", r".ls\1.gamma"),
-    (r"\.norm(\d)_post\.", r".norm\1."),
     # 1 x 1 convolutions are kept as linear maps.
-    (r"\.(mixer\.[fh]|mixer\.proj|mlp\.fc[12])\.weight$", r".\1.weight", lambda weight: weight.flatten(1)),
+    (r"\.(mixer\.f|mixer\.proj|mlp\.fc[12])\.weight$", r".\1.weight", lambda weight: weight.flatten(1)),  # timm's
+    (r"\.(mixer\.h)\.weight$", r".\1.weight", Flatten()),
 ]
 OFFICIAL_RULES = [
     (r"^patch_embed\.", "stem."),
@@ -50,7 +50,12 @@ OFFICIAL_RULES = [
     (r"^norm(\d)\.", r"feature_norms.\1."),  # of the dense prediction code
     *BLOCK_RULES,
 ]
-TIMM_RULES = [(r"^layers\.(\d)\.", r"stages.\1."), (r"^head\.fc\.", "head."), *BLOCK_RULES]
+TIMM_RULES = [
+    (r"^layers\.(\d)\.", r"stages.\1."),
+    (r"^head\.fc\.", "head."),
+    (r"\.norm(\d)_post\.", r".norm\1."),
+    *BLOCK_RULES,
+]
 ISOTROPIC_RULES = [(r"^patch_embed\.", "stem."), (r"^layers\.0\.blocks\.", "blocks."), *BLOCK_RULES]
 
 

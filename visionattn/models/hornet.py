@@ -23,6 +23,7 @@ from ..layers.patch import PatchConv2d
 from ..layers.pointwise import Mlp
 from ..layers.recursive_gated_conv import resize_filter
 from ..registry import Family, Variant, Weights, register_family
+from ..weights.layouts import Flatten
 
 RULES = [
     (r"^downsample_layers\.0\.0\.", "stem.proj."),
@@ -36,7 +37,7 @@ RULES = [
     (r"\.pwconv([12])\.", r".mlp.fc\1."),
     (r"^norm(\d)\.", r"feature_norms.\1."),  # of the dense prediction code
     # 1 x 1 convolutions are kept as linear maps.
-    (r"\.(proj_in|proj_out|pws\.\d)\.weight$", r".\1.weight", lambda weight: weight.flatten(1)),
+    (r"\.(proj_in|proj_out|pws\.\d)\.weight$", r".\1.weight", Flatten()),
 ]
 
 

@@ -21,21 +21,23 @@ from ..layers.layout import channels_last
 from ..layers.norm_act_product import activated, norm_act_product, small_mlp
 from ..layers.pointwise import Pointwise, Pointwise2d
 from ..registry import Family, Variant, Weights, register_family
+from ..weights.layouts import Flatten, renumber
 
 ACTIVATIONS = {"gelu": nn.GELU, "relu": partial(nn.ReLU, inplace=True)}
 RULES = [
     (r"^patch_embed\.", "stem."),
     # Stages and the merging between them are numbered in one sequence.
-    (r"^stages\.([135])\.reduction\.", lambda m: f"stages.{int(m[1]) // 2 + 1}.downsample.proj."),
-    (r"^stages\.([135])\.norm\.", lambda m: f"stages.{int(m[1]) // 2 + 1}.downsample.norm."),
-    (r"^stages\.([0246])\.blocks\.", lambda m: f"stages.{int(m[1]) // 2}.blocks."),
-    (r"^norm([0246])\.", lambda m: f"feature_norms.{int(m[1]) // 2}."),
+    (r"^stages\.([135])\.reduction\.", renumber("stages.{0}.downsample.proj.", 1, 2)),
+    (r"^stages\.([135])\.norm\.", renumber("stages.{0}.downsample.norm.", 1, 2)),
+    (r"^stages\.([0246])\.blocks\.", renumber("stages.{0}.blocks.", 0, 2)),
+    (r"^norm([0246])\.", renumber("feature_norms.{0}.", 0, 2)),
     (r"^avgpool_pre_head\.1\.", "hidden."),
     (r"\.spatial_mixing\.partial_conv3\.", ".mixer.conv."),
     (r"\.spatial_mixing\.attn\.cfc1\.", ".mixer.gate."),  # a 1 x 2 kernel over mean and standard deviation
     (r"\.spatial_mixing\.attn\.bn\.", ".mixer.gate_norm."),
     (r"\.spatial_mixing\.attn\.rpe_k\.lookup_table_bias$", ".mixer.rpb"),
-    (r"\.spatial_mixing\.(?:attn\.)?", ".mixer."),
+    (r"\.spatial_mixing\.attn\.(qkv|proj)\.", r".mixer.\1."),
+    (r"\.spatial_mixing\.", ".mixer."),
     (r"\.mlp\.0\.", ".mlp.fc1."),
     (r"\.mlp\.1\.", ".mlp.norm."),
     (r"\.mlp\.3\.", ".mlp.fc2."),
@@ -45,7 +47,8 @@ RULES = [
     (r"\.mlp\.4\.norm2\.", ".mlp.spatial.norm2."),
     (r"\.layer_scale$", ".ls2.gamma"),
     # 1 x 1 and 1 x 2 convolutions are kept as linear maps.
-    (r"((?:^hidden|\.gate|\.mix|\.fc[12])\.weight)$", r"\1", lambda weight: weight.flatten(1)),
+    (r"((?:^hidden|\.spatial\.gate|\.mix|\.fc[12])\.weight)$", r"\1", Flatten()),
+    (r"(\.mixer\.gate\.weight)$", r"\1", Flatten((1, 2))),
 ]
 
 

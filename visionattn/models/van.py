@@ -16,7 +16,7 @@ from ..layers.init import by_fan_out, init_weights
 from ..layers.layout import channels_last
 from ..layers.pointwise import Pointwise
 from ..registry import Family, Variant, Weights, register_family
-from ..weights.layouts import renumber
+from ..weights.layouts import Flatten, renumber
 
 # Hugging Face's names, then the official ones.
 HF_RULES = [
@@ -51,7 +51,7 @@ OFFICIAL_RULES = [
     (r"\.attn\.spatial_gating_unit\.conv1\.", ".mixer.lka.pointwise."),
     (r"\.mlp\.dwconv\.dwconv\.", ".mlp.dwconv."),
     # 1 x 1 convolutions are kept as linear maps.
-    (r"\.(proj[12]|pointwise|fc[12])\.weight$", r".\1.weight", lambda weight: weight.flatten(1)),
+    (r"\.(proj[12]|pointwise|fc[12])\.weight$", r".\1.weight", Flatten()),
 ]
 
 

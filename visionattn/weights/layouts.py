@@ -45,14 +45,50 @@ HEAD = re.compile(r"(?:(?:cls_)?head\.(?:fc\.)?|fc\.|classifier\.)(weight|bias)"
 """What frameworks call the classifier that they put beside a backbone."""
 
 
-def renumber(template: str, offset: int) -> Callable[[re.Match], str]:
-    """Replacement that adds `offset` to the number in the pattern's first group.
+@dataclass(frozen=True)
+class renumber:  # noqa: N801 - called like the function that replacements are
+    """Replacement that changes a number, to `number * times // step + offset`.
 
     Args:
-        template: the new text, with "{0}" for the number and "{1}", "{2}", ... for the pattern's further groups.
+        template: the new text, with "{0}" for the number and "{1}", "{2}", ... for the pattern's other groups.
         offset: what to add.
+        step: what to divide by.
+        times: what to multiply with.
+        group: the group of the pattern that is the number.
     """
-    return lambda m: template.format(int(m[1]) + offset, *m.groups()[1:])
+
+    template: str
+    offset: int
+    step: int = 1
+    times: int = 1
+    group: int = 1
+
+    def __call__(self, m: re.Match) -> str:
+        others = [text for i, text in enumerate(m.groups(), 1) if i != self.group]
+        return self.template.format(int(m[self.group]) * self.times // self.step + self.offset, *others)
+
+    def numbers(self, number: int) -> list[int]:
+        """Those that become this one."""
+        first, rest = divmod((number - self.offset) * self.step, self.times)
+        return [] if rest or first < 0 else list(range(first, first + self.step))
+
+
+@dataclass(frozen=True)
+class Flatten:
+    """Transform of a convolution's weight to that of a linear map; other weights stay as they are.
+
+    Args:
+        kernel: its height and width, for the way back.
+    """
+
+    kernel: tuple[int, int] = (1, 1)
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        return weight.flatten(1) if weight.shape[2:] == self.kernel else weight
+
+    def back(self, weight: Tensor) -> Tensor:
+        """The kernel again."""
+        return weight.unflatten(1, (-1, *self.kernel)) if weight.ndim == 2 else weight
 
 
 @dataclass
