@@ -1,8 +1,8 @@
 """State dicts in the published layouts again: the rules of a layout, applied backwards.
 
-A rule's replacement becomes what is looked for, and its pattern what is put in place. Which rules had to do with a name
-is not known beforehand: all ways back are tried, those that do not lead forward again to the same name are left out, and
-of the others the one is taken that accounts for the most of the name.
+A rule's replacement becomes what is looked for, and its pattern what is put in place. Which rules had to do with a
+name is not known beforehand: all ways back are tried, those that do not lead forward again to the same name are left
+out, and of the others the one is taken that accounts for the most of the name.
 """
 
 import re
@@ -15,7 +15,7 @@ from ..errors import VisionattnError
 from .layouts import UNBOUND, Rule, _renamed, renumber
 
 TOKEN = re.compile(r"\\(.)|\(\?:([^()]*)\)|(\((?:[^()]|\([^()]*\))*\))|(.)")
-"""Of a pattern: an escaped character, a choice, a group (which may hold groups that are no captures), or a character."""
+"""Of a pattern: an escaped character, a choice, a group (which may hold ones that are no captures), or a character."""
 
 
 def _pieces(pattern: str) -> Iterator[list[str | tuple[int, str]]]:
@@ -41,7 +41,7 @@ def _pieces(pattern: str) -> Iterator[list[str | tuple[int, str]]]:
 
 
 def _backwards(rule: Rule) -> Iterator[tuple[re.Pattern, Callable[[re.Match], list[str]]]]:
-    """A rule backwards, in each of the ways to write what it matches: what to look for, and what may have been there."""
+    """A rule backwards, for each way to write what it matches: what to look for, and what may have been there."""
     pattern, replacement = rule[:2]
     if isinstance(replacement, renumber):
         template, group = replacement.template, replacement.group

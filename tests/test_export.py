@@ -1,0 +1,217 @@
+"""Exported files compute what the model does, at any size, and say how they are to be used."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from numerics import filled
+from PIL import Image
+
+import visionattn
+from visionattn.cli import main
+from visionattn.errors import VisionattnError
+from visionattn.export import export_aoti, export_onnx, export_openvino, export_torch, load
+from visionattn.export.graph import traceable, traced
+from visionattn.export.running import disagreement
+from visionattn.weights.files import DESCRIPTION, write_checkpoint
+
+EXAMPLE = Path(__file__).parent.parent / "examples" / "onnx_runtime.py"
+SHAPES = [(1, 3, 64, 64), (2, 3, 97, 81), (1, 3, 130, 96), (2, 3, 64, 64)]
+QUICK = "test_illama"
+"""An export takes seconds."""
+PUBLISHED = (
+    *("attnet_xxs", "convit_tiny", "davit_tiny", "focalnet_tiny_srf", "halonet26t", "hornet_tiny_7x7", "illama_tiny"),
+    *("litv2_small", "dinat_mini", "nat_mini", "patnet_t0", "sparsifiner_deit_small", "van_b0"),
+)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [n if n == QUICK else pytest.param(n, marks=pytest.mark.slow) for n in visionattn.list_models("test_*")]
+    + [pytest.param(n, marks=pytest.mark.slow) for n in PUBLISHED],
+)
+def test_one_onnx_file_agrees_at_any_size(name, tmp_path):
+    shallow = {"depth": 2} if name == QUICK else {}
+    model = filled(visionattn.create_model(name, num_classes=10, **shallow))
+    made = export_onnx(model, tmp_path / "model.onnx")  # which compares at three sizes, with one image and with two
+    assert made.disagreement < 1e-4 and len({shape[2:] for shape in made.shapes}) == 3
+    assert os.listdir(tmp_path) == ["model.onnx"]
+    run, about = load(tmp_path / "model.onnx")
+    assert disagreement(run, traced(model), SHAPES) < 1e-4
+    assert about["model"] == name and about["opset"] >= 18 and about["classes"] is None
+    assert about["preprocessing"]["mean"] == list(model.pretrained_cfg["mean"])
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> Path:
+    """A folder for each of three classes, with images in it."""
+    root, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    for name in ("ant", "bee", "cat"):
+        (root / name).mkdir()
+        for i in range(5):
+            pixels = rng.integers(0, 256, (40 + i, 50, 3), dtype=np.uint8)
+            Image.fromarray(pixels).resize((90, 70)).save(root / name / f"{i}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> tuple[Path, torch.nn.Module]:
+    path = tmp_path_factory.mktemp("checkpoint") / "best.safetensors"
+    kwargs = {"num_classes": 3, "depth": 2}
+    preparation = {"input_size": [3, 48, 48], "crop_pct": 0.9, "interpolation": "bicubic", "crop_mode": "center"}
+    preparation |= {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4]}
+    torch.manual_seed(0)
+    model = filled(visionattn.create_model("test_illama", **kwargs))
+    entries = {"task": "classification", "model": "test_illama", "model_kwargs": kwargs}
+    entries |= {"classes": ["ant", "bee", "cat"], "preprocessing": preparation}
+    write_checkpoint(path, model.state_dict(), {DESCRIPTION: json.dumps(entries)})
+    return path, visionattn.create_model(path).eval()
+
+
+def test_command_and_runtime_without_visionattn(checkpoint, photos, tmp_path, capsys):
+    path, model = checkpoint
+    out = tmp_path / "best.onnx"
+    assert main(["export", str(path), str(out), "--data", str(photos), "--quiet"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "test_illama, onnx opset" in lines[0] and "3 sizes and 2 batch sizes" in lines[1]
+    assert [line.split()[0] for line in lines[2:]] == ["top1", "PyTorch", str(out)]
+    assert main(["export", str(path), str(out)]) == 2
+    assert "exists: choose another name" in capsys.readouterr().err
+    image = photos / "bee" / "3.png"
+    code = (
+        f"import sys; sys.modules['torch'] = sys.modules['visionattn'] = None; sys.argv = {['', str(out), str(image)]}"
+    )
+    told = subprocess.run(
+        [sys.executable, "-c", f"{code}; exec(open({str(EXAMPLE)!r}).read())"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    x = visionattn.data.create_transform(model)(Image.open(image))[None]
+    with torch.no_grad():
+        chances = model(x).softmax(1)[0]
+    best = int(chances.argmax())
+    first = told.stdout.splitlines()[0]
+    assert first.endswith(f"% {['ant', 'bee', 'cat'][best]}")
+    assert float(first.split(": ")[1].split()[0]) == pytest.approx(100 * chances[best].item(), abs=2)
+
+
+@pytest.mark.slow
+def test_int8_weights(checkpoint, tmp_path):
+    made = export_onnx(checkpoint[1], tmp_path / "a.onnx", int8="weights")
+    assert 0 < made.disagreement < 0.3
+    assert "MatMulInteger" in {node.op_type for node in onnx.load(made.path).graph.node}
+
+
+def test_static_int8(checkpoint, tmp_path):
+    _, model = checkpoint
+    images = [torch.randn(1, 3, 48, 48) for _ in range(3)]
+    made = export_onnx(model, tmp_path / "a.onnx", size=(48, 48), int8="static", calibration=images)
+    kinds = {node.op_type for node in onnx.load(made.path).graph.node}
+    assert "QuantizeLinear" in kinds and made.disagreement < 0.3 and made.about["int8"] == "static"
+    with pytest.raises(VisionattnError, match="int8 static needs images"):
+        export_onnx(model, tmp_path / "b.onnx", int8="static")
+    assert os.listdir(tmp_path) == ["a.onnx"]
+
+
+def test_torch_program(checkpoint, tmp_path):
+    path, model = checkpoint
+    made = export_torch(model, tmp_path / "a.pt2")
+    assert made.disagreement < 1e-4 and made.about["classes"] == ["ant", "bee", "cat"]
+    x = torch.randn(3, 3, 96, 80)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.export.load(tmp_path / "a.pt2").module()(x)[0], model(x), rtol=0, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("int8", ["weights", "static"])
+def test_torch_program_with_int8(checkpoint, tmp_path, int8):
+    pytest.importorskip("torchao")
+    images = [torch.randn(2, 3, 64, 64)]
+    made = export_torch(checkpoint[1], tmp_path / "a.pt2", int8=int8, calibration=images)
+    assert 0 < made.disagreement < 0.3
+
+
+@pytest.mark.slow
+def test_aoti_package(checkpoint, tmp_path):
+    made = export_aoti(checkpoint[1], tmp_path / "a.pt2", size=(48, 48))
+    assert made.disagreement < 1e-4 and made.about["model"] == "test_illama"
+
+
+def test_aoti_without_a_compiler(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(VisionattnError, match=r"needs a C\+\+ compiler: install g\+\+"):
+        export_aoti(checkpoint[1], tmp_path / "a.pt2")
+
+
+@pytest.mark.slow
+def test_openvino(checkpoint, tmp_path):
+    pytest.importorskip("openvino")
+    made = export_openvino(checkpoint[1], tmp_path / "a.xml")
+    assert made.disagreement < 1e-4 and made.about["classes"] == ["ant", "bee", "cat"]
+    assert sorted(os.listdir(tmp_path)) == ["a.bin", "a.xml"]
+
+
+@pytest.mark.slow
+def test_features(tmp_path):
+    model = filled(visionattn.create_model("test_van", features_only=True))
+    made = export_onnx(model, tmp_path / "a.onnx")
+    assert made.about["outputs"] == ["map0", "map1", "map2", "map3"] and made.about["task"] == "features"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head", ["upernet", "fpn", "segformer", "unet"])
+def test_segmenters(head, tmp_path):
+    model = visionattn.create_segmenter("test_van", head, 5).eval()
+    assert export_onnx(model, tmp_path / "a.onnx", size=(96, 64)).about["task"] == "segmentation"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head", ["faster_rcnn", "mask_rcnn", "retinanet", "fcos"])
+def test_detectors(head, tmp_path):
+    least = "box_score_thresh" if "rcnn" in head else "score_thresh"
+    model = visionattn.create_detector("test_van", head, 5, fpn_channels=64, **{least: 0.0}).eval()
+    made = export_onnx(model, tmp_path / "a.onnx", size=(96, 128))
+    assert made.disagreement < 1e-4 and made.about["outputs"][:3] == ["boxes", "labels", "scores"]
+    x = torch.randn(1, 3, 96, 128)
+    with torch.no_grad():
+        eager = model([x[0]])[0]
+    found = load(made.path)[0](x)
+    assert len(found[0]) == len(eager["boxes"]) > 0
+    torch.testing.assert_close(found[0], eager["boxes"], rtol=0, atol=1e-3)
+
+
+def test_stand_ins_of_detectors_compute_the_same():
+    torch.manual_seed(0)
+    model = visionattn.create_detector("test_van", "faster_rcnn", 5, fpn_channels=64, box_score_thresh=0.0).eval()
+    x = torch.randn(3, 64, 96)
+    with torch.no_grad():
+        plain = model([x])[0]
+        with traceable():
+            stood_in = model([x])[0]
+    for key, value in plain.items():
+        torch.testing.assert_close(stood_in[key], value, rtol=0, atol=1e-3)
+
+
+def test_what_cannot_be_exported_is_told_in_a_line(checkpoint, tmp_path):
+    path, model = checkpoint
+    for call, told in (
+        (lambda: export_onnx(model, tmp_path / "a.pt2"), r"ends in \.onnx"),
+        (lambda: export_onnx(model, tmp_path / "no/a.onnx"), "is not a folder"),
+        (lambda: export_onnx(model, tmp_path / "a.onnx", int8="all"), "int8 one of weights, static"),
+        (lambda: export_onnx(visionattn.create_model("test_van"), tmp_path / "a.onnx"), "eval mode"),
+        (lambda: load(path), "expected an exported file"),
+    ):
+        with pytest.raises(VisionattnError, match=told):
+            call()
+    pruned = visionattn.create_model("test_sparsifiner", token_keep_rate=0.5, token_pruning_loc=[3], depth=4).eval()
+    with pytest.raises(VisionattnError, match="export it with fixed height and width"):
+        export_onnx(pruned, tmp_path / "a.onnx")
+    assert not os.listdir(tmp_path)
