@@ -55,7 +55,7 @@ def _export(args: Any) -> None:
     model = create_model(args.model, **kwargs).eval()
     folder = open_folder(args.data, model) if args.data else None
     images = calibration(folder, model, size) if folder and args.int8 == "static" else ()
-    made = EXPORTS[args.format][0](model, args.out, size, args.int8, images, overwrite=args.overwrite)
+    made = EXPORTS[args.format](model, args.out, size, args.int8, images, overwrite=args.overwrite)
     shown = size or (made.shapes[0][2:] if task_of(model) == "detection" else ("height", "width"))
     sides = " x ".join(map(str, shown))
     version = f" opset {made.about['opset']}" if "opset" in made.about else ""

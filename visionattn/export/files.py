@@ -164,13 +164,13 @@ def export_openvino(
     return _export(model, Path(path), ".xml", "openvino", size, int8, calibration, overwrite, write)
 
 
-EXPORTS: dict[str, tuple[Callable[..., Exported], str]] = {
-    "onnx": (export_onnx, ".onnx"),
-    "torch": (export_torch, ".pt2"),
-    "aoti": (export_aoti, ".pt2"),
-    "openvino": (export_openvino, ".xml"),
+EXPORTS: dict[str, Callable[..., Exported]] = {
+    "onnx": export_onnx,
+    "torch": export_torch,
+    "aoti": export_aoti,
+    "openvino": export_openvino,
 }
-"""What writes each format, and how its files end."""
+"""What writes each format."""
 
 
 def _export(

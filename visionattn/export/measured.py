@@ -20,7 +20,7 @@ from ..measure import in_turns
 from ..progress import track
 from .about import about_model, task_of
 from .graph import traced
-from .running import Run, _list
+from .running import Run, as_list
 
 CALIBRATION = 64
 """Images that ranges of values are found with."""
@@ -113,7 +113,7 @@ def compare(run: Run, model: nn.Module, folder: Folder, size: tuple[int, int] | 
     if classifies:
         for number, file in enumerate(track(folder.files, "images compared")):
             x = prepared(file, model, size)
-            ours, theirs = (_list(call(x))[0].argmax(1) for call in (module, run))
+            ours, theirs = (as_list(call(x))[0].argmax(1) for call in (module, run))
             same += (ours == theirs).float().mean().item()
             if folder.labels is not None:
                 right = [

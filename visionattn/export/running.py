@@ -77,11 +77,11 @@ def _load_pt2(path: Path) -> tuple[Run, dict]:
     model = package.exported_programs.get("model")
     if model is None:
         compiled = torch._inductor.aoti_load_package(str(path))
-        return lambda x: _list(compiled(x)), {
+        return lambda x: as_list(compiled(x)), {
             key: value for key, value in compiled.get_metadata().items() if not key.startswith("AOTI")
         }
     module = model.module()
-    return lambda x: _list(module(x)), json.loads(package.extra_files.get(EXTRA, "{}"))
+    return lambda x: as_list(module(x)), json.loads(package.extra_files.get(EXTRA, "{}"))
 
 
 def _register_quantized_operations() -> None:
@@ -89,7 +89,8 @@ def _register_quantized_operations() -> None:
     import torch.ao.quantization.fx._decomposed  # noqa: F401
 
 
-def _list(out) -> list[Tensor]:
+def as_list(out: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    """What a model or file returns, as a list."""
     return list(out) if isinstance(out, (list, tuple)) else [out]
 
 
@@ -108,7 +109,7 @@ def disagreement(run: Run, model: torch.nn.Module, shapes: Sequence[tuple[int, .
     worst, generator = 0.0, torch.Generator().manual_seed(0)
     for shape in shapes:
         x = torch.randn(shape, generator=generator)
-        found, expected = run(x), _list(model(x))
+        found, expected = run(x), as_list(model(x))
         if [tuple(out.shape) for out in found] != [tuple(out.shape) for out in expected]:
             return float("inf")
         for out, theirs in zip(found, expected, strict=True):
