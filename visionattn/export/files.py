@@ -204,7 +204,8 @@ def _export(
         run, said = load(file)
         far = disagreement(run, module, shapes)
         if not far <= TOLERANCE and not int8:
-            raise VisionattnError(f"{path} is not kept: it is {far:.1e} from what the model computes")
+            hint = "" if size else ", at open sizes: fix height and width (--size)"
+            raise VisionattnError(f"{path} is not kept: it is {far:.1e} from what the model computes{hint}")
         written = sorted(Path(folder).iterdir(), key=lambda each: each.name == path.name)  # the file itself comes last
         for each in written:
             place(each, path.with_name(each.name))
