@@ -8,18 +8,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent / "visionattn"
 ORDER = (
     *("errors", "progress measure", "layers data", "arguments", "backbone", "registry quantize", "recipes", "weights"),
-    *(
-        "models",
-        "heads",
-        "create",
-        "macs",
-        "publish explain outward",
-        "export tasks",
-        "training",
-        "cli",
-        "moved",
-        "visionattn",
-    ),
+    *("models", "heads", "create", "macs", "publish explain outward", "export tasks", "reports", "training", "demo"),
+    *("cli", "moved", "visionattn"),
 )
 """Each imports what is before it and its own folder; those on one place know nothing of each other."""
 RANKS = {name: rank for rank, names in enumerate(ORDER) for name in names.split()}

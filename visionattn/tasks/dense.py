@@ -63,10 +63,14 @@ class DenseTask(Task):
         side = joint.eval_size or max(joint.min_size or [0])
         return f"shorter side {side}" if side else "as they are"
 
-    def draw(self, image: Tensor, target: Any, output: Any, classes: list[str]) -> list[Image.Image]:
+    def picture(self, image: Tensor, target: Any) -> Image.Image:
+        """An image that was prepared for the model, in the size that it has itself."""
         height, width = self.size_of(target)
-        picture = to_image(image, self.config.data.mean, self.config.data.std).resize((width, height))
-        return [self.draw_on(picture, found, classes) for found in (target, self.to_full_size(output, (height, width)))]
+        return to_image(image, self.config.data.mean, self.config.data.std).resize((width, height))
+
+    def draw(self, image: Tensor, target: Any, output: Any, classes: list[str]) -> list[Image.Image]:
+        picture, size = self.picture(image, target), self.size_of(target)
+        return [self.draw_on(picture, found, classes) for found in (target, self.to_full_size(output, size))]
 
     @abstractmethod
     def size_of(self, target: Any) -> tuple[int, int]:

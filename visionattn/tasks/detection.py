@@ -148,12 +148,20 @@ class DetectionMetrics(Metrics):
     def per_class(self) -> list[dict[str, float | None]]:
         """AP in percent of each class, of masks if they count; None for one without objects."""
         kind = list(self.kinds)[-1]
-        precision = self.computed[self._prefix(kind) + "precision"][:, :, :, 0, -1]  # (IoU, recall, class)
+        precision = self.precision(kind)[:, :, :, 0, -1]  # (IoU, recall, class)
         means: list[dict[str, float | None]] = [{"AP": None} for _ in range(self.num_classes)]
         for label, values in zip(self.computed["classes"].flatten().tolist(), precision.unbind(2), strict=True):
             if (values > -1).any():
                 means[label - 1]["AP"] = 100 * values[values > -1].mean().item()
         return means
+
+    def precision(self, kind: str) -> Tensor:
+        """Precision (IoU, recall, class, size, detections), once computed; -1 where there is nothing to count.
+
+        Args:
+            kind: "box" or "mask".
+        """
+        return self.computed[self._prefix(kind) + "precision"]
 
     def _prefix(self, kind: str) -> str:
         return f"{self.kinds[kind]}_" if len(self.kinds) > 1 else ""

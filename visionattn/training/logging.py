@@ -14,7 +14,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
-from matplotlib.figure import Figure
 from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -22,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from ..data.drawing import grid
 from ..errors import VisionattnError, require, user_input
 from ..progress import is_quiet
+from ..reports.curves import draw_curves
 from ..tasks.task import Task
 from .checkpoint import write_file
 from .config import TrainConfig
@@ -53,6 +53,7 @@ class RunLog:
     ) -> None:
         self.accelerator, self.main = accelerator, accelerator.is_main_process
         self.epochs, self.updates, self.shown, self.metric = config.epochs, updates, task.shown, task.metric
+        self.unit = task.unit.strip()
         self.csv, self.png, self.pictures = folder / "metrics.csv", folder / "curves.png", folder / "predictions"
         self.rows: list[dict[str, Any]] = []
         self.bar: Progress | None = None
@@ -159,18 +160,8 @@ class RunLog:
         write_file(self.csv, text.getvalue())
 
     def _draw(self) -> None:
-        figure = Figure(figsize=(9, 3.5), layout="constrained")
-        losses, scores = figure.subplots(1, 2)
-        epochs = [int(row["epoch"]) + 1 for row in self.rows]
-        shown = [f"val_{name}" for name in self.shown if name != "loss"]
-        for axes, names, label in ((losses, ["train_loss", "val_loss"], "loss"), (scores, shown, "%")):
-            for name in names:
-                values = [float(row.get(name) or "nan") for row in self.rows]
-                if any(name in row for row in self.rows):
-                    axes.plot(epochs, values, label=name.replace("_", " "))
-            axes.set(xlabel="epoch", ylabel=label)
-            axes.grid(alpha=0.3)
-            axes.legend()
+        metrics = [name for name in self.shown if name != "loss"]
+        figure = draw_curves({"": self.rows}, metrics, self.unit)
         write_file(self.png, lambda file: figure.savefig(file, dpi=100))
 
 

@@ -1,0 +1,128 @@
+"""What the parts of a report have in common: they count outputs, and then look at some images again."""
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from ..backbone import Backbone
+from ..data.images import ImageSet
+from ..errors import VisionattnError
+from ..tasks.task import Task
+from .page import Card, Section, overlay, shown
+
+FINE = 4
+"""Positions a side that an explanation has at least."""
+PAGE = 24
+"""Images of a page of cards."""
+
+
+@dataclass(frozen=True)
+class View:
+    """An image, looked at again.
+
+    Args:
+        image: prepared for the model, (C, H, W).
+        target: what the data say of it.
+        output: what `Task.predict` makes of it.
+        heat: (H, W), from 0 to 1, what speaks for that; None where nothing does or there is no way to tell.
+        place: where it comes from.
+    """
+
+    image: Tensor
+    target: Any
+    output: Any
+    heat: Tensor | None
+    place: str
+
+
+Look = Callable[[Sequence[int]], list[View]]
+"""Gives the images of these numbers."""
+
+
+class Findings(ABC):
+    """What a task's report tells.
+
+    Args:
+        task: the task, resolved.
+        images: the images that are counted.
+    """
+
+    def __init__(self, task: Task, images: ImageSet) -> None:
+        self.task, self.images, self.classes = task, images, images.classes
+        self.metrics = task.metrics(images, 0, 1)
+
+    @abstractmethod
+    def add(self, outputs: Any, targets: Any) -> None:
+        """Count a batch, the images being in their order: what `Task.predict` made of them, and their targets."""
+
+    @abstractmethod
+    def sections(self, look: Look) -> list[Section]:
+        """The parts of the page, once all images have been counted."""
+
+    def worst_and_random(self, errors: Tensor, look: Look, card: Callable[[View], Card], told: str) -> Section:
+        """The images with the largest errors, and as many that are drawn by chance.
+
+        Args:
+            errors: of the images.
+            look: see `Look`.
+            card: made of each.
+            told: what is the worst.
+        """
+        drawn = torch.randperm(len(errors), generator=torch.Generator().manual_seed(0))[:PAGE].tolist()
+        pages = {"The worst": errors.argsort(descending=True, stable=True)[:PAGE].tolist(), "Drawn by chance": drawn}
+        cards = {title: [card(view) for view in look(indices)] for title, indices in pages.items()}
+        return Section("Validation images", told, cards=cards)
+
+
+def evidence(model: nn.Module, images: Tensor) -> list[Tensor | None]:
+    """What in images speaks for what the model says: Grad-CAM of its answer.
+
+    Args:
+        model: in eval mode.
+        images: (B, C, H, W).
+
+    Returns:
+        (H, W) of each, from 0 to 1; None where there is nothing to explain, or no way to.
+    """
+    try:
+        from ..explain import cam_layers, grad_cam
+    except ImportError:
+        return [None] * len(images)
+    try:
+        layer = _fine_enough(model, cam_layers(model), min(images.shape[2:]))
+        return list(grad_cam(model, images, layers=[layer])[-1].values.detach().cpu())
+    except VisionattnError:  # no object was found, or the model is not one of ours
+        return [None] * len(images)
+
+
+def _fine_enough(model: nn.Module, layers: Sequence[str], side: int) -> str:
+    """The last layer whose map of an image has some positions a side, without which Grad-CAM tells no place."""
+    backbone = next(module for module in model.modules() if isinstance(module, Backbone))
+    strides = [each["reduction"] for each in backbone.feature_info]
+
+    def is_fine(name: str) -> bool:
+        stage = re.search(r"\bstages\.(\d+)", name)
+        return stage is None or side >= FINE * strides[int(stage[1])]
+
+    return next(filter(is_fine, reversed(layers)), layers[0])
+
+
+def with_evidence(picture: Image.Image, view: View, side: int) -> list:
+    """The explanation of an image as a picture of the page, if there is one."""
+    return [] if view.heat is None else [shown(overlay(picture, view.heat), "what counted", side)]
+
+
+class Others(Findings):
+    """Findings of any task: its figures, and pictures if it draws some."""
+
+    def add(self, outputs: Any, targets: Any) -> None:
+        self.metrics.update(outputs, targets)
+
+    def sections(self, look: Look) -> list[Section]:
+        return []
