@@ -48,6 +48,7 @@ INSTALL = {
         ("albumentations", "cv2", "faster_coco_eval", "segmentation_models_pytorch", "torchmetrics"),
         "'visionattn[dense]'",
     ),
+    "gradio": "'visionattn[demo]'",
     "datasets": "datasets",
 }
 """What pip is to be asked for, by the names under which the libraries are imported that a base install lacks."""

@@ -10,7 +10,7 @@ from ..progress import set_quiet
 from .parser import Command, Parser
 from .scripts import SCRIPTS
 
-MODULES = ("catalog", "predict", "explain", "check", "speed", "share", "export", "plot", "scripts")
+MODULES = ("catalog", "predict", "explain", "check", "speed", "share", "export", "plot", "demo", "scripts")
 """Modules of this package, each with its `COMMANDS`."""
 
 

@@ -15,7 +15,11 @@ def train(argv: list[str]) -> None:
     config, resume = parse_train(_without_quiet(argv))
     from ..training.run import train as run  # after parsing, so that --help and typos are answered at once
 
-    run(config, resume)
+    folder = run(config, resume)
+    if folder and config.report:
+        from ..training.reporting import report_after
+
+        report_after(folder)
 
 
 def validate(argv: list[str]) -> None:

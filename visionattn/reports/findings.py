@@ -80,12 +80,14 @@ class Findings(ABC):
         return Section("Validation images", told, cards=cards)
 
 
-def evidence(model: nn.Module, images: Tensor) -> list[Tensor | None]:
+def evidence(model: nn.Module, images: Tensor, outputs: Sequence[Any], classes: Sequence[str]) -> list[Tensor | None]:
     """What in images speaks for what the model says: Grad-CAM of its answer.
 
     Args:
         model: in eval mode.
         images: (B, C, H, W).
+        outputs: what `Task.predict` makes of them.
+        classes: names of the classes.
 
     Returns:
         (H, W) of each, from 0 to 1; None where there is nothing to explain, or no way to.
@@ -96,9 +98,22 @@ def evidence(model: nn.Module, images: Tensor) -> list[Tensor | None]:
         return [None] * len(images)
     try:
         layer = _fine_enough(model, cam_layers(model), min(images.shape[2:]))
-        return list(grad_cam(model, images, layers=[layer])[-1].values.detach().cpu())
+        targets = [_asked(output, classes) for output in outputs]
+        target = None if None in targets else targets
+        return list(grad_cam(model, images, target, [layer])[-1].values.detach().cpu())
     except VisionattnError:  # no object was found, or the model is not one of ours
         return [None] * len(images)
+
+
+def _asked(output: Any, classes: Sequence[str]) -> int | None:
+    """The class to explain of a semantic map: what is on most pixels, the background aside. None for what the model
+    itself puts first."""
+    if not isinstance(output, Tensor) or output.ndim != 3:
+        return None
+    pixels = output.argmax(0).flatten().bincount(minlength=len(classes))
+    for number, name in enumerate(classes):
+        pixels[number] *= name != "background"
+    return int(pixels.argmax()) if pixels.any() else None
 
 
 def _fine_enough(model: nn.Module, layers: Sequence[str], side: int) -> str:

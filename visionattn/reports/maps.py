@@ -39,7 +39,7 @@ class Maps(Findings):
         rows = [[row[0], iou, *row[1:]] for row, iou in zip(table.rows, ious, strict=True)]
         figure, told = draw_confusion(confusion, self.classes, "pixels")
         worst = "The worst are those with the largest share of wrong pixels. Errors are red, pixels that do not count "
-        worst += "are blue. What counted is Grad-CAM of the class with most pixels."
+        worst += "are blue. What counted is Grad-CAM of the class that is found on most pixels, the background aside."
         images = self.worst_and_random(torch.tensor(self.errors), look, self._card, worst)
         return [
             Section(
@@ -96,5 +96,6 @@ def legend(classes: Sequence[str]) -> Picture:
     columns = min(len(named), 8)
     figure = Figure(figsize=(11, 0.4 + 0.25 * -(-len(named) // max(columns, 1))))
     patches = [Patch(color=[part / 255 for part in colour], label=name[:20]) for name, colour in named]
-    figure.legend(handles=patches, loc="center left", ncols=max(columns, 1), frameon=False, fontsize=9)
+    rows = [patch for start in range(columns) for patch in patches[start::columns]]  # which it fills column by column
+    figure.legend(handles=rows, loc="center left", ncols=max(columns, 1), frameon=False, fontsize=9)
     return drawn(figure)

@@ -52,7 +52,10 @@ class Objects(Findings):
         ]
         heads = ["class", "objects", "AP %", "AP50 %", "AP75 %", *(f"AP {name} %" for name in list(SIZES)[1:])]
         worst = "The worst are those with most mistakes: objects that were not found and finds that are no object, "
-        worst += f"of those with a score from {THRESHOLD:g} on. What counted is Grad-CAM of the finds of one class."
+        worst += (
+            f"of those with a score from {THRESHOLD:g} on. What counted is Grad-CAM of the class of the most certain "
+        )
+        worst += "find, whatever its score."
         return [
             Section("Precision and recall", told, [draw_precision(precision, [self.classes[i] for i in labels])]),
             Section("Classes", "Sorted by a click on a head.", tables=[Table(heads, rows)]),
@@ -63,7 +66,7 @@ class Objects(Findings):
         pictures = self.task.draw(view.image, view.target, view.output, self.classes)
         found = to_full_size(view.output, view.target["size"].tolist())
         missed, false = mistakes(found, view.target)
-        lines = [f"found: {self.task.summarise(found, self.classes, THRESHOLD)}", f"{missed} missed, {false} false"]
+        lines = [self.task.summarise(found, self.classes, THRESHOLD), f"{missed} missed, {false} false"]
         named = [shown(picture, name) for picture, name in zip(pictures, ("there", "found"), strict=True)]
         plain = self.task.picture(view.image, view.target)
         return Card([*named, *with_evidence(plain, view, 320)], lines, not missed + false, view.place)
@@ -98,13 +101,13 @@ def draw_precision(precision: Tensor, classes: Sequence[str]):
         known, title = known[: LINES // 2] + known[-LINES // 2 :], f"by class: the best and the worst {LINES // 2}"
     for colour, i in zip(colours(len(known)), known, strict=True):
         values = precision[0, :, i, 0]
-        by_class.plot(recall, values, color=colour, label=f"{shortened(classes[i], 24)} {100 * values.mean():.1f}")
+        by_class.plot(recall, values, color=colour, label=f"{shortened(classes[i], 24)}: {100 * values.mean():.1f}")
     for size, name in enumerate(SIZES.values()):
         values = precision[0, :, :, size]
         there = (values > -1).all(0)
         if there.any():
             mean = values[:, there].mean(1)
-            by_size.plot(recall, mean, label=f"{name} {100 * mean.mean():.1f}")
+            by_size.plot(recall, mean, label=f"{name}: {100 * mean.mean():.1f}")
     for axes, told in ((by_class, title), (by_size, "by size")):
         axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02), title=told)
         axes.grid(alpha=0.3)

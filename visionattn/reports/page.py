@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-TINY = 64
-"""Pictures of at most so many pixels a side keep every one of them, and are shown enlarged."""
+SMALL, TINY = 128, 64
+"""Pictures of at most so many pixels a side are shown enlarged, and keep every one of them."""
 
 
 @dataclass(frozen=True)
@@ -24,12 +24,12 @@ class Picture:
     Args:
         data: the file, as an address that holds it.
         caption: what it shows, in a word or two.
-        tiny: whether it has so few pixels that they are shown as squares.
+        small: whether it has so few pixels that it is shown enlarged.
     """
 
     data: str
     caption: str = ""
-    tiny: bool = False
+    small: bool = False
 
 
 @dataclass(frozen=True)
@@ -125,9 +125,10 @@ def shown(image: Image.Image, caption: str = "", side: int = 320) -> Picture:
     """
     image = image.copy()
     image.thumbnail((side, side))
-    tiny, file = max(image.size) <= TINY, io.BytesIO()
-    image.convert("RGB").save(file, "png" if tiny else "jpeg", **({} if tiny else {"quality": 88}))
-    return Picture(_address("png" if tiny else "jpeg", file.getvalue()), caption, tiny)
+    most, file = max(image.size), io.BytesIO()
+    kind, options = ("png", {}) if most <= TINY else ("jpeg", {"quality": 90})
+    image.convert("RGB").save(file, kind, **options)
+    return Picture(_address(kind, file.getvalue()), caption, most <= SMALL)
 
 
 def _address(kind: str, content: bytes) -> str:

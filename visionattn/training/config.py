@@ -163,6 +163,9 @@ class TrainConfig(TaskConfig):
     """Where metrics are sent besides metrics.csv: any trackers of accelerate, such as tensorboard, wandb, mlflow."""
     profile: str = ""
     """Window of updates, such as 10-20, whose trace by torch.profiler is written to the run folder."""
+    report: bool = True
+    """Write report.html at the end: curves, and what the best weights make of the validation images, read once
+    more. A failure of it is none of the run; `visionattn report` writes it later."""
     dry_run: bool = False
     """Tell parameters, GMACs, peak memory, images/s and the time the run would take, and leave nothing on disk."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)

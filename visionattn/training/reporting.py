@@ -173,7 +173,8 @@ class Looker:
 
     def _viewed(self, samples: list[tuple[Tensor, Any, str]]) -> list[View]:
         outputs = self._predict(self._collated(samples))
-        heats = evidence(self.model, torch.stack([image for image, *_ in samples]).to(self.device))
+        images = torch.stack([image for image, *_ in samples]).to(self.device)
+        heats = evidence(self.model, images, outputs, self.images.classes)
         return [
             View(image, target, output, heat, place)
             for (image, target, place), output, heat in zip(samples, outputs, heats, strict=True)
