@@ -55,16 +55,17 @@ def make_answer(opened: Opened) -> Callable[[Image.Image, float], tuple[Any, Ima
             full = task.to_full_size(output, (image.height, image.width))
             found, seen = task.draw_on(image, full, classes, threshold), image
             said = task.summarise(full, classes, least)
-        counted = None if heat is None else overlay(seen, heat)
-        return *(_large(each) if isinstance(each, Image.Image) else each for each in (found, counted)), said
+            found = _large(found, Image.Resampling.NEAREST)
+        counted = None if heat is None else overlay(_large(seen, Image.Resampling.BICUBIC), heat)
+        return found, counted, said
 
     return answer
 
 
-def _large(image: Image.Image) -> Image.Image:
-    """The image, which the page would show small, in full pixels."""
+def _large(image: Image.Image, resample: Image.Resampling) -> Image.Image:
+    """A small image as large as the page has room for, which would leave it small."""
     factor = max(1, SIDE // max(image.size))
-    return image.resize((factor * image.width, factor * image.height), Image.Resampling.NEAREST)
+    return image.resize((factor * image.width, factor * image.height), resample)
 
 
 def _statistics(opened: Opened) -> tuple[Any, Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.nn.functional as F
-from matplotlib import colormaps
+from matplotlib import colormaps, rc_context
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
@@ -111,7 +111,8 @@ def _cell(value: Any) -> str:
 def drawn(figure: Figure, caption: str = "") -> Picture:
     """A figure of lines, which is sharp at every size."""
     file = io.BytesIO()
-    figure.savefig(file, format="svg", metadata={"Date": None})
+    with rc_context({"svg.hashsalt": "visionattn"}):  # the same names of parts, so that the same run has the same page
+        figure.savefig(file, format="svg", metadata={"Date": None})
     return Picture(_address("svg+xml", file.getvalue()), caption)
 
 
