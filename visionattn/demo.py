@@ -31,8 +31,8 @@ def make_answer(opened: Opened) -> Callable[[Image.Image, float], tuple[Any, Ima
         else a picture; a picture of what counted, None where nothing did; and the answer in words.
     """
     task, model, classes = opened.task, opened.model, opened.classes
-    is_classifier, device = TASKS[opened.config.task].sample == "class", next(model.parameters()).device
-    has_scores = TASKS[opened.config.task].sample == "objects" or opened.several
+    is_classifier, device = TASKS[opened.task.config.task].sample == "class", next(model.parameters()).device
+    has_scores = TASKS[opened.task.config.task].sample == "objects" or opened.several
 
     def answer(image: Image.Image | None, threshold: float) -> tuple[Any, Image.Image | None, str]:
         if image is None:
@@ -81,7 +81,7 @@ def make_page(opened: Opened, title: str) -> Any:
     """
     import gradio
 
-    answer, sample = make_answer(opened), TASKS[opened.config.task].sample
+    answer, sample = make_answer(opened), TASKS[opened.task.config.task].sample
 
     def answered(image: Image.Image | None, threshold: float) -> tuple[Any, Image.Image | None, str]:
         try:

@@ -26,7 +26,7 @@ def _demo(args: Any) -> None:
         from ..training.opened import open_model
 
     opened = open_model(args.checkpoint, args.model, args.pretrained)
-    page = make_page(opened, f"{opened.config.model}, {opened.config.task}")
+    page = make_page(opened, f"{opened.task.made[0]}, {opened.task.config.task}")
     run_demo(page, args.host, args.port, args.share)
 
 

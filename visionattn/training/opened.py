@@ -15,7 +15,7 @@ from ..tasks import make_task
 from ..tasks.task import Task
 from ..weights import load_checkpoint
 from ..weights.description import Described, check_made, describe_place, is_place, read_described
-from .config import ValidateConfig, parse_validate
+from .config import parse_validate
 from .evaluation import options_of
 
 
@@ -27,14 +27,12 @@ class Opened:
         task: the task, resolved.
         model: in eval mode, on its device.
         classes: names of its classes.
-        config: the options that the checkpoint brings.
         several: whether images have any number of classes.
     """
 
     task: Task
     model: nn.Module
     classes: Sequence[str]
-    config: ValidateConfig
     several: bool
 
 
@@ -80,7 +78,7 @@ def open_model(checkpoint: str = "", model: str = "", pretrained: bool = False) 
         load_checkpoint(made, checkpoint, content=content)
     task.resolve(made)
     several = bool(description.get("multi_label"))
-    return Opened(task, made.to(PartialState().device), description.get("classes") or _names(made), config, several)
+    return Opened(task, made.to(PartialState().device), description.get("classes") or _names(made), several)
 
 
 def _names(model: nn.Module) -> Sequence[str]:

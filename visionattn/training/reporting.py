@@ -64,11 +64,12 @@ def write_report(folder: Path) -> Path:
     findings = make_findings(opened, some)
     for outputs, targets in looker.outputs():
         findings.add(outputs, targets)
-    shown = [name for name in task.shown if name != "loss"]
+    figures = findings.metrics.compute()
+    known = [name for name in figures if name != "loss"]
+    shown = [name for name in task.shown if name in known] or known  # those of several labels, which are no options
     curves = Section("Curves", pictures=[drawn(draw_curves({"": rows}, shown, task.unit.strip()))])
     sections = findings.sections(looker)
     of = f"{len(some)} of {len(images)}" if step > 1 else str(len(images))
-    figures = findings.metrics.compute()
     facts += [
         ("parameters", f"{sum(p.numel() for p in opened.model.parameters()) / 1e6:.3f} M"),
         ("validation images", f"{of} from {images.name}"),
@@ -126,11 +127,11 @@ def make_findings(opened: Opened, images: ImageSet) -> Findings:
     task = opened.task
     if isinstance(task, Classification):
         return (Labels if images.several else Answers)(task, images)
-    if opened.config.task == "detection":
+    if task.config.task == "detection":
         from ..reports.objects import Objects
 
         return Objects(task, images)
-    if opened.config.task == "segmentation":
+    if task.config.task == "segmentation":
         from ..reports.maps import Maps
 
         return Maps(task, images)
@@ -147,7 +148,7 @@ class Looker:
 
     def __init__(self, opened: Opened, images: ImageSet) -> None:
         self.task, self.model, self.images = opened.task, opened.model, images
-        self.device, self.precision = PartialState().device, opened.config.precision
+        self.device, self.precision = PartialState().device, opened.task.config.precision
         data = opened.task.config.data
         share = data.eval_batch_size, image_mode(opened.model), data.num_workers
         self.loader = eval_loader(images, opened.task.transform(False), *share, collate=opened.task.collate(False))
