@@ -23,7 +23,7 @@ from visionattn.data.boxes import load_detection_validation
 from visionattn.data.config import AnnotationConfig, DataConfig
 from visionattn.training import inputs
 from visionattn.training.checkpoint import save_checkpoint
-from visionattn.training.predict import class_names
+from visionattn.training.opened import class_names
 
 CLASSES = ["cat", "dog", "yak"]
 ROOT = Path(__file__).parent.parent
@@ -148,7 +148,7 @@ def test_what_cannot_be_is_told_in_one_line(models, photos, capsys, argv, messag
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "give --checkpoint FILE, or --model NAME --pretrained"),
+        ([], "give a checkpoint, or --model NAME --pretrained"),
         (["--model", "test_van"], "random weights"),
         (["--model", "test_van", "--pretrained"], "no weights were released"),
         (["--model", "no_such_model", "--pretrained"], "no_such_model"),

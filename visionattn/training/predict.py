@@ -1,28 +1,24 @@
 """What a model makes of images: classes, or objects and maps as pictures and as COCO has them."""
 
-import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
-from timm.data import ImageNetInfo, infer_imagenet_subset
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import VisionattnError, user_input
 from ..progress import track
-from ..tasks import TASKS, make_task
-from ..tasks.task import Task, image_mode
-from ..weights import load_checkpoint
-from ..weights.description import Described, check_made, describe_place, is_place, read_described
+from ..tasks import TASKS
+from ..tasks.task import image_mode
 from .checkpoint import write_file
-from .config import options_of, parse_validate
 from .inputs import Input, find_inputs
+from .opened import find_wanted, open_wanted
 
 BATCH = 16
 """Images that a classifier gets at once."""
@@ -34,29 +30,6 @@ class Read(NamedTuple):
     input: Input
     image: Image.Image
     tensor: Tensor
-
-
-class Wanted(NamedTuple):
-    """The model that options name, and what its file says.
-
-    Args:
-        checkpoint: a file of weights, or "".
-        model: name or place of the model, where the checkpoint does not say it, or "".
-        pretrained: whether the published weights are meant.
-        description: of the checkpoint.
-        content: of the checkpoint.
-    """
-
-    checkpoint: str
-    model: str
-    pretrained: bool
-    description: dict[str, Any]
-    content: dict[str, Any]
-
-    @property
-    def trained(self) -> bool:
-        """Whether the checkpoint is train.py's."""
-        return all(self.description.get(entry) is not None for entry in ("model", "classes", "data"))
 
 
 @dataclass(frozen=True)
@@ -113,7 +86,7 @@ class Predictions:
         top_k: int | None = None,
         overwrite: bool = False,
     ) -> None:
-        wanted = _wanted(checkpoint, model, pretrained)
+        wanted = find_wanted(checkpoint, model, pretrained)
         task = wanted.description.get("task", "classification")
         several, self.sample = bool(wanted.description.get("multi_label")), TASKS[task].sample
         self.draws, has_scores = self.sample != "class", self.sample == "objects" or several
@@ -126,7 +99,8 @@ class Predictions:
             raise VisionattnError(f"option {name} is of no use to {task}: leave it out")
         self.inputs = find_inputs(names)
         self.pictures = _pictures(self.inputs, Path(output or "predictions"), overwrite) if self.draws else {}
-        self.task, self.model, self.classes = _load(wanted)
+        opened = open_wanted(wanted)
+        self.task, self.model, self.classes = opened.task, opened.model, opened.classes
         threshold = 0.5 if has_scores and threshold is None else threshold
         self.options = (self.classes, threshold, *([] if top_k is None else [top_k]))
         self.failed: list[str] = []
@@ -176,69 +150,6 @@ class Predictions:
             path.parent.mkdir(parents=True, exist_ok=True)
         picture = self.task.draw_on(image, found, classes, threshold)
         write_file(path, partial(picture.save, format="png"))
-
-
-def _wanted(checkpoint: str, model: str, pretrained: bool) -> Wanted:
-    """The model that options name.
-
-    Raises:
-        VisionattnError: if they name none, or one without weights.
-    """
-    description, content = read_described(checkpoint) if checkpoint else ({}, {})
-    if not checkpoint and not model:
-        raise VisionattnError("give --checkpoint FILE, or --model NAME --pretrained")
-    if model and description.get("model"):
-        raise VisionattnError(f"{checkpoint} says itself which model it is of: leave out --model")
-    if pretrained and (checkpoint or is_place(model)):
-        raise VisionattnError("option --pretrained is for --model NAME alone: leave it out")
-    if model and not (checkpoint or pretrained or is_place(model)):
-        raise VisionattnError(f"{model} would have random weights: add --pretrained or --checkpoint FILE")
-    wanted = Wanted(checkpoint, model, pretrained, description, content)
-    if checkpoint and not model and not wanted.trained:
-        if not description.get("model"):
-            raise VisionattnError(
-                f"{checkpoint} was not saved by train.py: it does not say which model and classes it has: add --model"
-            )
-        wanted = Wanted("", checkpoint, False, {}, {})  # of `visionattn convert`
-    if is_place(wanted.model) and (of := describe_place(wanted.model, weights=False).task) != "classification":
-        raise VisionattnError(f"{wanted.model} is of {of}: give it as --checkpoint")
-    return wanted
-
-
-def _load(wanted: Wanted) -> tuple[Task, nn.Module, Sequence[str]]:
-    """The task, the model in eval mode on its device, and the names of its classes."""
-    checkpoint, name, pretrained, description, content = wanted
-    argv = [f"--{key}={value}" for key, value in (("checkpoint", checkpoint), ("model", name)) if value]
-    held = description, content
-    config = parse_validate(argv + ["--pretrained"] * pretrained, partial(options_of, read=lambda _: held))
-    task = make_task(replace(config, checkpoint=""))
-    classes = description.get("classes")
-    count = len(classes) if wanted.trained else None
-    if wanted.trained:
-        made, kwargs = task.made
-        described = Described(f"checkpoint {checkpoint}", made, kwargs, {}, description, Path(checkpoint), content)
-        check_made(described, lambda: task.create_model(count))
-    model = task.create_model(count).eval()
-    if checkpoint:
-        load_checkpoint(model, checkpoint, content=content)
-    task.resolve(model)
-    return task, model.to(_device()), classes or class_names(model)
-
-
-def class_names(model: nn.Module) -> Sequence[str]:
-    """Names of a classifier's classes: those that its configuration tells, ImageNet's if it has as many, or numbers."""
-    cfg = getattr(model, "pretrained_cfg", {})
-    if (names := cfg.get("label_names")) and len(names) == model.num_classes:
-        return [(cfg.get("label_descriptions") or {}).get(name, name) for name in names]
-    if subset := infer_imagenet_subset(model):
-        return ImageNetInfo(subset).label_descriptions()
-    return [str(number) for number in range(model.num_classes)]
-
-
-def _device() -> torch.device:
-    """Where a model runs: as under accelerate, which is not needed for it."""
-    only_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
-    return (None if only_cpu else torch.accelerator.current_accelerator(check_available=True)) or torch.device("cpu")
 
 
 def _pictures(inputs: Sequence[Input], folder: Path, overwrite: bool) -> dict[Input, Path]:
