@@ -51,7 +51,7 @@ def on_page_markdown(markdown: str, page, config, files) -> str:
     """Put in what is generated."""
     markdown = re.sub(r'^\{\{ readme "(.+)" \}\}$', lambda found: section(found[1]), markdown, flags=re.M)
     markdown = re.sub(r'^\{\{ file "(.+)" \}\}$', lambda found: whole(found[1]), markdown, flags=re.M)
-    markdown = markdown.replace("{{ zoo }}", zoo_table())
+    markdown = markdown.replace("{{ zoo }}", zoo_table()).replace("](../", f"]({SOURCE}")
     if page.file.src_uri.startswith("families/"):
         markdown += family_facts(Path(page.file.src_uri).stem, page.meta["model"])
     return markdown
