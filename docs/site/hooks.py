@@ -15,6 +15,7 @@ import torch
 from mkdocs.structure.files import File, Files
 
 import visionattn
+from visionattn.cli import commands
 from visionattn.cli.catalog import bibtex
 from visionattn.recipes import TASKS, recipes_of
 
@@ -52,6 +53,7 @@ def on_page_markdown(markdown: str, page, config, files) -> str:
     markdown = re.sub(r'^\{\{ readme "(.+)" \}\}$', lambda found: section(found[1]), markdown, flags=re.M)
     markdown = re.sub(r'^\{\{ file "(.+)" \}\}$', lambda found: whole(found[1]), markdown, flags=re.M)
     markdown = markdown.replace("{{ zoo }}", zoo_table()).replace("](../", f"]({SOURCE}")
+    markdown = markdown.replace("{{ commands }}", command_table())
     if page.file.src_uri.startswith("families/"):
         markdown += family_facts(Path(page.file.src_uri).stem, page.meta["model"])
     return markdown
@@ -133,6 +135,12 @@ def model_table(names: list[str], family: bool = False) -> str:
 def zoo_table() -> str:
     """All models."""
     return model_table([name for names in family_models().values() for name in names], family=True)
+
+
+def command_table() -> str:
+    """The commands, each with what it does."""
+    lines = [f"| `visionattn {each.name}` | {each.help} |" for each in commands().values()]
+    return "| command | what it does |\n|---|---|\n" + "\n".join(lines) + "\n"
 
 
 def plot(path: Path) -> None:
