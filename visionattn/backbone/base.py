@@ -153,7 +153,8 @@ def recomputed(block: nn.Module, *args) -> Tensor:
     def frozen_statistics() -> Iterator[None]:
         momenta, counts = [norm.momentum for norm in norms], [norm.num_batches_tracked for norm in norms]
         for norm in norms:
-            norm.momentum, norm.num_batches_tracked = 0.0, None
+            norm.momentum = None if norm.momentum is None else 0.0  # None takes 0 where no batches are counted
+            norm.num_batches_tracked = None
         try:
             yield
         finally:

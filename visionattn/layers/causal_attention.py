@@ -1,13 +1,14 @@
 """Self-attention of a sequence with rotary positions and a soft causal mask."""
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from .direct import is_direct, is_watched
+from .direct import in_own_precision, is_direct, is_watched, replayed, replays
 from .pointwise import Pointwise
 from .self_attention import SelfAttention
 from .size_constant import size_constant
@@ -130,6 +131,7 @@ class _Rotation(Function):
         return out
 
     @staticmethod
+    @in_own_precision
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         return _Rotation.apply(grad.contiguous(), ctx.turn.conj()), None
 
@@ -145,12 +147,11 @@ class _Attention(Function):
         return _attend(packed, mask, weights)
 
     @staticmethod
+    @in_own_precision
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         packed, mask, weights = ctx.saved_tensors
-        if torch.is_grad_enabled():  # the gradient will be differentiated
-            q, k, v = packed.permute(2, 0, 3, 1, 4)
-            out = (q @ k.mT).softmax(-1) * mask @ v
-            return torch.autograd.grad(out, packed, grad, create_graph=True)[0], None
+        if replays(grad):
+            return *replayed(partial(_plain, mask=mask), [packed], [True], grad), None
         out = torch.empty_like(packed)
         for b, heads in _pieces(packed):
             q, k, v = packed[b, :, :, heads].permute(1, 2, 0, 3)
@@ -162,6 +163,11 @@ class _Attention(Function):
             dk.copy_(dlogits.mT @ q)
             dv.copy_((p * mask).mT @ g)
         return out, None
+
+
+def _plain(packed: Tensor, mask: Tensor) -> Tensor:
+    q, k, v = packed.permute(2, 0, 3, 1, 4)
+    return (q @ k.mT).softmax(-1) * mask @ v
 
 
 def _attend(packed: Tensor, mask: Tensor, weights: Tensor | None = None) -> Tensor:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from .direct import is_direct
+from .direct import in_own_precision, is_direct, replayed, replays
 from .heads import check_heads, split_heads
 from .pointwise import Pointwise
 from .precision import without_autocast
@@ -105,11 +105,11 @@ class InPlaces(Function):
         return out.view(*qkv.shape[:-1], -1)
 
     @staticmethod
+    @in_own_precision
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
         qkv, weights = ctx.saved_tensors
-        if torch.is_grad_enabled():  # the gradient will be differentiated
-            out = _plain(qkv, ctx.heads, ctx.version)
-            return *torch.autograd.grad(out, qkv, grad, create_graph=True), None, None
+        if replays(grad):
+            return *replayed(lambda qkv: _plain(qkv, ctx.heads, ctx.version), [qkv], [True], grad), None, None
         dqkv, dweights = torch.empty_like(qkv, memory_format=torch.contiguous_format), torch.empty_like(weights)
         first, second, mixed = (split_heads(qkv.contiguous(), ctx.heads)[i] for i in ROLES[ctx.version])
         dfirst, dsecond, dmixed = (split_heads(dqkv, ctx.heads)[i] for i in ROLES[ctx.version])

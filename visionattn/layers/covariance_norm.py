@@ -13,12 +13,13 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from .direct import is_direct, is_watched
+from .direct import in_own_precision, is_direct, is_watched, replayed, replays
 from .norm_act_product import is_learning, learn
 from .pointwise import Pointwise2d
 from .product import FUSED, product, takes_conv
 
 EXPANSION = 2  # channels out per channel in from which on this is worth it
+LEAST = 1e-3  # part of what the variance of a product's channel could be, below which it is not told by covariances
 POSITIONS = 8  # per channel in, likewise: S costs C_in^2 for each, and what is made of S C_in^2 C_out
 
 
@@ -53,20 +54,34 @@ def _is_pointwise(product: nn.Module) -> bool:
 
 def normed_sum(terms: Sequence[Term], shortcut: Tensor | None, act: nn.Module) -> Tensor:
     """act of the sum of norm(product(x)) over the terms, and a shortcut, that are all direct and not watched."""
-    flat, norms = [], []
+    flat, learned = [], []
     for product_, norm, x in terms:
         weight = product_.weight
-        if is_learning(norm) and len(weight) >= EXPANSION * x.shape[1] and x.numel() >= POSITIONS * x.shape[1] ** 2:
+        large = len(weight) >= EXPANSION * x.shape[1] and x.numel() >= POSITIONS * x.shape[1] ** 2
+        if is_learning(norm) and large and (statistics := _statistics(x, weight)) is not None:
             flat += x, weight, norm.weight, norm.bias
-            norms.append(norm)
+            learned.append((norm, *statistics))
         else:
             y = norm(product(x.permute(0, 2, 3, 1), weight.flatten(1), None).permute(0, 3, 1, 2))
             shortcut = y if shortcut is None else y.add_(shortcut)  # no gradient needs what the norm returned
-    if not norms:
+    if not learned:
         return act(shortcut)
     relu = type(act) is nn.ReLU
-    y = _CovarianceNorm.apply(norms, relu, shortcut, *flat)
+    y = _CovarianceNorm.apply(learned, relu, shortcut, *flat)
     return y if relu else act(y)
+
+
+@torch.no_grad()
+def _statistics(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Mean and covariance of a map's channels, and the variance of each of the product's; None where that is what is
+    left of larger numbers that cancel, of which it has the rounding."""
+    w, rows = weight.flatten(1), _rows(x)
+    centre = rows.mean(0)
+    centred = rows - centre
+    covariance = centred.t() @ centred / len(rows)
+    spread = (w @ covariance).mul_(w).sum(1)
+    most = (w.abs() @ covariance.diagonal().sqrt()).square()
+    return (centre, covariance, spread) if (spread > LEAST * most).all() else None
 
 
 def with_every(x: Tensor, stride: int) -> tuple[Tensor, Tensor]:
@@ -81,6 +96,7 @@ class _WithEvery(Function):
         return x, x[:, :, ::stride, ::stride].contiguous(memory_format=torch.channels_last)
 
     @staticmethod
+    @in_own_precision
     def backward(ctx, grad: Tensor, picked: Tensor) -> tuple[Tensor, None]:
         grad = grad.clone()
         grad[:, :, :: ctx.stride, :: ctx.stride] += picked
@@ -89,36 +105,33 @@ class _WithEvery(Function):
 
 class _CovarianceNorm(Function):
     @staticmethod
-    def forward(ctx, norms: list[nn.BatchNorm2d], relu: bool, shortcut: Tensor | None, *flat: Tensor) -> Tensor:
+    def forward(ctx, learned: list[tuple], relu: bool, shortcut: Tensor | None, *flat: Tensor) -> Tensor:
         kept, products, shifts = [], [], []
-        for norm, term in zip(norms, _batched(flat, 4), strict=True):
-            w, rows = term[1].flatten(1), _rows(term[0])
-            centre = rows.mean(0)
-            centred = rows - centre
-            covariance = centred.t() @ centred / len(rows)
-            del centred
-            spread = (w @ covariance).mul_(w).sum(1).clamp_(min=0)
-            scale, shift = learn(norm, w @ centre, spread, len(rows))
+        for (norm, centre, covariance, spread), term in zip(learned, _batched(flat, 4), strict=True):
+            w = term[1].flatten(1)
+            scale, shift = learn(norm, w @ centre, spread, term[0].numel() // len(centre))
             products.append((term[0], w * scale[:, None]))
             shifts.append(shift)
-            kept += *term, centre, covariance, (spread + norm.eps).rsqrt_()
-        y = _sum(products, sum(shifts), shortcut, relu)
+            kept += *term, centre, covariance, (spread + norm.eps).rsqrt()
+        y = _sum(products, sum(shifts), shortcut)
+        y = y.relu_() if relu else y
         ctx.save_for_backward(y if relu else None, *kept)
-        ctx.eps = [norm.eps for norm in norms]
+        ctx.eps = [norm.eps for norm, *_ in learned]
         return y
 
     @staticmethod
+    @in_own_precision
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         y, *tensors = ctx.saved_tensors
         _, _, wants_shortcut, *wanted = ctx.needs_input_grad
         terms = _batched(tensors, 7)
-        if torch.is_grad_enabled():  # the gradients will be differentiated
+        if replays(grad):
             grad = grad if y is None else grad * (y > 0)
-            out = sum(_plain(*term[:4], eps) for term, eps in zip(terms, ctx.eps, strict=True))
-            inputs = [t for term in terms for t in term[:4]]
-            needed = [t for t, want in zip(inputs, wanted, strict=True) if want]
-            gradients = iter(torch.autograd.grad(out, needed, grad, create_graph=True) if needed else ())
-            found = [next(gradients) if want else None for want in wanted]
+
+            def plain(*inputs: Tensor) -> Tensor:
+                return sum(_plain(*term, eps) for term, eps in zip(_batched(inputs, 4), ctx.eps, strict=True))
+
+            found = replayed(plain, [t for term in terms for t in term[:4]], wanted, grad)
         else:
             if y is not None:
                 grad = torch.ops.aten.threshold_backward(grad, y, 0)
@@ -170,16 +183,15 @@ def _grad_weight(x: Tensor, grad: Tensor, weight: Tensor) -> Tensor:
     return torch.ops.aten.convolution_backward(grad, x, kernel, None, *fixed)[1].flatten(1)
 
 
-def _sum(products: list[tuple[Tensor, Tensor]], bias: Tensor, y: Tensor | None, relu: bool) -> Tensor:
-    """y + bias + the products, or its ReLU. oneDNN adds and rectifies as it multiplies, in place of sums of ours."""
+def _sum(products: list[tuple[Tensor, Tensor]], bias: Tensor, y: Tensor | None) -> Tensor:
+    """y + bias + the products. oneDNN adds as it multiplies; its ReLU would make 0 of what is no number."""
     for i, (x, weight) in enumerate(products):
         last = i == len(products) - 1
         x, kernel, shift = x.contiguous(memory_format=torch.channels_last), weight[:, :, None, None], bias * last
-        rest = [0, 0], [1, 1], [1, 1], 1, "add", 1.0, "relu" if relu and last else None, [], None
+        rest = [0, 0], [1, 1], [1, 1], 1, "add", 1.0, None, [], None
         if y is None or not FUSED or x.dtype != torch.float32:
             term = F.conv2d(x, kernel, shift)
             y = term if y is None else term.add_(y)
-            y = y.relu_() if relu and last else y
         elif i:
             torch.ops.mkldnn._convolution_pointwise_.binary(y, x, kernel, shift, *rest)
         else:

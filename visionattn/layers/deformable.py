@@ -40,5 +40,5 @@ def _neighbours(place: Tensor, length: int) -> tuple[Tensor, Tensor]:
     part = place - low
     position = torch.stack([low, low + 1], -1)
     weights = torch.stack([1 - part, part], -1)
-    inside = (position >= 0) & (position < length)
-    return position.clamp(0, length - 1).long(), torch.where(inside, weights, 0)
+    counts = (position >= 0) & (position < length) | position.isnan()  # what is no number is to be seen
+    return position.nan_to_num(0).clamp(0, length - 1).long(), torch.where(counts, weights, 0)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from .direct import is_direct
+from .direct import in_own_precision, is_direct
 
 REACH = 6
 """Padding up to which oneDNN's fast path takes dilated depthwise convolutions."""
@@ -65,6 +65,7 @@ class _Depthwise(Function):
         return depthwise_conv(x, weight, bias, dilation)
 
     @staticmethod
+    @in_own_precision
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         dx, dweight = depthwise_backward(grad, x, weight, ctx.dilation, ctx.needs_input_grad[:2])

@@ -1,12 +1,14 @@
 """MLP with a convolution."""
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
 from .depthwise import DepthwiseConv2d, depthwise, depthwise_backward, depthwise_conv
-from .direct import is_direct, is_watched
+from .direct import in_own_precision, is_direct, is_watched, replayed, replays
 from .int8 import Int8Linear
 from .pointwise import CHUNK, Pointwise2d
 from .product import product
@@ -70,15 +72,12 @@ class _DepthwiseMlp(Function):
         return out
 
     @staticmethod
+    @in_own_precision
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, w1, b1, w, b, w2, b2, *hidden = saved = ctx.saved_tensors  # once, or checkpoints refuse
         wanted, dilation = ctx.needs_input_grad, ctx.dilation
-        if torch.is_grad_enabled():  # the gradients will be differentiated
-            inputs = [t for t, needed in zip(saved, wanted, strict=False) if needed]
-            h = F.linear(x.permute(0, 2, 3, 1), w1, b1).permute(0, 3, 1, 2)
-            out = F.linear(F.gelu(depthwise_conv(h, w, b, dilation)).permute(0, 2, 3, 1), w2, b2).permute(0, 3, 1, 2)
-            found = iter(torch.autograd.grad(out, inputs, grad, create_graph=True))
-            return tuple(next(found) if needed else None for needed in wanted)
+        if replays(grad):
+            return *replayed(partial(_plain, dilation=dilation), saved[:7], wanted[:7], grad), None
         dx = torch.empty_like(x, memory_format=torch.channels_last) if wanted[0] else None
         dw1, db1, dw, db, dw2, db2 = (
             torch.zeros_like(t) if needed else None
@@ -107,6 +106,13 @@ class _DepthwiseMlp(Function):
             if dx is not None:
                 torch.mm(_rows(dh), w1, out=_rows(dx[part]))
         return dx, dw1, db1, dw, db, dw2, db2, None
+
+
+def _plain(
+    x: Tensor, w1: Tensor, b1: Tensor, w: Tensor, b: Tensor, w2: Tensor, b2: Tensor, dilation: int
+) -> Tensor:  # fmt: skip
+    h = F.linear(x.permute(0, 2, 3, 1), w1, b1).permute(0, 3, 1, 2)
+    return F.linear(F.gelu(depthwise_conv(h, w, b, dilation)).permute(0, 2, 3, 1), w2, b2).permute(0, 3, 1, 2)
 
 
 def _forward(

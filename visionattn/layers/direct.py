@@ -1,6 +1,7 @@
 """When a layer may leave the plain path of one module after the other."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import wraps
 
 import torch
 from torch import Tensor, nn
@@ -40,11 +41,48 @@ def _is_direct(tensors: tuple[Tensor, ...]) -> bool:
 
 
 def is_watched(*modules: nn.Module) -> bool:
-    """Whether there are hooks that calls of these modules would run, other than those in `UNSEEING`."""
+    """Whether there are hooks that calls of these modules would run, other than those in `UNSEEING`, or forwards that
+    somebody has put in place of theirs."""
     if nn_module._has_any_global_hook():
         return True
     return any(
-        (module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks)
+        "forward" in module.__dict__
+        or (module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks)
         and any(hook not in UNSEEING for hooks in _HOOKS for hook in getattr(module, hooks).values())
         for module in modules
     )
+
+
+def in_own_precision(backward: Callable) -> Callable:
+    """Decorator of backward passes that hold tensors of one precision, which autocast may be on around."""
+
+    @wraps(backward)
+    def precise(ctx, *grads: Tensor):
+        if not torch.is_autocast_enabled("cpu"):
+            return backward(ctx, *grads)
+        with torch.autocast("cpu", enabled=False):
+            return backward(ctx, *grads)
+
+    return precise
+
+
+def replays(grad: Tensor) -> bool:
+    """Whether a backward pass has to differentiate the plain computation: its gradients will be differentiated
+    themselves, or are those of many outputs at once."""
+    batched = torch._C._functorch.is_batchedtensor(grad) or torch._C._functorch.is_legacy_batchedtensor(grad)
+    return torch.is_grad_enabled() or batched
+
+
+def replayed(
+    compute: Callable[..., Tensor], inputs: Sequence[Tensor | None], wanted: Sequence[bool], grad: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Gradients of `compute(*inputs)` where they are wanted, None elsewhere.
+
+    They are those of aliases, as an input may depend on another one: its gradient is not to be counted here too.
+    """
+    create = torch.is_grad_enabled()
+    with torch.enable_grad():
+        aliases = [x if x is None else x.view_as(x) for x in inputs]
+        chosen = [x for x, want in zip(aliases, wanted, strict=True) if want]
+        found = iter(torch.autograd.grad(compute(*aliases), chosen, grad, create_graph=create) if chosen else ())
+    return tuple(next(found) if want else None for want in wanted)

@@ -55,7 +55,8 @@ def fuse_scale(parent: nn.Module, scale: str, before: nn.Module) -> None:
     """
     gamma = getattr(getattr(parent, scale), "gamma", None)
     product = getattr(before, getattr(before, "last_product", ""), before)
-    if gamma is not None and isinstance(product, nn.Linear | nn.Conv2d | nn.LayerNorm):
+    plain = isinstance(product, nn.Linear | nn.Conv2d | nn.LayerNorm) and "weight" in product._parameters
+    if gamma is not None and plain:  # other weights are made of something
         scale_output(product, gamma.detach())
         setattr(parent, scale, nn.Identity())
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from .depthwise import DepthwiseConv2d, depthwise
-from .direct import is_direct, is_watched
+from .direct import in_own_precision, is_direct, is_watched, replayed, replays
 from .norm import ChannelRmsNorm
 from .pointwise import CHUNK, Pointwise2d
 
@@ -127,13 +127,12 @@ class _GatedMlp(Function):
         return out
 
     @staticmethod
+    @in_own_precision
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         *inputs, out = (saved := ctx.saved_tensors)[:9]
         kept = saved[9:]
-        if torch.is_grad_enabled():  # the gradients will be differentiated
-            wanted = [t for t, needed in zip(inputs, ctx.needs_input_grad, strict=True) if needed]
-            found = iter(torch.autograd.grad(_plain(*inputs), wanted, grad, create_graph=True))
-            return tuple(next(found) if needed else None for needed in ctx.needs_input_grad)
+        if replays(grad):
+            return replayed(_plain, inputs, ctx.needs_input_grad, grad)
         x, w1, b1, wd, bd, w2, b2, wn = inputs
         (wg, wv), scaled = w1.chunk(2), w2 if wn is None else w2 * wn
         dx, dw1, db1, dw2, dwd, dbd = (torch.zeros_like(t) for t in (x, w1, b1, w2, wd, bd))

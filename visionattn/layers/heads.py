@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from .direct import in_own_precision
+
 
 def check_heads(dim: int, num_heads: int) -> None:
     """Raise ValueError unless `num_heads` divides `dim`."""
@@ -25,5 +27,6 @@ class SplitHeads(Function):
         return split_heads(x, num_heads).unbind()
 
     @staticmethod
+    @in_own_precision
     def backward(ctx, *grads: Tensor) -> tuple[Tensor, None]:
         return torch.stack([grad.transpose(1, 2) for grad in grads], 2).view(ctx.shape), None

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from .direct import is_direct, is_watched
+from .direct import in_own_precision, is_direct, is_watched, replayed, replays
 from .fuse import is_batch_norm
 from .pointwise import Pointwise2d
 from .product import is_small
@@ -55,8 +55,9 @@ def learn(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int) -> tuple[
         count: of the values of a channel.
     """
     with torch.no_grad():
-        norm.running_mean.lerp_(mean, norm.momentum)
-        norm.running_var.lerp_(var * (count / (count - 1)), norm.momentum)
+        # As torch's norms do, without a new version: a graph that one of these has made holds the statistics.
+        norm.running_mean.data.lerp_(mean, norm.momentum)
+        norm.running_var.data.lerp_(var * (count / (count - 1)), norm.momentum)
         if norm.num_batches_tracked is not None:
             norm.num_batches_tracked.add_(1)
     scale = norm.weight * (var + norm.eps).rsqrt()
@@ -74,16 +75,17 @@ class _NormActProduct(Function):
         return F.linear(y, weight).permute(0, 3, 1, 2)
 
     @staticmethod
+    @in_own_precision
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, gamma, beta, weight, mean, inverse = ctx.saved_tensors
         act = F.relu if ctx.relu else F.gelu
-        if torch.is_grad_enabled():  # the gradients will be differentiated
-            inputs, wanted = (x, gamma, beta, weight), ctx.needs_input_grad[:4]
-            y = act(F.batch_norm(x, None, None, gamma, beta, True, 0.0, ctx.eps)).permute(0, 2, 3, 1)
-            out = F.linear(y, weight).permute(0, 3, 1, 2)
-            needed = [t for t, want in zip(inputs, wanted, strict=True) if want]
-            found = iter(torch.autograd.grad(out, needed, grad, create_graph=True))
-            return *(next(found) if want else None for want in wanted), None, None
+        if replays(grad):
+
+            def plain(x: Tensor, gamma: Tensor, beta: Tensor, weight: Tensor) -> Tensor:
+                y = act(F.batch_norm(x, None, None, gamma, beta, True, 0.0, ctx.eps)).permute(0, 2, 3, 1)
+                return F.linear(y, weight).permute(0, 3, 1, 2)
+
+            return *replayed(plain, [x, gamma, beta, weight], ctx.needs_input_grad[:4], grad), None, None
         scale = gamma * inverse
         y = _last(torch.addcmul((beta - mean * scale)[:, None, None], x, scale[:, None, None]))
         rows = _last(grad).flatten(0, 2)

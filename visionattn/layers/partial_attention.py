@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from .cache import ParameterCache
-from .direct import is_direct, is_watched
+from .direct import in_own_precision, is_direct, is_watched
 from .fuse import is_batch_norm, scale_and_shift, scale_output
 from .heads import split_heads
 from .norm_act_product import affine, is_frozen, is_learning, learn, normed_product
@@ -151,6 +151,7 @@ class _VarMean(Function):
         return var, mean
 
     @staticmethod
+    @in_own_precision
     def backward(ctx, dvar: Tensor, dmean: Tensor) -> Tensor:
         x, mean = ctx.saved_tensors
         if torch.is_grad_enabled():  # the gradient will be differentiated
@@ -248,6 +249,7 @@ class _Apart(Function):
         return x.view_as(x)
 
     @staticmethod
+    @in_own_precision
     def backward(ctx, grad: Tensor) -> Tensor:
         return grad.contiguous(memory_format=torch.channels_last)
 

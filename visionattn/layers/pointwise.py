@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from .direct import is_direct, is_watched
+from .direct import in_own_precision, is_direct, is_watched, replayed, replays
 from .int8 import Int8Linear
 from .product import is_small, product, takes_conv
 
@@ -104,6 +104,10 @@ class Mlp(nn.Module):
         )
 
 
+def _plain(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+    return F.linear(F.gelu(F.linear(x, w1, b1)), w2, b2)
+
+
 class GeluMlp(Function):
     """`gelu_mlp` that keeps for the backward pass what the first product returns, and not its activation, which costs
     less to compute again than to keep."""
@@ -116,14 +120,12 @@ class GeluMlp(Function):
         return out
 
     @staticmethod
+    @in_own_precision
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, w1, b1, w2, b2, *hidden = ctx.saved_tensors
         wanted = ctx.needs_input_grad
-        if torch.is_grad_enabled():  # the gradients will be differentiated
-            inputs = [t for t, needed in zip((x, w1, b1, w2, b2), wanted, strict=True) if needed]
-            out = F.linear(F.gelu(F.linear(x, w1, b1)), w2, b2)
-            found = iter(torch.autograd.grad(out, inputs, grad, create_graph=True))
-            return tuple(next(found) if needed else None for needed in wanted)
+        if replays(grad):
+            return replayed(_plain, [x, w1, b1, w2, b2], wanted, grad)
         rows, grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
         step = _step(rows, w1)
         dx = torch.empty_like(rows) if wanted[0] else None

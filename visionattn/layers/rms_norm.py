@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from .direct import is_direct
+from .direct import in_own_precision, is_direct, replayed, replays
 
 
 class RmsNorm(nn.RMSNorm):
@@ -41,13 +41,15 @@ class _RmsNorm(Function):
         return (x * scale).mul_(weight)
 
     @staticmethod
+    @in_own_precision
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, scale = ctx.saved_tensors
-        if torch.is_grad_enabled():  # the gradients will be differentiated
-            inputs = [t for t, needed in zip((x, weight), ctx.needs_input_grad[:2], strict=True) if needed]
-            out = F.rms_norm(x, weight.shape, weight, ctx.eps)
-            found = iter(torch.autograd.grad(out, inputs, grad, create_graph=True))
-            return *(next(found) if needed else None for needed in ctx.needs_input_grad[:2]), None
+        if replays(grad):
+
+            def plain(x: Tensor, weight: Tensor) -> Tensor:
+                return F.rms_norm(x, weight.shape, weight, ctx.eps)
+
+            return *replayed(plain, [x, weight], ctx.needs_input_grad[:2], grad), None
         products = (grad * x).reshape(-1, x.shape[-1])
         dweight = products.t().mv(scale.view(-1))
         correction = products.mv(weight).view_as(scale).mul_(scale**3).div_(-x.shape[-1])

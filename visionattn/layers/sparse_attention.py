@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from .cache import ParameterCache
-from .direct import is_direct
+from .direct import in_own_precision, is_direct, replayed, replays
 from .pointwise import Pointwise
 from .position import resample_rows
 from .self_attention import SelfAttention
@@ -277,14 +277,16 @@ class _MaskedAttention(Function):
         return out
 
     @staticmethod
+    @in_own_precision
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # once, or checkpoints refuse
         q, k, v, mask = saved[:4]
-        if torch.is_grad_enabled():  # the gradients will be differentiated
-            inputs = [t for t, needed in zip((q, k, v), ctx.needs_input_grad[:3], strict=True) if needed]
-            out = (ctx.scale * q @ k.mT).masked_fill(~mask, -math.inf).softmax(-1) @ v
-            found = iter(torch.autograd.grad(out, inputs, grad, create_graph=True))
-            return *(next(found) if needed else None for needed in ctx.needs_input_grad[:3]), None, None
+        if replays(grad):
+
+            def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+                return (ctx.scale * q @ k.mT).masked_fill(~mask, -math.inf).softmax(-1) @ v
+
+            return *replayed(plain, [q, k, v], ctx.needs_input_grad[:3], grad), None, None
         parts = zip(*(t.split(_step(k, 8 * PAIRS)) for t in (grad, *saved)), strict=True)
         differentiate = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         grads = (

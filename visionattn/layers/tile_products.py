@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from .direct import is_direct
+from .direct import in_own_precision, is_direct, replayed, replays
 from .plan import Plan, TileGroup
 
 MAX_TILE = 2**16  # pairs, beyond which weights are too many to keep
@@ -118,16 +118,18 @@ class _TileProducts(Function):
         return out
 
     @staticmethod
+    @in_own_precision
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         plan, scale, wanted = ctx.plan, ctx.scale, ctx.needs_input_grad[3:]
         saved = ctx.saved_tensors  # once, or checkpoints refuse
         inputs, kept = saved[: len(wanted)], iter(saved[len(wanted) :])
         q, k, v, *biases = inputs
-        if torch.is_grad_enabled():  # the gradients will be differentiated
-            out = ctx.plain(q, k, v, plan, biases, scale)
-            found = [x for x, want in zip(inputs, wanted, strict=True) if want]
-            found = iter(torch.autograd.grad(out, found, grad, create_graph=True))
-            return None, None, None, *(next(found) if want else None for want in wanted)
+        if replays(grad):
+
+            def plain(q: Tensor, k: Tensor, v: Tensor, *biases: Tensor) -> Tensor:
+                return ctx.plain(q, k, v, plan, biases, scale)
+
+            return None, None, None, *replayed(plain, inputs, wanted, grad)
         dq, dk, dv = q.new_empty(q.transpose(1, 2).shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
         dbiases = [torch.zeros_like(x) if want else None for x, want in zip(biases, wanted[3:], strict=True)]
         places = sum(group.queries.numel() for group in plan.groups)

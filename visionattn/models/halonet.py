@@ -91,9 +91,10 @@ class Bottleneck(nn.Module):
 
     @channels_last
     def forward(self, x: Tensor) -> Tensor:
-        projects, every = isinstance(self.shortcut, ConvNorm), x
+        projects, every = type(self.shortcut) is ConvNorm, x
         products = [self.conv3, self.shortcut.proj] if projects else [self.conv3]
-        direct = is_summed(x, products, self.conv3, self.norm3, self.drop_path, self.act3, self.shortcut)
+        known = projects or self.shortcut is None or type(self.shortcut) is nn.Identity
+        direct = known and is_summed(x, products, self.conv3, self.norm3, self.drop_path, self.act3, self.shortcut)
         if direct and projects:
             x, every = with_every(x, self.shortcut.proj.stride[0])
         y = product_norm(self.conv1, self.norm1, x, self.act1)

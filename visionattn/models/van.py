@@ -88,7 +88,7 @@ class VanBlock(Block):
         if self.shortcut is None:
             return super().forward(x)
         x = torch.addcmul(self.mixer(x), x, self.shortcut)
-        return x + self.mlp(x)
+        return x + self.ls2(self.mlp(x))
 
 
 def _init_weights(module: nn.Module) -> None:
