@@ -12,7 +12,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor
 
 from ..data.images import ImageSet
-from ..data.loader import eval_loader, read_batches
+from ..data.loader import choose_workers, eval_loader, read_batches
 from ..errors import VisionattnError, all_lines
 from ..progress import track
 from ..reports.curves import draw_curves, metrics_of, read_rows
@@ -150,7 +150,7 @@ class Looker:
         self.task, self.model, self.images = opened.task, opened.model, images
         self.device, self.precision = PartialState().device, opened.task.config.precision
         data = opened.task.config.data
-        share = data.eval_batch_size, image_mode(opened.model), data.num_workers
+        share = data.eval_batch_size, image_mode(opened.model), choose_workers(data.num_workers, self.device)
         self.loader = eval_loader(images, opened.task.transform(False), *share, collate=opened.task.collate(False))
 
     @torch.no_grad()
