@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..errors import VisionattnError, one_line, optional, require, user_input
 from ..weights.files import place
 from .about import about_model, as_text, task_of
-from .graph import make_program, sizes_of, traced
+from .graph import NAMES, graphs_of, make_program, sizes_of, traced
 from .quantized import quantize_onnx, quantize_program
 from .running import EXTRA, NAME, TOLERANCE, disagreement, load
 
@@ -236,34 +236,19 @@ def _program(model: nn.Module, size: tuple[int, int] | None, int8: str | None, c
 def _write_onnx(
     model: nn.Module, file: Path, size: tuple[int, int] | None, about: dict[str, Any], opset: int | None
 ) -> None:
-    program = torch.onnx.export(
-        make_program(model, size),
-        dynamo=True,
-        input_names=["image"],
-        output_names=about["outputs"],
-        opset_version=opset,
-        verbose=False,
-    )
+    options = {"dynamo": True, "input_names": ["image"], "output_names": about["outputs"], "opset_version": opset}
+    if task_of(model) == "detection":
+        program = torch.onnx.export(make_program(model, size), verbose=False, **options)
+    else:  # from the module: graphs of torch.export with open sizes hold for maps of more than one tile alone
+        axes = {axis: name for axis, name in NAMES.items() if axis == 0 or size is None}
+        image = torch.randn(2, *sizes_of(model, size)[0][1:])
+        with torch.no_grad(), graphs_of(model):
+            program = torch.onnx.export(traced(model), (image,), dynamic_shapes=(axes,), verbose=False, **options)
     assert program is not None
     graph = program.model.graph
-    if task_of(model) != "detection":
-        _name_axes(graph, open_size=size is None)
     program.model.metadata_props.update(as_text(about | {"opset": program.model.opset_imports[""]}))
     weights = sum(value.const_value.nbytes for value in graph.initializers.values() if value.const_value is not None)
     program.save(file, external_data=weights > LARGEST)
-
-
-def _name_axes(graph: Any, open_size: bool) -> None:
-    """Gives the open axes of images their names, and those of the batch of the outputs."""
-    import onnx_ir
-
-    image = graph.inputs[0]
-    names = ["batch", "height", "width"] if open_size else ["batch"]
-    for axis, name in zip((0, 2, 3), names, strict=False):
-        old = image.shape[axis]
-        for value in [image, *graph.outputs]:
-            shape = [name if each == old else each for each in value.shape]
-            value.shape = onnx_ir.Shape(shape)
 
 
 @contextmanager

@@ -92,14 +92,27 @@ def make_program(
     detects = task_of(model) == "detection"
     image = torch.randn(1 if detects else 2, *shape[1:])
     axes = {} if detects else {axis: Dim.DYNAMIC for axis in ([0] if size else NAMES)}
-    what = f"cannot make a graph of {model.pretrained_cfg.get('architecture')}"
+    with torch.no_grad(), graphs_of(model), traceable():
+        return torch.export.export(module or traced(model), (image,), dynamic_shapes=(axes,), strict=False)
+
+
+@contextmanager
+def graphs_of(model: nn.Module) -> Iterator[None]:
+    """Around what makes graphs, and raises whatever it likes.
+
+    Raises:
+        VisionattnError: in place of that, in one line; or what the model itself says of it.
+    """
     try:
-        with torch.no_grad(), traceable():
-            return torch.export.export(module or traced(model), (image,), dynamic_shapes=(axes,), strict=False)
+        yield
     except VisionattnError:
         raise
-    except Exception as error:  # tracing raises whatever it likes
-        raise VisionattnError(f"{what}: {one_line(error)}") from error
+    except Exception as error:
+        own: BaseException | None = error
+        while own is not None and not isinstance(own, VisionattnError):
+            own = own.__cause__ or own.__context__
+        name = model.pretrained_cfg.get("architecture")
+        raise own or VisionattnError(f"cannot make a graph of {name}: {one_line(error)}") from error
 
 
 @contextmanager
