@@ -38,7 +38,7 @@ def is_summed(x: Tensor, products: Sequence[nn.Module], *parts: nn.Module | None
     if not torch.is_grad_enabled() or not all(map(_is_pointwise, products)):
         return False
     modules = [module for part in parts if part is not None for module in part.modules()]
-    if any(isinstance(module, DropPath) for module in modules):
+    if any(isinstance(module, DropPath) for module in modules) or not any(map(is_learning, modules)):
         return False
     parameters = (p for module in modules for p in module.parameters(recurse=False))
     return is_direct(x, *parameters) and not is_watched(*modules)
