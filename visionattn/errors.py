@@ -164,6 +164,9 @@ def run(main: Callable[[list[str]], int | None]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
         return 141  # as shells put it
     except OSError as error:
+        if error.errno == errno.ENOSPC:
+            print("error: no space is left where the results go", file=sys.stderr)
+            return 2
         if error.errno not in UNUSABLE or error.filename is None:
             raise
         print(f"error: cannot use {shortened(error.filename)}: {error.strerror}", file=sys.stderr)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..create import create_model
+from ..errors import VisionattnError
 from ..macs import stages
 from ..recipes import TASKS, recipes_of
 from ..registry import ModelInfo, list_models, model_info
@@ -95,6 +96,9 @@ def _list(args: Any) -> None:
     if args.table:
         print(models_table(args.filter, args.pretrained))
         return
+    families = sorted({model_info(name).family for name in list_models()} - {""})
+    if args.family and args.family.lower() not in families:
+        raise VisionattnError(f"there is no family {args.family}; there are {', '.join(families)}")
     rows = [(name, model_info(name)) for name in list_models(args.filter, args.pretrained) if _is_wanted(name, args)]
     if args.sort:
         key = COLUMNS[args.sort]

@@ -1,6 +1,7 @@
 """`visionattn explain`."""
 
 import argparse
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -188,26 +189,38 @@ def _files(args: Any) -> list[list[Path]]:
     return files
 
 
-def _explain(args: Any) -> None:
+def _explain(args: Any) -> int:
+    _check(args)
+    loaded = _load(args)
+    failed = 0
+    for image, files in track(list(zip(args.images, _files(args), strict=True)), "explaining"):
+        try:
+            _explain_one(args, loaded, image, files)
+        except VisionattnError as error:
+            if len(args.images) == 1:
+                raise
+            failed += 1
+            print(f"error: {image}: {printable(error)}", file=sys.stderr, flush=True)
+    return 1 if failed else 0
+
+
+def _explain_one(args: Any, loaded: Loaded, image: str, files: list[Path]) -> None:
     from ..data.images import to_mode
     from ..explain.pictures import animation, sheet
     from ..training.checkpoint import write_file
 
-    _check(args)
-    loaded = _load(args)
-    for image, files in track(list(zip(args.images, _files(args), strict=True)), "explaining"):
-        with user_input(f"cannot read {image}", OSError, ValueError), Image.open(image) as opened:
-            tensor = loaded.prepare(to_mode(opened, loaded.mode))
-        told, title, chosen, others = _found(args, loaded, tensor)
-        pictures = {files[0]: sheet(chosen, title)}
-        if args.grid:
-            pictures[files[1]] = sheet(list(others()), title)
-        for file, picture in pictures.items():
-            write_file(file, partial(picture.save, format="png"))
-        if args.gif:
-            content = animation([sheet([panel], title) for panel in others()])
-            write_file(files[-1], lambda file, content=content: file.write(content))
-        print(printable(f"{image}: {told}; see {', '.join(map(str, files))}"), flush=True)
+    with user_input(f"cannot read {image}", OSError, ValueError), Image.open(image) as opened:
+        tensor = loaded.prepare(to_mode(opened, loaded.mode))
+    told, title, chosen, others = _found(args, loaded, tensor)
+    pictures = {files[0]: sheet(chosen, title)}
+    if args.grid:
+        pictures[files[1]] = sheet(list(others()), title)
+    for file, picture in pictures.items():
+        write_file(file, partial(picture.save, format="png"))
+    if args.gif:
+        content = animation([sheet([panel], title) for panel in others()])
+        write_file(files[-1], lambda file, content=content: file.write(content))
+    print(printable(f"{image}: {told}; see {', '.join(map(str, files))}"), flush=True)
 
 
 def _found(
@@ -241,11 +254,11 @@ def _found(
         chosen = found[:1]
     else:
         known = cam_layers(model)
-        names = [name for name in known if fnmatchcase(name, args.layer)] if args.layer else known[-1:]
-        if not names:
+        names = [name for name in known if fnmatchcase(name, args.layer)] if args.layer else []
+        if args.layer and not names:
             raise VisionattnError(f"no layer {args.layer} for gradcam: there are {', '.join(known)}")
-        found = grad_cam(model, batch, target, known if args.grid or args.gif else names)
-        chosen = [each for each in found if each.layer in names]
+        chosen = grad_cam(model, batch, target, names)
+        found = grad_cam(model, batch, target, known) if args.grid or args.gif else chosen
     told = loaded.name(int(found[0].classes[0]))
 
     def panel(each: "Relevance") -> Panel:

@@ -6,6 +6,7 @@ from typing import Any
 from ..errors import VisionattnError
 from ..measure import positive
 from ..progress import tell
+from ..registry import model_info
 from .catalog import print_table
 from .parser import Command, Parser
 
@@ -48,6 +49,7 @@ def _export(args: Any) -> None:
     if args.features:
         kwargs["features_only"] = True
     if not place:
+        model_info(args.model)  # refuses what there is not before anything is told
         kwargs["pretrained"] = args.pretrained
         if not args.pretrained:
             tell(f"{args.model} has random weights: --pretrained has the published ones")

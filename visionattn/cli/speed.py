@@ -86,6 +86,9 @@ def _start(args: Any, training: bool = False) -> tuple[torch.device, Seconds]:
         raise VisionattnError("--int8 is for inference in float32 on a CPU, without --compile")
     if args.fuse and training:
         raise VisionattnError("--fuse is for inference: leave out --training")
+    for name in args.models:
+        if not is_place(name):
+            model_info(name)  # refuses what there is not before anything is told
     device, seconds = start(args)
     tell(", ".join(f"{key} {value}" for key, value in machine(device).items()))
     return device, seconds

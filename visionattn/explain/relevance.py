@@ -16,6 +16,8 @@ from .capture import Images, Pass, as_batch, backbone_of, capture, evaluating, m
 from .maps import OF_TOKENS, Map
 
 TINY = 1e-30
+LEAST = 4
+"""Positions a side that a map has at least, to tell places apart."""
 
 
 class Relevance(NamedTuple):
@@ -65,7 +67,7 @@ def grad_cam(
             detector, whose score of a class is that of the boxes of it that it finds.
         images: as for `attention_maps`.
         target: class, or one for each image; None for that with the highest score. Those of detectors count from 1.
-        layers: some of `cam_layers(model)`; the last one if empty.
+        layers: some of `cam_layers(model)`; if empty the last one whose map has four positions a side, or the last.
 
     Returns:
         relevance at each of the layers.
@@ -83,7 +85,7 @@ def _cams(
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Grad-CAM (B, h, w) at each layer, and the classes."""
     known, modules, kept = cam_layers(model), dict(model.named_modules()), {}
-    layers = list(layers) or known[-1:]
+    default, layers = not layers, list(layers) or known
     if unknown := [name for name in layers if name not in known]:
         raise VisionattnError(f"no layer {unknown[0]} for Grad-CAM: there are {', '.join(known)}")
 
@@ -94,6 +96,9 @@ def _cams(
     try:
         with evaluating(model), torch.enable_grad(), watch(model) as found:
             scores, classes = class_scores(model(images.detach().requires_grad_()), target)
+            if default:
+                sides = {name: min(found.grid or _side(modules[name], kept[name])) for name in known}
+                layers = [name for name in known if sides[name] >= LEAST][-1:] or known[-1:]
             grads = torch.autograd.grad(scores.sum(), [kept[name] for name in layers])
     finally:
         for handle in handles:
@@ -110,6 +115,11 @@ def _cams(
         weights = maps[1].mean((2, 3), keepdim=True)
         cams[name] = (weights * maps[0]).sum(1).relu()
     return cams, classes
+
+
+def _side(module: nn.Module, output: Tensor) -> tuple[int, int]:
+    """Height and width of the map that a stage or a block made."""
+    return tuple(output.shape[2:] if isinstance(module, Stage) else output.shape[1:3])
 
 
 def class_scores(output: Any, target: int | Sequence[int] | None) -> tuple[Tensor, Tensor]:

@@ -66,5 +66,5 @@ def _classes(model: nn.Module) -> list[str] | None:
     if names is not None:
         return list(names)
     if getattr(model, "num_classes", None) == 1000 and model.pretrained_cfg.get("num_classes") == 1000:
-        return ImageNetInfo("imagenet-1k").label_names()
+        return ImageNetInfo("imagenet-1k").label_descriptions()
     return None

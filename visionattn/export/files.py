@@ -202,9 +202,12 @@ def _export(
         except Exception as error:  # exporters and compilers raise whatever they like
             raise VisionattnError(f"cannot export {about['model']} to {kind}: {one_line(error)}") from error
         run, said = load(file)
-        far = disagreement(run, module, shapes)
+        hint = "" if size else ", at open sizes: fix height and width (--size)"
+        try:
+            far = disagreement(run, module, shapes)
+        except Exception as error:  # so do those that run what they made
+            raise VisionattnError(f"{path} is not kept: {kind} fails with it{hint} ({one_line(error)})") from error
         if not far <= TOLERANCE and not int8:
-            hint = "" if size else ", at open sizes: fix height and width (--size)"
             raise VisionattnError(f"{path} is not kept: it is {far:.1e} from what the model computes{hint}")
         written = sorted(Path(folder).iterdir(), key=lambda each: each.name == path.name)  # the file itself comes last
         for each in written:

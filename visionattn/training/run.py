@@ -2,6 +2,7 @@
 
 import shlex
 import signal
+import sys
 import time
 from dataclasses import replace
 from itertools import islice
@@ -47,7 +48,8 @@ def train(config: TrainConfig, resume: Path | None = None) -> Path | None:
         made = ("metrics.csv", "skipped.csv", "curves.png", "predictions/", "config.yaml", "checkpoints/")
         print(f"results    {folder}: {', '.join(name for name in made if (folder / name).exists())}")
         if checkpoint.exists():
-            print(f"validate   python validate.py --checkpoint {shlex.quote(str(checkpoint))}")
+            script = "python validate.py" if Path(sys.argv[0]).name == "train.py" else "visionattn validate"
+            print(f"validate   {script} --checkpoint {shlex.quote(str(checkpoint))}")
         print(f"compare    tensorboard --logdir {shlex.quote(str(folder.parent))}")
     return folder
 
