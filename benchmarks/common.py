@@ -2,11 +2,17 @@
 
 import argparse
 import importlib.util
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from statistics import median, quantiles
 from types import ModuleType
 
+import torch
+from torch import nn
+
 from visionattn.errors import VisionattnError
+from visionattn.measure import Seconds
 
 REFERENCES = {path.stem: path for path in sorted((Path(__file__).parent / "reference").glob("*.py"))}
 
@@ -30,3 +36,70 @@ def load(path: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def ratio(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float, float]:
+    """Their time by ours, of the medians, and the quartiles of the ratios of the rounds."""
+    each = [b / a for a, b in zip(ours, theirs, strict=True)]
+    low, _, high = quantiles(each, n=4, method="inclusive") if len(each) > 1 else each * 3
+    return median(theirs) / median(ours), low, high
+
+
+def ceiling(dtype: torch.dtype, device: torch.device, seconds: Seconds) -> float:
+    """Operations in 1e9 a second of the best of a few large matrix products."""
+    sizes = [(1024, 1024, 1024), (6272, 384, 1536)] if device.type == "cpu" else [(8192,) * 3, (16384, 4096, 4096)]
+    best = 0.0
+    for m, k, n in sizes:
+        a, b = torch.randn(m, k, device=device).to(dtype), torch.randn(n, k, device=device).to(dtype)
+        a @ b.T
+        fastest = min(seconds(lambda a=a, b=b: a @ b.T, 1) for _ in range(4))
+        best = max(best, 2e-9 * m * k * n / fastest)
+    return best
+
+
+@torch.no_grad()
+def shake(model: nn.Module) -> nn.Module:
+    """Make scales, shifts and running statistics such as training might, so that nothing is hidden by its start."""
+    for parameter in model.parameters():
+        if parameter.ndim < 2:
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    for key, buffer in model.named_buffers():
+        if key.endswith("running_mean"):
+            nn.init.normal_(buffer, std=0.1)
+        if key.endswith("running_var"):
+            nn.init.uniform_(buffer, 0.5, 1.5)
+    return model
+
+
+class Table:
+    """Rows that are printed as they come, in columns or as Markdown.
+
+    Args:
+        columns: format of each column by its head, f"{width}" and what else there is to it: "8.1f".
+        markdown: print Markdown.
+    """
+
+    def __init__(self, columns: Mapping[str, str], markdown: bool = False) -> None:
+        self.formats, self.markdown = dict(columns), markdown
+        widths = [int(spec.lstrip("<>").partition(".")[0].rstrip("dfsgex")) for spec in columns.values()]
+        self.widths = [max(width, len(head)) for head, width in zip(columns, widths, strict=True)]
+        self.started = False
+
+    def row(self, **values: object) -> None:
+        """Print a row, after the heads of the columns if it is the first; what is None is a dash."""
+        if not self.started:
+            self._print(list(self.formats))
+            if self.markdown:
+                print("|" + "---|" * len(self.formats))
+        self.started = True
+        cells = []
+        for head, spec in self.formats.items():
+            value = values.get(head.replace(" ", "_").replace("/", "_"))
+            cells.append("-" if value is None else str(value) if isinstance(value, str) else f"{value:{spec}}".strip())
+        self._print(cells)
+
+    def _print(self, cells: Sequence[str]) -> None:
+        if self.markdown:
+            print(f"| {' | '.join(cells)} |", flush=True)
+        else:
+            print(*(f"{cell:>{width}}" for cell, width in zip(cells, self.widths, strict=True)), flush=True)

@@ -14,13 +14,13 @@ from functools import cache, partial
 from statistics import median
 
 import torch
-from common import Parser, reference
+from common import Parser, Table, ratio, reference
 from torch import Tensor
 
 from visionattn.errors import VisionattnError, run
 from visionattn.layers import NeighborhoodAttention2d
 from visionattn.layers.neighborhood_attention import _neighborhood_attention
-from visionattn.measure import DTYPES, Table, add_machine, in_turns, machine, peak_memory, positive, ratio, start
+from visionattn.measure import DTYPES, add_machine, in_turns, machine, peak_memory, positive, start
 
 HEAD_DIM, KERNEL = 32, 7
 STAGES = ((4, 2, 8), (8, 4, 4), (16, 8, 2), (32, 16, 1))

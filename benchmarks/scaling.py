@@ -21,13 +21,13 @@ from pathlib import Path
 from statistics import linear_regression, median
 
 import torch
-from common import Parser
+from common import Parser, Table
 from torch import Tensor, nn
 
 import visionattn
 from visionattn import layers
 from visionattn.errors import VisionattnError, require, run
-from visionattn.measure import Table, add_machine, in_turns, machine, peak_memory, positive, start
+from visionattn.measure import add_machine, in_turns, machine, peak_memory, positive, start
 
 BAR = 1.1
 LINEAR, LOGARITHM, QUADRATIC, QUARTER, MODEL = "linear", "N log N", "N^2", "N^2 / 4", "model"

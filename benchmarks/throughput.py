@@ -28,27 +28,14 @@ from statistics import fmean, median
 
 import timm
 import torch
-from common import REFERENCES, Parser, reference
+from common import REFERENCES, Parser, Table, ceiling, ratio, reference, shake
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import visionattn
 from visionattn.errors import VisionattnError, all_lines, run
 from visionattn.macs import count
-from visionattn.measure import (
-    DTYPES,
-    LAYOUTS,
-    Table,
-    add_machine,
-    ceiling,
-    in_turns,
-    machine,
-    peak_memory,
-    positive,
-    ratio,
-    shake,
-    start,
-)  # fmt: skip
+from visionattn.measure import DTYPES, LAYOUTS, add_machine, in_turns, machine, peak_memory, positive, start
 from visionattn.models.focalnet import FocalNet
 from visionattn.registry import ModelInfo, find, timm_name
 from visionattn.weights import convert_state_dict

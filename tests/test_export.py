@@ -18,6 +18,7 @@ from visionattn.cli import main
 from visionattn.errors import VisionattnError
 from visionattn.export import export_aoti, export_onnx, export_openvino, export_torch, load
 from visionattn.export.graph import traceable, traced
+from visionattn.export.measured import open_folder
 from visionattn.export.running import disagreement
 from visionattn.weights.files import DESCRIPTION, write_checkpoint
 
@@ -215,3 +216,13 @@ def test_what_cannot_be_exported_is_told_in_a_line(checkpoint, tmp_path):
     with pytest.raises(VisionattnError, match="export it with fixed height and width"):
         export_onnx(pruned, tmp_path / "a.onnx")
     assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("names", [("n01440764", "n01443537"), ("tench, Tinca tinca", "goldfish, Carassius auratus")])
+def test_folders_of_some_of_imagenets_classes_are_told_by_either_name(tmp_path, names):
+    for name in names:
+        (tmp_path / name).mkdir()
+        for i in range(5):
+            Image.new("RGB", (40, 40), (i, 0, 0)).save(tmp_path / name / f"{i}.png")
+    folder = open_folder(tmp_path, visionattn.create_model("test_van"))
+    assert folder.labels and set(folder.labels) <= {0, 1}

@@ -21,9 +21,10 @@ from safetensors.torch import save_file
 
 import visionattn
 from visionattn.errors import VisionattnError
-from visionattn.training.checkpoint import link, write_file
+from visionattn.training.checkpoint import link
 from visionattn.training.evaluation import ResultFile
 from visionattn.weights import read_checkpoint, write_checkpoint
+from visionattn.weights.files import write_file
 from visionattn.weights.pickled import LEAST_STEPS, MOST_TENSORS
 
 DTYPES = [

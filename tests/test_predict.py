@@ -23,7 +23,7 @@ from visionattn.data.boxes import load_detection_validation
 from visionattn.data.config import AnnotationConfig, DataConfig
 from visionattn.training import inputs
 from visionattn.training.checkpoint import save_checkpoint
-from visionattn.training.opened import class_names
+from visionattn.training.opened import _names as class_names
 
 CLASSES = ["cat", "dog", "yak"]
 ROOT = Path(__file__).parent.parent

@@ -12,7 +12,7 @@ from .errors import VisionattnError
 from .reports.findings import evidence
 from .reports.page import overlay
 from .tasks import TASKS
-from .training.evaluation import image_mode
+from .tasks.task import image_mode
 from .training.opened import Opened
 
 SIDE = 320

@@ -5,13 +5,11 @@ import gc
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from statistics import median, quantiles
 
 import torch
-from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from .errors import VisionattnError
@@ -98,13 +96,6 @@ def in_turns(
     return [list(each) for each in zip(*found, strict=True)]
 
 
-def ratio(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float, float]:
-    """Their time by ours, of the medians, and the quartiles of the ratios of the rounds."""
-    each = [b / a for a, b in zip(ours, theirs, strict=True)]
-    low, _, high = quantiles(each, n=4, method="inclusive") if len(each) > 1 else each * 3
-    return median(theirs) / median(ours), low, high
-
-
 def peak_memory(step: Callable[[], object], device: torch.device) -> int:
     """The most bytes that a call has allocated at once, beside what was there before.
 
@@ -129,32 +120,6 @@ def peak_memory(step: Callable[[], object], device: torch.device) -> int:
     return highest
 
 
-def ceiling(dtype: torch.dtype, device: torch.device, seconds: Seconds) -> float:
-    """Operations in 1e9 a second of the best of a few large matrix products."""
-    sizes = [(1024, 1024, 1024), (6272, 384, 1536)] if device.type == "cpu" else [(8192,) * 3, (16384, 4096, 4096)]
-    best = 0.0
-    for m, k, n in sizes:
-        a, b = torch.randn(m, k, device=device).to(dtype), torch.randn(n, k, device=device).to(dtype)
-        a @ b.T
-        fastest = min(seconds(lambda a=a, b=b: a @ b.T, 1) for _ in range(4))
-        best = max(best, 2e-9 * m * k * n / fastest)
-    return best
-
-
-@torch.no_grad()
-def shake(model: nn.Module) -> nn.Module:
-    """Make scales, shifts and running statistics such as training might, so that nothing is hidden by its start."""
-    for parameter in model.parameters():
-        if parameter.ndim < 2:
-            parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    for key, buffer in model.named_buffers():
-        if key.endswith("running_mean"):
-            nn.init.normal_(buffer, std=0.1)
-        if key.endswith("running_var"):
-            nn.init.uniform_(buffer, 0.5, 1.5)
-    return model
-
-
 def machine(device: torch.device) -> dict[str, str]:
     """Of the run: date, machine, versions."""
     if device.type == "cuda":
@@ -165,37 +130,3 @@ def machine(device: torch.device) -> dict[str, str]:
         name = known[0] if known else platform.processor() or platform.machine()
     versions = {name: version(name) for name in ("torch", "timm", "visionattn")}
     return {"date": time.strftime("%Y-%m-%d"), "machine": name, "threads": str(torch.get_num_threads()), **versions}
-
-
-class Table:
-    """Rows that are printed as they come, in columns or as Markdown.
-
-    Args:
-        columns: format of each column by its head, f"{width}" and what else there is to it: "8.1f".
-        markdown: print Markdown.
-    """
-
-    def __init__(self, columns: Mapping[str, str], markdown: bool = False) -> None:
-        self.formats, self.markdown = dict(columns), markdown
-        widths = [int(spec.lstrip("<>").partition(".")[0].rstrip("dfsgex")) for spec in columns.values()]
-        self.widths = [max(width, len(head)) for head, width in zip(columns, widths, strict=True)]
-        self.started = False
-
-    def row(self, **values: object) -> None:
-        """Print a row, after the heads of the columns if it is the first; what is None is a dash."""
-        if not self.started:
-            self._print(list(self.formats))
-            if self.markdown:
-                print("|" + "---|" * len(self.formats))
-        self.started = True
-        cells = []
-        for head, spec in self.formats.items():
-            value = values.get(head.replace(" ", "_").replace("/", "_"))
-            cells.append("-" if value is None else str(value) if isinstance(value, str) else f"{value:{spec}}".strip())
-        self._print(cells)
-
-    def _print(self, cells: Sequence[str]) -> None:
-        if self.markdown:
-            print(f"| {' | '.join(cells)} |", flush=True)
-        else:
-            print(*(f"{cell:>{width}}" for cell, width in zip(cells, self.widths, strict=True)), flush=True)

@@ -5,21 +5,19 @@ import os
 from collections.abc import Mapping
 from inspect import signature
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import timm
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .create import create_model
 from .data.preprocessing import model_preprocessing
-from .errors import VisionattnError, user_input
+from .errors import VisionattnError
 from .heads.pyramid import OverBackbone
 from .registry import find, timm_name
 from .weights.description import describe_place, is_place, made_for
-from .weights.files import place
+from .weights.files import write_checkpoint, write_file
 from .weights.inverse import to_layout
 from .weights.layouts import _targets
 
@@ -83,7 +81,9 @@ def write_layout(
         state |= {"van.layernorm.weight": torch.ones(width), "van.layernorm.bias": torch.zeros(width)}
     texts = {"config.json": config, "preprocessor_config.json": _hf_preprocessing(model)}
     files = [_write(state, out / "model.safetensors")]
-    return files + [_write_text(json.dumps(content, indent=1), out / file) for file, content in texts.items()]
+    for file, content in texts.items():
+        write_file(out / file, json.dumps(content, indent=1))
+    return files + [str(out / file) for file in texts]
 
 
 def timm_state_dict(model: nn.Module, name: str) -> dict[str, Tensor]:
@@ -175,26 +175,8 @@ def _hf_preprocessing(model: nn.Module) -> dict[str, Any]:
 def _write(state: dict[str, Tensor], out: Path) -> str:
     """The state dict as a file, whole or not at all."""
     state = {key: value.detach().contiguous() for key, value in state.items()}
-    with user_input(f"cannot write {out}", OSError), TemporaryDirectory(dir=out.parent, prefix=".convert") as folder:
-        file = Path(folder, out.name)
-        if out.suffix == ".pth":
-            torch.save(state, file)
-        else:
-            save_file(state, file, {"format": "pt"})
-            file.chmod(0o666 & ~_umask())  # safetensors makes files for their owner alone
-        place(file, out)
-    return str(out)
-
-
-def _umask() -> int:
-    now = os.umask(0)
-    os.umask(now)
-    return now
-
-
-def _write_text(text: str, out: Path) -> str:
-    with user_input(f"cannot write {out}", OSError), TemporaryDirectory(dir=out.parent, prefix=".convert") as folder:
-        file = Path(folder, out.name)
-        file.write_text(text)
-        place(file, out)
+    if out.suffix == ".pth":
+        write_file(out, lambda file: torch.save(state, file))
+    else:
+        write_checkpoint(out, state, {"format": "pt"})
     return str(out)

@@ -6,9 +6,9 @@ from typing import Any
 
 from ..errors import printable
 from ..measure import positive
+from ..recipes import TASKS
 from .parser import Command, Parser
 
-TASKS = ("classification", "detection", "segmentation")
 BOX_FORMATS = tuple(f"{unit}{kind}" for unit in ("", "relative_") for kind in ("xywh", "xyxy", "cxcywh"))
 
 

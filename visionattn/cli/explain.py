@@ -113,7 +113,7 @@ class Loaded:
 def _load(args: Any) -> Loaded:
     from ..create import create_model
     from ..data.drawing import to_image
-    from ..data.preprocessing import create_transform, model_preprocessing
+    from ..data.preprocessing import class_names, create_transform, model_preprocessing
 
     if (args.model is None) == (args.checkpoint is None):
         raise VisionattnError("give --model or --checkpoint, and one of them alone")
@@ -128,12 +128,7 @@ def _load(args: Any) -> Loaded:
     model = create_model(args.checkpoint or args.model, args.pretrained or None).eval()
     if not model.num_classes and args.method != "attention":
         raise VisionattnError(f"{args.checkpoint or args.model} has no classes: --method attention needs none")
-    own, classes = model_preprocessing(model), model.pretrained_cfg.get("label_names")
-    if classes is None and model.num_classes == 1000:
-        from timm.data import ImageNetInfo
-
-        imagenet = ImageNetInfo()
-        classes = [imagenet.index_to_description(i) for i in range(1000)]
+    own, classes = model_preprocessing(model), class_names(model)
     shown = partial(to_image, mean=own["mean"], std=own["std"])
     return Loaded(model, create_transform(model), shown, "L" if model.in_chans == 1 else "RGB", classes)
 
@@ -142,8 +137,8 @@ def _load_dense(checkpoint: str) -> Loaded:
     from ..create import create_model
     from ..data.drawing import to_image
     from ..tasks import TASKS, make_task
-    from ..training.config import parse_validate
-    from ..training.evaluation import image_mode, options_of
+    from ..tasks.task import image_mode
+    from ..training.config import options_of, parse_validate
     from ..weights.description import read_description
 
     config = parse_validate(["--checkpoint", checkpoint], options_of)
@@ -207,7 +202,7 @@ def _explain(args: Any) -> int:
 def _explain_one(args: Any, loaded: Loaded, image: str, files: list[Path]) -> None:
     from ..data.images import to_mode
     from ..explain.pictures import animation, sheet
-    from ..training.checkpoint import write_file
+    from ..weights.files import write_file
 
     with user_input(f"cannot read {image}", OSError, ValueError), Image.open(image) as opened:
         tensor = loaded.prepare(to_mode(opened, loaded.mode))

@@ -26,7 +26,7 @@ def _plot(args: Any) -> None:
         raise VisionattnError(f"{output} exists: give another --output, or --overwrite")
     with optional():
         from ..reports.curves import draw_curves, metrics_of, read_rows
-        from ..training.checkpoint import write_file
+        from ..weights.files import write_file
 
     names = [folder.resolve().name for folder in folders]
     runs = {

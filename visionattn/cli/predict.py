@@ -51,8 +51,8 @@ def _predict(args: Any) -> int:
         raise VisionattnError(f"cannot write {file}: there is no folder {file.parent}")
     if file and not args.overwrite and os.path.exists(file):
         raise VisionattnError(f"{file} exists: give --json another file, or --overwrite")
-    from ..training.checkpoint import write_file
     from ..training.predict import Predictions
+    from ..weights.files import write_file
 
     options = args.images, args.checkpoint, args.model, args.pretrained, args.output, args.threshold, args.top_k
     found = Predictions(*options, overwrite=args.overwrite)

@@ -5,8 +5,8 @@ from collections.abc import Callable
 from typing import Any
 
 from PIL import Image
+from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_model_data_config
 from timm.data import create_transform as create_timm_transform
-from timm.data import resolve_model_data_config
 from timm.data.transforms import CenterCropOrPad, ResizeKeepRatio
 from torch import nn
 from torchvision.transforms import CenterCrop, Compose, FiveCrop, Resize
@@ -104,3 +104,16 @@ class ResizedCrop:
         box = left * x, top * y, min((left + across) * x, image.width), min((top + down) * y, image.height)
         resample = Image.Resampling[self.resize.interpolation.name]
         return image.resize((across, down), resample, box)
+
+
+def class_names(model: nn.Module) -> list[str] | None:
+    """Names of a classifier's classes: those that its configuration tells, or ImageNet's if it has as many.
+
+    Args:
+        model: from `create_model`.
+    """
+    cfg = getattr(model, "pretrained_cfg", {})
+    if (names := cfg.get("label_names")) and len(names) == model.num_classes:
+        return [(cfg.get("label_descriptions") or {}).get(name, name) for name in names]
+    subset = infer_imagenet_subset(model)
+    return ImageNetInfo(subset).label_descriptions() if subset else None

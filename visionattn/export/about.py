@@ -3,10 +3,9 @@
 import json
 from typing import Any
 
-from timm.data import ImageNetInfo
 from torch import nn
 
-from ..data.preprocessing import model_preprocessing
+from ..data.preprocessing import class_names, model_preprocessing
 from ..heads.pyramid import OverBackbone
 
 DENSE = ("mean", "std", "input_size")
@@ -32,7 +31,7 @@ def about_model(model: nn.Module) -> dict[str, Any]:
         "task": task,
         "license": cfg.get("license"),
         "origin": cfg.get("origin_url"),
-        "classes": _classes(model) if task != "features" else None,
+        "classes": _classes(model, task),
         "preprocessing": preparation,
         "outputs": output_names(model),
     }
@@ -61,10 +60,8 @@ def as_text(about: dict[str, Any]) -> dict[str, str]:
     return {key: value if isinstance(value, str) else json.dumps(value) for key, value in about.items()}
 
 
-def _classes(model: nn.Module) -> list[str] | None:
-    names = model.pretrained_cfg.get("label_names")
-    if names is not None:
-        return list(names)
-    if getattr(model, "num_classes", None) == 1000 and model.pretrained_cfg.get("num_classes") == 1000:
-        return ImageNetInfo("imagenet-1k").label_descriptions()
-    return None
+def _classes(model: nn.Module, task: str) -> list[str] | None:
+    if task == "classification":
+        return class_names(model)
+    names = model.pretrained_cfg.get("label_names") if task != "features" else None
+    return None if names is None else list(names)

@@ -8,6 +8,7 @@ from time import perf_counter
 
 import torch
 from PIL import Image
+from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor, nn
 from torchvision.transforms.functional import normalize, pil_to_tensor
 
@@ -60,8 +61,10 @@ def open_folder(path: str | Path, model: nn.Module) -> Folder:
         if not files:
             raise VisionattnError(f"{path} holds no images") from None
         return Folder(_some(files), files, None)
-    names, labels = about_model(model)["classes"], None
-    known = {name: number for number, name in enumerate(names or [])}
+    names, labels = about_model(model)["classes"] or [], None
+    known = {name: number for number, name in enumerate(names)}
+    if subset := infer_imagenet_subset(model):  # whose folders go by their numbers in WordNet
+        known |= {name: number for number, name in enumerate(ImageNetInfo(subset).label_names())}
     if known.keys() >= set(val.classes):
         labels = [known[val.classes[val.source.samples[i][1]]] for i in val.indices]
     elif len(val.classes) == getattr(model, "num_classes", None):

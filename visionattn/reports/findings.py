@@ -1,6 +1,5 @@
 """What the parts of a report have in common: they count outputs, and then look at some images again."""
 
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,14 +9,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ..backbone import Backbone
 from ..data.images import ImageSet
 from ..errors import VisionattnError
+from ..explain import grad_cam
 from ..tasks.task import Task
 from .page import Card, Section, overlay, shown
 
-FINE = 4
-"""Positions a side that an explanation has at least."""
 PAGE = 24
 """Images of a page of cards."""
 
@@ -93,14 +90,9 @@ def evidence(model: nn.Module, images: Tensor, outputs: Sequence[Any], classes: 
         (H, W) of each, from 0 to 1; None where there is nothing to explain, or no way to.
     """
     try:
-        from ..explain import cam_layers, grad_cam
-    except ImportError:
-        return [None] * len(images)
-    try:
-        layer = _fine_enough(model, cam_layers(model), min(images.shape[2:]))
         targets = [_asked(output, classes) for output in outputs]
         target = None if None in targets else targets
-        return list(grad_cam(model, images, target, [layer])[-1].values.detach().cpu())
+        return list(grad_cam(model, images, target)[0].values.detach().cpu())
     except VisionattnError:  # no object was found, or the model is not one of ours
         return [None] * len(images)
 
@@ -114,18 +106,6 @@ def _asked(output: Any, classes: Sequence[str]) -> int | None:
     for number, name in enumerate(classes):
         pixels[number] *= name != "background"
     return int(pixels.argmax()) if pixels.any() else None
-
-
-def _fine_enough(model: nn.Module, layers: Sequence[str], side: int) -> str:
-    """The last layer whose map of an image has some positions a side, without which Grad-CAM tells no place."""
-    backbone = next(module for module in model.modules() if isinstance(module, Backbone))
-    strides = [each["reduction"] for each in backbone.feature_info]
-
-    def is_fine(name: str) -> bool:
-        stage = re.search(r"\bstages\.(\d+)", name)
-        return stage is None or side >= FINE * strides[int(stage[1])]
-
-    return next(filter(is_fine, reversed(layers)), layers[0])
 
 
 def with_evidence(picture: Image.Image, view: View, side: int) -> list:

@@ -15,13 +15,13 @@ import secrets
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from ..errors import VisionattnError, user_input
 from ..weights.description import plain_name
-from ..weights.files import DESCRIPTION, place, read_checkpoint, write_checkpoint
+from ..weights.files import DESCRIPTION, place, read_checkpoint, write_checkpoint, write_file
 from ..weights.unwrap import TRAINING_STATE
 from .config import TrainConfig
 from .yaml_text import to_yaml
@@ -38,21 +38,6 @@ def save_checkpoint(
         metadata["training_state"] = json.dumps(_flatten(state, TRAINING_STATE, state_tensors))
         tensors |= state_tensors
     write_checkpoint(path, tensors, metadata)
-
-
-def write_file(path: Path, content: str | Callable[[BinaryIO], Any]) -> None:
-    """Write a small file, whole or not at all: a text, or what a function writes to it."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with user_input(f"cannot write {path}", OSError):
-        try:
-            if isinstance(content, str):
-                temporary.write_text(content, errors="backslashreplace")  # names of files need not be text
-            else:
-                with temporary.open("wb") as file:
-                    content(file)
-            place(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
 
 def link(path: Path, name: Path) -> None:

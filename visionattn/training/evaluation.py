@@ -32,7 +32,8 @@ from ..tasks.task import Metrics, image_mode
 from ..tasks.useless import refuse, useless
 from ..weights import load_checkpoint
 from ..weights.description import describe_place, is_place, read_described
-from .checkpoint import without_nan, write_file
+from ..weights.files import write_file
+from .checkpoint import without_nan
 from .config import ValidateConfig, options_of, parse_validate
 
 

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from ..errors import VisionattnError
-from .checkpoint import write_file
+from ..weights.files import write_file
 from .config import GuardConfig
 
 PAUSE = 2.0

@@ -23,7 +23,7 @@ from ..errors import VisionattnError, require, user_input
 from ..progress import is_quiet
 from ..reports.curves import draw_curves
 from ..tasks.task import Task
-from .checkpoint import write_file
+from ..weights.files import write_file
 from .config import TrainConfig
 from .yaml_text import plain, read_file, resolved
 

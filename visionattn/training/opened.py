@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import nn
 
+from ..data.preprocessing import class_names
 from ..errors import VisionattnError
 from ..tasks import make_task
 from ..tasks.task import Task
@@ -116,7 +116,7 @@ def open_wanted(wanted: Wanted) -> Opened:
         load_checkpoint(model, checkpoint, content=content)
     task.resolve(model)
     several = bool(description.get("multi_label"))
-    return Opened(task, model.to(_device()), classes or class_names(model), several)
+    return Opened(task, model.to(_device()), classes or _names(model), several)
 
 
 def open_model(checkpoint: str = "", model: str = "", pretrained: bool = False) -> Opened:
@@ -124,14 +124,8 @@ def open_model(checkpoint: str = "", model: str = "", pretrained: bool = False) 
     return open_wanted(find_wanted(checkpoint, model, pretrained))
 
 
-def class_names(model: nn.Module) -> Sequence[str]:
-    """Names of a classifier's classes: those that its configuration tells, ImageNet's if it has as many, or numbers."""
-    cfg = getattr(model, "pretrained_cfg", {})
-    if (names := cfg.get("label_names")) and len(names) == model.num_classes:
-        return [(cfg.get("label_descriptions") or {}).get(name, name) for name in names]
-    if subset := infer_imagenet_subset(model):
-        return ImageNetInfo(subset).label_descriptions()
-    return [str(number) for number in range(model.num_classes)]
+def _names(model: nn.Module) -> Sequence[str]:
+    return class_names(model) or [str(number) for number in range(model.num_classes)]
 
 
 def _device() -> torch.device:

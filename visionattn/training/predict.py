@@ -16,7 +16,7 @@ from ..errors import VisionattnError, user_input
 from ..progress import track
 from ..tasks import TASKS
 from ..tasks.task import image_mode
-from .checkpoint import write_file
+from ..weights.files import write_file
 from .inputs import Input, find_inputs
 from .opened import find_wanted, open_wanted
 

@@ -18,10 +18,9 @@ from ..progress import track
 from ..reports.curves import draw_curves, metrics_of, read_rows
 from ..reports.findings import Findings, View, evidence
 from ..reports.page import Section, Table, drawn, render
-from ..tasks.task import autocast
-from .checkpoint import write_file
+from ..tasks.task import autocast, image_mode
+from ..weights.files import write_file
 from .config import TrainConfig
-from .evaluation import image_mode
 from .opened import Opened, open_model
 from .yaml_text import plain, read_file, resolved
 

@@ -20,8 +20,9 @@ from ..data.loader import Batch, Stream, choose_workers, derive_seed, read_batch
 from ..errors import VisionattnError
 from ..layers.product import get_pointwise, set_pointwise
 from ..tasks import make_task
+from ..weights.files import write_file
 from .build import check_resumable, make_loaders, make_model, memory_format
-from .checkpoint import read_saved, remove_temporaries, remove_unused, write_file
+from .checkpoint import read_saved, remove_temporaries, remove_unused
 from .config import TrainConfig
 from .distill import Distillation, check_own, make_teacher
 from .evaluation import evaluate, make_accelerator

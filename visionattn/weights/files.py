@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..errors import VisionattnError, one_line, shortened
+from ..errors import VisionattnError, one_line, shortened, user_input
 from .pickled import MOST_TENSORS, read_pickled
 
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -179,6 +179,29 @@ def write_checkpoint(path: str | PathLike, tensors: Mapping[str, Tensor], metada
         raise VisionattnError(f"cannot write {path}: {one_line(e)}") from e
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_file(path: Path, content: str | Callable[[BinaryIO], Any]) -> None:
+    """Write a small file, whole or not at all.
+
+    Args:
+        path: of the file; one that is there is replaced.
+        content: a text, or what is called with the file and writes to it.
+
+    Raises:
+        VisionattnError: if it cannot be written; what was there stays.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    with user_input(f"cannot write {path}", OSError):
+        try:
+            if isinstance(content, str):
+                temporary.write_text(content, errors="backslashreplace")  # names of files need not be text
+            else:
+                with temporary.open("wb") as file:
+                    content(file)
+            place(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def place(temporary: Path, path: Path) -> None:
