@@ -23,7 +23,7 @@ from visionattn.data.boxes import load_detection_validation
 from visionattn.data.config import AnnotationConfig, DataConfig
 from visionattn.training import inputs
 from visionattn.training.checkpoint import save_checkpoint
-from visionattn.training.opened import _names as class_names
+from visionattn.training.opened import names_of_classes
 
 CLASSES = ["cat", "dog", "yak"]
 ROOT = Path(__file__).parent.parent
@@ -171,13 +171,13 @@ def test_classifiers_by_name_have_the_names_of_imagenet(photos, tmp_path, capsys
         shares, numbers = model(image[None]).softmax(1)[0].topk(5)
     assert [each["index"] for each in entry["found"]] == numbers.tolist()
     assert [each["probability"] for each in entry["found"]] == pytest.approx(shares.tolist(), rel=1e-4)
-    assert class_names(model)[0] == "tench, Tinca tinca"
-    assert entry["found"][0]["class"] == class_names(model)[numbers[0]]
+    assert names_of_classes(model)[0] == "tench, Tinca tinca"
+    assert entry["found"][0]["class"] == names_of_classes(model)[numbers[0]]
     assert main(["convert", "test_van.pth", "ours.safetensors", "--model", "test_van"]) == 0
     capsys.readouterr()
     for options in (["--checkpoint", "ours.safetensors"], ["--model", "ours.safetensors"]):
         assert json.loads(told(capsys, photos[0], *options, "--format", "json")) == [entry]
-    assert class_names(visionattn.create_model("test_van", num_classes=7)) == list("0123456")
+    assert names_of_classes(visionattn.create_model("test_van", num_classes=7)) == list("0123456")
 
 
 def test_objects_are_told_as_coco_has_them(models, photos, capsys):

@@ -24,7 +24,6 @@ from .maps import open_maps
 from .paths import child, class_files, find_files
 from .yolo import NAMES, find_yolo, label_file
 
-TASKS = ("classification", "detection", "segmentation")
 PARTS = ("train", "validation")
 WHOLE = "all images"
 """Stands for both parts where what is validated on is held out."""
@@ -80,7 +79,7 @@ def check(
 
     Args:
         root: folder of the data, as data.root.
-        task: one of `TASKS`; None: the one whose layout the folder has.
+        task: classification, detection or segmentation; None: the one whose layout the folder has.
         labels: CSV file of images with several labels, as data.labels.
         annotations: how they are annotated, where the data do not say it.
         masks: check the masks of objects too.

@@ -116,7 +116,7 @@ def open_wanted(wanted: Wanted) -> Opened:
         load_checkpoint(model, checkpoint, content=content)
     task.resolve(model)
     several = bool(description.get("multi_label"))
-    return Opened(task, model.to(_device()), classes or _names(model), several)
+    return Opened(task, model.to(_device()), classes or names_of_classes(model), several)
 
 
 def open_model(checkpoint: str = "", model: str = "", pretrained: bool = False) -> Opened:
@@ -124,7 +124,8 @@ def open_model(checkpoint: str = "", model: str = "", pretrained: bool = False) 
     return open_wanted(find_wanted(checkpoint, model, pretrained))
 
 
-def _names(model: nn.Module) -> Sequence[str]:
+def names_of_classes(model: nn.Module) -> Sequence[str]:
+    """Names of a classifier's classes, or their numbers."""
     return class_names(model) or [str(number) for number in range(model.num_classes)]
 
 
