@@ -380,7 +380,7 @@ def test_a_run_without_a_best_epoch_says_so(tmp_path: Path, images: str, monkeyp
     out = capsys.readouterr().out
     assert told in out and "-1.0000" not in out
     best = folder / "checkpoints" / "best.safetensors"
-    assert best.exists() == ("validate.py" in out) == (not options)
+    assert best.exists() == ("\nvalidate   " in out) == (not options)
 
 
 def test_a_finished_run_that_kept_no_best_is_resumed(begun, tmp_path: Path, capsys):
@@ -388,7 +388,7 @@ def test_a_finished_run_that_kept_no_best_is_resumed(begun, tmp_path: Path, caps
     (tmp_path / "copy" / "checkpoints" / "best.safetensors").unlink()
     train(*parse_train(["--resume", str(tmp_path / "copy"), "--epochs", "1"]))
     out = capsys.readouterr().out
-    assert "no best among 1 epochs" in out and "validate.py" not in out
+    assert "no best among 1 epochs" in out and "\nvalidate   " not in out
 
 
 def _add_rows(path: Path, writer: int, count: int) -> None:

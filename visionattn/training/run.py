@@ -40,7 +40,7 @@ def train(config: TrainConfig, resume: Path | None = None) -> Path | None:
         received = trainer.signals.received or signal.SIGTERM  # another process's
         if trainer.accelerator.is_main_process:
             told = f"stopped by {signal.Signals(received).name} and saved"
-            print(f"{told}; continue   python train.py --resume {shlex.quote(str(trainer.folder))}", flush=True)
+            print(f"{told}; continue   {command('train')} --resume {shlex.quote(str(trainer.folder))}", flush=True)
         raise SystemExit(128 + received) from None
     if trainer.accelerator.is_main_process:
         checkpoint = folder / "checkpoints" / "best.safetensors"
@@ -48,10 +48,14 @@ def train(config: TrainConfig, resume: Path | None = None) -> Path | None:
         made = ("metrics.csv", "skipped.csv", "curves.png", "predictions/", "config.yaml", "checkpoints/")
         print(f"results    {folder}: {', '.join(name for name in made if (folder / name).exists())}")
         if checkpoint.exists():
-            script = "python validate.py" if Path(sys.argv[0]).name == "train.py" else "visionattn validate"
-            print(f"validate   {script} --checkpoint {shlex.quote(str(checkpoint))}")
+            print(f"validate   {command('validate')} --checkpoint {shlex.quote(str(checkpoint))}")
         print(f"compare    tensorboard --logdir {shlex.quote(str(folder.parent))}")
     return folder
+
+
+def command(name: str) -> str:
+    """How `name`, "train" or "validate", is typed by who began this run: with the script, or an installed wheel's."""
+    return f"python {name}.py" if Path(sys.argv[0]).name == "train.py" else f"visionattn {name}"
 
 
 def dry_run(trainer: Trainer) -> None:
