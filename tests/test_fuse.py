@@ -65,6 +65,17 @@ def test_output_stays(name, options):
                 fused.fuse()
 
 
+@pytest.mark.parametrize("name, options", [("test_van", {}), *SCALED])
+@pytest.mark.parametrize("part", ["mlp", "mixer"])
+def test_a_module_with_two_places_is_merged_for_each(name, options, part):
+    model = randomise(visionattn.create_model(name, **options)).double()
+    blocks = next(stage.blocks for stage in model.stages if len(stage.blocks) > 1)
+    setattr(blocks[0], part, getattr(blocks[1], part))
+    x = torch.randn(1, 3, 64, 64, dtype=torch.float64)
+    expected = model(x)
+    torch.testing.assert_close(model.fuse()(x), expected, rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize("name", ["van", "patnet", "attnet", "litv2"])
 def test_no_batch_norm_is_left(name):
     model = visionattn.create_model(f"test_{name}").eval()

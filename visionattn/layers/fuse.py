@@ -6,6 +6,8 @@ For norms that follow a product nothing need be written: the pairs that a class 
 ends in a product names it in its attribute `last_product`, and the layer scale of its block is merged into that.
 """
 
+import copy
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
@@ -15,8 +17,10 @@ def fuse_modules(model: nn.Module) -> None:
     """Merge all that can be merged inside `model`, in place; inner modules first.
 
     Args:
-        model: a model in eval mode.
+        model: a model in eval mode. A module that has several places in it is copied for each, as the norms and scales
+            around them may differ.
     """
+    separate(model, set())
     for module in reversed(list(model.modules())[1:]):
         if isinstance(module, nn.Sequential):
             names = list(module._modules)
@@ -27,6 +31,21 @@ def fuse_modules(model: nn.Module) -> None:
             fuse_pair(module, product, norm)
         if hasattr(module, "fuse"):
             module.fuse()
+
+
+def separate(model: nn.Module, seen: set[nn.Module]) -> None:
+    """Give every place in `model` a module of its own, if it has parameters.
+
+    Args:
+        model: what is changed.
+        seen: modules that have a place already; those of `model` are added.
+    """
+    for name, module in model._modules.items():
+        if module in seen and any(True for _ in module.parameters()):
+            module = model._modules[name] = copy.deepcopy(module)
+        if module is not None and module not in seen:
+            seen.add(module)
+            separate(module, seen)
 
 
 def fuse_pair(parent: nn.Module, product: str, norm: str) -> None:
