@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import visionattn
 from visionattn.cli import main
+from visionattn.cli.explain import _most_but
 from visionattn.explain import attention_maps, cam_layers, grad_cam, layer_maps, rollout
 from visionattn.explain.capture import capture
 from visionattn.explain.maps import IN_WINDOWS, LAYERS, NOWHERE, OF_TOKENS, ON_MAP, entry_of
@@ -217,7 +218,16 @@ def test_command_writes_pictures(tmp_path, capsys):
     assert Image.open(files["a-gradcam.gif"]).n_frames == len(cam_layers(visionattn.create_model("test_halonet")))
     held = files["a-gradcam.png"].read_bytes()
     assert main(common) == 2 and "a-gradcam.png exists" in capsys.readouterr().err
+    assert main([*common, "--class", "giraffe-like"]) == 2 and "no class giraffe-like" in capsys.readouterr().err
     assert files["a-gradcam.png"].read_bytes() == held
+
+
+def test_a_background_is_not_what_a_map_is_explained_for():
+    logits = F.one_hot(torch.tensor([[[0, 0, 0], [0, 2, 1], [0, 1, 0]]]), 4).permute(0, 3, 1, 2).float()
+    assert _most_but(0, lambda images: logits, logits) == 1
+    assert _most_but(1, lambda images: logits, logits) == 0
+    assert _most_but(0, lambda images: logits[:, :1], logits) is None
+    assert _most_but(0, lambda images: logits[:, :, 0, 0], logits) is None
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,7 @@ COMPLETION = Command("completion", "print what completes these commands in a she
 def make_parser(known: dict[str, Command]) -> Parser:
     """The parser of all commands, from which shell completion is made too."""
     parser = Parser(prog="visionattn", description="Vision backbones built on attention.")
+    parser.add_argument("--quiet", action="store_true", help="print results and errors alone")
     parser.add_argument("--version", action="version", version=version("visionattn"))
     subcommands = parser.add_subcommands(required=True, dest="command", metavar="COMMAND")
     for command in known.values():
@@ -53,6 +54,8 @@ def main(argv: list[str] | None = None) -> int:
     def call(arguments: list[str]) -> int | None:
         arguments = arguments if argv is None else argv
         known = commands()
+        if arguments[:1] == ["--quiet"]:  # each command has it, too
+            arguments = [*arguments[1:2], "--quiet", *arguments[2:]]
         if arguments and arguments[0] in SCRIPTS:  # which read their own options
             return SCRIPTS[arguments[0]](arguments[1:])
         args = make_parser(known).parse_args(arguments)

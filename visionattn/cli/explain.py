@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from PIL import Image
 from torch import Tensor, nn
 
@@ -61,7 +62,12 @@ def _add(parser: Parser) -> None:
         metavar="ROW,COL",
         help="pixel, of the picture that comes out, whose attention is drawn, with the window that it sees",
     )
-    parser.add_argument("--class", dest="target", help="number or name of a class (default: what the model says)")
+    parser.add_argument(
+        "--class",
+        dest="target",
+        help="number or name of a class (default: what the model says; in segmentation, what has most pixels besides "
+        "the background)",
+    )
     parser.add_argument("--output", default="explained", help="folder for the pictures (default: explained)")
     parser.add_argument("--grid", action="store_true", help="also a sheet of all layers")
     parser.add_argument("--gif", action="store_true", help="also an animation over the layers, from first to last")
@@ -187,6 +193,7 @@ def _files(args: Any) -> list[list[Path]]:
 def _explain(args: Any) -> int:
     _check(args)
     loaded = _load(args)
+    loaded.number(args.target)  # before anything is written
     failed = 0
     for image, files in track(list(zip(args.images, _files(args), strict=True)), "explaining"):
         try:
@@ -244,6 +251,8 @@ def _found(
         every = attention_maps(model, batch) if args.layer and (args.grid or args.gif) else maps
         return told, "", [draw(each) for each in chosen], lambda: map(draw, _one_each(every, chosen[0]))
     target = loaded.number(args.target)
+    if target is None and "background" in (loaded.classes or ()):
+        target = _most_but(list(loaded.classes).index("background"), model, batch)
     if args.method == "rollout":
         found = rollout(model, batch, target)
         chosen = found[:1]
@@ -260,6 +269,17 @@ def _found(
         return Panel(each.layer, each.values[0], shown)
 
     return told, f"{args.method}, {told}", [panel(each) for each in chosen], lambda: map(panel, found)
+
+
+@torch.inference_mode()
+def _most_but(background: int, model: nn.Module, batch: Tensor) -> int | None:
+    """Of a segmenter, the class with most pixels besides the background; None if there is none."""
+    logits = model(batch)
+    if not isinstance(logits, Tensor) or logits.ndim != 4:
+        return None
+    counts = logits.argmax(1).flatten().bincount(minlength=logits.shape[1])
+    counts[background] = 0
+    return int(counts.argmax()) if counts.any() else None
 
 
 def _one_each(maps: Sequence["Map"], like: "Map") -> list["Map"]:

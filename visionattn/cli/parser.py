@@ -47,6 +47,8 @@ class Parser(ArgumentParser):
     def error(self, message: str, *_: Any) -> NoReturn:
         if message.startswith('expected "command"'):
             message = f"give a command: {', '.join(self._subcommands_action.choices)}"
+        if lacking := re.match(r"the following arguments are required: (\w+)\.(\w+)", message):
+            self.prog, message = f"visionattn {lacking[1]}", f"give {lacking[2].upper().removesuffix('S')}"
         told = re.sub(r'Parser key "([^"]*)":\s*', r"option \1: ", re.sub(r"<class '(\w+)'>", r"\1", message))
         raise VisionattnError(f"{told.rstrip('.')} (see {self.prog.replace(' [options]', '')} --help)")
 

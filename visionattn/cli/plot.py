@@ -22,8 +22,6 @@ def _plot(args: Any) -> None:
         raise VisionattnError(f"cannot write {output}: expected a name that ends in {' or '.join(SUFFIXES)}")
     if not output.parent.is_dir():
         raise VisionattnError(f"cannot write {output}: there is no folder {output.parent}")
-    if output.exists() and not args.overwrite:
-        raise VisionattnError(f"{output} exists: give another --output, or --overwrite")
     with optional():
         from ..reports.curves import draw_curves, metrics_of, read_rows
         from ..weights.files import write_file
@@ -37,6 +35,8 @@ def _plot(args: Any) -> None:
     metrics = known[:3] if args.metrics is None else args.metrics.split(",")
     if unknown := [name for name in metrics if name not in known]:
         raise VisionattnError(f"no run has the metric {unknown[0]}: there are {', '.join(known)}")
+    if output.exists() and not args.overwrite:
+        raise VisionattnError(f"{output} exists: give another --output, or --overwrite")
     figure = draw_curves(runs, metrics)
     kind = output.suffix[1:].lower()
     write_file(output, lambda file: figure.savefig(file, dpi=120, format=kind))

@@ -28,6 +28,16 @@ if find_spec("docstring_parser"):  # which only train.py and validate.py need: -
 AS_IT_IS = "as it is"
 set_loader(AS_IT_IS, lambda text: text)  # texts are read here, once
 Config = TypeVar("Config")
+NUMBERS = {
+    "PositiveInt": "a whole number above 0",
+    "NonNegativeInt": "a whole number from 0 up",
+    "PositiveFloat": "a number above 0",
+    "NonNegativeFloat": "a number from 0 up",
+    "ClosedUnitInterval": "a number from 0 to 1",
+    "OpenUnitInterval": "a number between 0 and 1",
+}
+"""What jsonargparse's restricted types take."""
+
 ALONE = ("help", "config", "print_config", "resume")
 """What the command line takes besides the options, and files do not."""
 
@@ -260,7 +270,16 @@ def _typed(parser: ArgumentParser, source: Source) -> Mapping[str, Any]:
     except ArgumentError as error:
         told = re.sub(r'^Parser key "([^"]+)"( element \d+)?: ', r"option \1: ", " ".join(str(error).split()))
         name = told.partition(":")[0].removeprefix("option ")
-        raise source.refusal(re.sub(r"<class '(?:\w+\.)*(\w+)'>|typing\.(?=\w)", r"\1", told), name) from error
+        told = re.sub(r"<class '(?:\w+\.)*(\w+)'>|typing\.(?=\w)", r"\1", told)
+        told = re.sub(r"Not of type (\w+): (\S+) (does not conform to restriction .*|not an? \w+)", _refused, told)
+        several = r"Does not validate .* Subtypes: \[(.+), NoneType\] .* Given value: (.*)"
+        told = re.sub(several, _refused, told)
+        raise source.refusal(told, name) from error
+
+
+def _refused(found: re.Match) -> str:
+    """What jsonargparse says of a number, in our words."""
+    return f"expected {NUMBERS.get(found[1], found[1])}, got {found[2]}"
 
 
 def _made(config: type[Config], values: dict[str, Any], typed: Mapping[str, Any], prefix: str = "") -> Config:
@@ -339,7 +358,9 @@ def _takes_text(hint: Any) -> bool:
 
 
 def _type_name(hint: Any) -> str:
-    return hint.__name__ if isinstance(hint, type) and not get_args(hint) else re.sub(r"(\w+\.)+(?=\w)", "", str(hint))
+    plain = isinstance(hint, type) and not get_args(hint)
+    name = hint.__name__ if plain else re.sub(r"(\w+\.)+(?=\w)", "", str(hint))
+    return re.sub("|".join(NUMBERS), lambda found: NUMBERS[found[0]], name)
 
 
 def _told(value: Any) -> str:
@@ -360,5 +381,7 @@ def _unknown(config: type, given: str) -> str:
     by_leaf = {key.rpartition(".")[2]: key for key in reversed(known)}
     near = difflib.get_close_matches(name, known, 1, 0.7) or difflib.get_close_matches(name, known, 1, 0.5)
     leaf = difflib.get_close_matches(name.rpartition(".")[2], by_leaf, 1, 0.7)
+    if near and "." not in near[0] and name not in by_leaf:  # of no group, as what was given
+        leaf = []
     nearest = by_leaf[leaf[0]] if leaf else near[0] if near else None
     return f"unknown option {given}" + (f"; did you mean --{nearest}?" if nearest else " (see --help)")
