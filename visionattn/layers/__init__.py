@@ -15,6 +15,7 @@ from .large_kernel_attention import VanAttention as VanAttention
 from .neighborhood_attention import NeighborhoodAttention2d as NeighborhoodAttention2d
 from .neighborhood_attention import TokenNeighborhoodAttention as TokenNeighborhoodAttention
 from .neighborhood_attention import TokenRelPosAttention as TokenRelPosAttention
+from .norm_aware_attention import NormAwareLinearAttention as NormAwareLinearAttention
 from .partial_attention import PartialChannelAttention as PartialChannelAttention
 from .partial_attention import PartialConv2d as PartialConv2d
 from .partial_attention import PartialSelfAttention as PartialSelfAttention
