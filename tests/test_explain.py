@@ -21,6 +21,7 @@ from visionattn.layers import (
     HaloAttention2d,
     HiLoAttention,
     NeighborhoodAttention2d,
+    NormAwareLinearAttention,
     SparseAttention,
     TokenAttentiveConv2d,
     TokenFocalModulation,
@@ -46,6 +47,8 @@ BLOCKS = {
     "neighbourhood large": (NeighborhoodAttention2d(8, 2, kernel_size=7), (1, 75, 81, 8)),
     "neighbourhood small map": (NeighborhoodAttention2d(16, 2, kernel_size=7, dilation=2), (2, 5, 9, 16)),
     "neighbourhood tokens": (TokenNeighborhoodAttention(16, 2, kernel_size=3), (2, 35, 16), (5, 7)),
+    "norm-aware": (NormAwareLinearAttention(16, 2), (2, 16, 7, 5)),
+    "norm-aware by softmax": (NormAwareLinearAttention(16, 2, "softmax"), (2, 16, 7, 5)),
     "relative": (TokenRelPosAttention(16, 2, kernel_size=3), (2, 35, 16), (5, 7)),
     "sparse": (SparseAttention(16, 26, 2), (2, 26, 16), (5, 5)),
     "sparse by threshold": (
@@ -56,6 +59,8 @@ BLOCKS = {
     "sparse of pruned": (SparseAttention(16, 26, 2), (2, 11, 16), (5, 5), torch.arange(0, 20, 2).expand(2, -1)),
     "windows": (WindowAttention2d(16, 2, window_size=4), (2, 9, 11, 16)),
 }
+
+UNNORMALISED = CausalSelfAttention, NormAwareLinearAttention
 
 
 def scramble(module: nn.Module) -> None:
@@ -70,7 +75,7 @@ def check(layer: nn.Module, args: tuple, kwargs: dict, out: Tensor) -> None:
     assert (made - out).abs().max() <= 1e-5 * out.abs().max().clamp(min=1)
     for found in maps:
         assert found.values.ndim == len(found.axes)
-        if found.kind in ("attention", "content", "position") and not isinstance(layer, CausalSelfAttention):
+        if found.kind in ("attention", "content", "position") and not isinstance(layer, UNNORMALISED):
             rows = found.values.flatten(-2 if found.axes == ON_MAP else -1).sum(-1)
             rows = rows[:, :, 1:] if found.patches is not None else rows
             assert (((rows - 1).abs() < 1e-5) | (rows == 0)).all() and rows.mean() > 0.5

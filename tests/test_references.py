@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import visionattn
+from visionattn.weights import convert_state_dict
 
 ROOT = Path(__file__).parent.parent
 REFERENCES = {path.stem: path for path in sorted((ROOT / "benchmarks" / "reference").glob("[!_]*.py"))}
@@ -37,6 +38,13 @@ def covered(family: str) -> list[tuple[Path, dict]]:
     return sorted(found, key=lambda pair: pair[1]["num_params"] * prod(pair[1]["input_shape"]))
 
 
+def blocks(family: str) -> list[tuple[Path, dict]]:
+    """The goldens of blocks that the reference has under their published names."""
+    paths = sorted((Path(__file__).parent / "goldens" / "mixers").glob("*.npz"))
+    found = [(path, golden.load(path)[0]) for path in paths]
+    return [(path, meta) for path, meta in found if hasattr(reference(family), meta["published"].partition(" ")[0])]
+
+
 def cases() -> list:
     """The quickest golden of each family at once, the others when there is time."""
     return [
@@ -44,6 +52,37 @@ def cases() -> list:
         for family in REFERENCES
         for i, (path, _) in enumerate(covered(family))
     ]
+
+
+@pytest.mark.parametrize(
+    ("family", "path"),
+    [pytest.param(family, path, id=path.stem) for family in REFERENCES for path, _ in blocks(family)],
+)
+def test_parity_of_blocks(family, path):
+    meta, arrays = golden.load(path)
+    block = getattr(reference(family), meta["published"].partition(" ")[0])(**meta["kwargs"]).eval()
+    block.load_state_dict(golden.fill_state_dict(meta["keys"]), strict=True)
+    with torch.no_grad():
+        found = block(torch.from_numpy(golden.fixed_input(tuple(meta["input_shape"]))).float())
+    error = np.abs(found.numpy() - arrays["output"]).max()
+    assert error <= meta["tolerance"]["float32"] * np.abs(arrays["output"]).max(), error
+
+
+@pytest.mark.parametrize("family", [family for family in REFERENCES if not covered(family)])
+def test_networks_of_which_only_blocks_have_goldens(family):
+    """They are held to our own."""
+    name = min(reference(family).VARIANTS, key=lambda name: visionattn.model_info(name).params)
+    theirs, ours = reference(family).create_model(name).eval(), visionattn.create_model(name).eval()
+    shapes = [[key, tuple(value.shape), str(value.dtype)[6:]] for key, value in theirs.state_dict().items()]
+    theirs.load_state_dict(golden.fill_state_dict(shapes), strict=True)
+    ours.load_state_dict(convert_state_dict(theirs.state_dict(), ours), strict=True)
+    x = torch.randn(2, 3, 224, 224)
+    with torch.no_grad():
+        expected = ours(x)
+        torch.testing.assert_close(theirs(x), expected, rtol=0, atol=1e-4 * expected.abs().max().item())
+    theirs.train()(x).square().mean().backward()
+    gradient = next(theirs.parameters()).grad
+    assert gradient.isfinite().all() and gradient.any()
 
 
 @pytest.mark.parametrize(("family", "path"), cases())
@@ -72,7 +111,7 @@ def test_parity(family, path):
 
 @pytest.mark.parametrize("family", REFERENCES)
 def test_a_golden_covers_it(family):
-    assert covered(family)
+    assert covered(family) or blocks(family)
     assert set(reference(family).VARIANTS) <= set(visionattn.list_models())
 
 

@@ -24,6 +24,7 @@ from .layers import (
     HaloAttention2d,
     HiLoAttention,
     NeighborhoodAttention2d,
+    NormAwareLinearAttention,
     PartialSelfAttention,
     SelfAttention,
     WindowAttention2d,
@@ -85,6 +86,12 @@ def _attentive_conv(module, inputs):
     )  # the published code projects the map before it pools it
 
 
+def _norm_aware(module, inputs):
+    C = module.out_proj.in_features
+    N = inputs[0][0].numel() // C
+    return 2 * N * C * (N if module.kernel == "softmax" else 2 * C // module.num_heads)
+
+
 def _predictor(module, inputs):
     (heads, N, d), (rank, reduced) = inputs[0].shape[1:], (module.proj_n.shape[1], module.proj_c_q.out_features)
     return heads * N * (2 * d * reduced + 2 * reduced * rank + N * rank)
@@ -118,6 +125,7 @@ ATTENTION = {
     DeformableMerging: _deformable,
     AttentiveConv2d: _attentive_conv,
     PartialSelfAttention: _partial,
+    NormAwareLinearAttention: _norm_aware,
 }
 
 

@@ -25,6 +25,7 @@ from ..layers import (
     HiLoAttention,
     LargeKernelAttention,
     NeighborhoodAttention2d,
+    NormAwareLinearAttention,
     PartialChannelAttention,
     PartialSelfAttention,
     PartialSpatialAttention,
@@ -42,10 +43,12 @@ from ..layers.halo_attention import _relative, graph_halo_axis, halo_axis
 from ..layers.heads import split_heads
 from ..layers.hilo_attention import _pooled
 from ..layers.local_attention import Plan, local_plan, padded_heads, relative_bias
+from ..layers.norm_aware_attention import turned_heads
 from ..layers.partial_attention import distance_buckets
 from ..layers.window_attention import graph_window_axis, window_axis
 from ..models.attnet import AttentiveMixer
 from ..models.hornet import GatedConvMixer
+from ..models.nalaformer import NormAwareMixer
 
 ON_MAP = ("batch", "head", "query_row", "query_col", "key_row", "key_col")
 IN_WINDOWS = ("batch", "head", "query_row", "query_col", "key")
@@ -60,8 +63,9 @@ class Map:
     """What a layer weighs by.
 
     Args:
-        kind: "attention", of which rows sum to 1; "content" and "position", the two that ConViT's is mixed of; "mask",
-            where attention may go; "gate" and "modulator", which multiply; "kernel", which convolves.
+        kind: "attention", of which rows sum to 1 unless it is linear or a mask follows; "content" and "position", the
+            two that ConViT's is mixed of; "mask", where attention may go; "gate" and "modulator", which multiply;
+            "kernel", which convolves.
         values: the weights.
         axes: a name for each dimension of `values`. Attention is over `ON_MAP`; or over `IN_WINDOWS`, where `keys` says
             which they are; or over `OF_TOKENS`, of which one may be the class token.
@@ -242,6 +246,16 @@ def partial_self_attention(layer: PartialSelfAttention, x: Tensor) -> Explained:
     weights = (q @ k.mT * q.shape[3] ** -0.5 + bias).softmax(-1)
     out = layer.proj_drop(layer.proj(_merged(weights @ v, (H, W)))).permute(0, 3, 1, 2)
     return [Map("attention", _on_map(weights, (H, W), (H, W)), ON_MAP)], torch.cat([layer.conv(parts[0]), out], 1)
+
+
+def norm_aware_attention(layer: NormAwareLinearAttention, x: Tensor) -> Explained:
+    """With its linear kernel rows do not sum to 1, and weights may be negative."""
+    qkv, gate = layer.project(x)
+    q, k, v, z = turned_heads(layer, qkv)
+    weights = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) if z is None else z * (q @ k.mT).sum(0) / v.shape[2]
+    size = x.shape[2:]
+    maps = [Map("attention", _on_map(weights, size, size), ON_MAP)]
+    return maps, layer.merge(_merged(weights @ v, size).to(x.dtype), qkv, gate)
 
 
 def channel_attention(layer: ChannelAttention, x: Tensor) -> Explained:
@@ -452,6 +466,8 @@ LAYERS: dict[type[nn.Module], Callable[..., Explained]] = {
     GatedPositionalSelfAttention: gated_attention,
     SparseAttention: sparse_attention,
     PartialSelfAttention: partial_self_attention,
+    NormAwareLinearAttention: norm_aware_attention,
+    NormAwareMixer: _channels_last(norm_aware_attention),
     ChannelAttention: channel_attention,
     WindowAttention2d: window_attention,
     HiLoAttention: hilo_attention,

@@ -13,7 +13,7 @@ from ..backbone import Isotropic
 from ..backbone.hierarchical import Stage
 from ..errors import VisionattnError
 from .capture import Images, Pass, as_batch, backbone_of, capture, evaluating, maps_of, watch
-from .maps import OF_TOKENS, Map
+from .maps import OF_TOKENS, ON_MAP, Map
 
 TINY = 1e-30
 LEAST = 4
@@ -166,8 +166,9 @@ def rollout(model: nn.Module, images: Images, target: int | Sequence[int] | None
     """Attention rollout: how much each place of the image counts, by what all blocks weigh by.
 
     "Quantifying Attention Flow in Transformers", arXiv 2005.00928: the rows of (A + I) / 2, with A a layer's attention
-    averaged over its heads, are multiplied from the last layer to the first. Of that product one row is wanted, so that
-    here one row is multiplied, and never a matrix:
+    averaged over its heads, are multiplied from the last layer to the first. Weights of linear attention count by their
+    size, shared so that rows sum to 1. Of that product one row is wanted, so that here one row is multiplied, and never
+    a matrix:
 
         r <- (r + r A) / 2
 
@@ -225,9 +226,9 @@ def _attended(maps: list[Map], r: Tensor, token: Tensor | None) -> tuple[Tensor,
     heads, size = sum(each.size("head") for each in maps), max(each.key_size for each in maps)
     total, own = 0, None
     for each in maps:
-        if each.axes == OF_TOKENS:  # rows that a mask has shortened
-            rows = each.values / each.values.sum(-1, keepdim=True).clamp(min=TINY)
-            each = replace(each, values=rows)
+        if each.axes in (OF_TOKENS, ON_MAP):  # rows that a mask has shortened, or of linear attention
+            sizes, keys = each.values.abs(), -1 if each.axes == OF_TOKENS else (-2, -1)
+            each = replace(each, values=sizes / sizes.sum(keys, keepdim=True).clamp(min=TINY))
         spread, own = each.spread(_resized(r, each.queries), token)
         total = total + _resized(spread.sum(1), size) / heads
     r = _resized(r, size) + total

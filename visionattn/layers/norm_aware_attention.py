@@ -128,8 +128,5 @@ def _attend(layer: NormAwareLinearAttention, qkv: Tensor) -> Tensor:
     """(B, H, W, 3 C) projections to (B, H, W, C)."""
     with without_autocast(qkv):
         q, k, v, z = turned_heads(layer, qkv)
-        if z is None:
-            y = F.scaled_dot_product_attention(q, k, v)
-        else:
-            y = z * (q @ (k.mT @ v / v.shape[2])).sum(0)
+        y = F.scaled_dot_product_attention(q, k, v) if z is None else z * (q @ (k.mT @ v / v.shape[2])).sum(0)
     return y.transpose(1, 2).flatten(2).unflatten(1, qkv.shape[1:3]).to(qkv.dtype)
