@@ -23,6 +23,7 @@ SCALED = [
     ("test_focalnet", {"use_layerscale": True}),
     ("test_focalnet", {"use_layerscale": True, "use_postln": True}),
     ("test_hornet", {"layer_scale_init_value": 0.5}),
+    ("test_nalaformer", {}),
     ("test_patnet", {"layer_scale_init_value": 0.5, "use_spatial_attn": False}),
 ]
 CASES = [
@@ -76,7 +77,7 @@ def test_a_module_with_two_places_is_merged_for_each(name, options, part):
     torch.testing.assert_close(model.fuse()(x), expected, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", ["van", "patnet", "attnet", "litv2"])
+@pytest.mark.parametrize("name", ["van", "patnet", "attnet", "litv2", "nalaformer"])
 def test_no_batch_norm_is_left(name):
     model = visionattn.create_model(f"test_{name}").eval()
     assert batch_norms(model) and not batch_norms(model.fuse())
