@@ -24,6 +24,7 @@ TESTS = visionattn.list_models("test_*")
 QUICK = {*TESTS, "dinat_mini", "dinat_s_tiny", "vitrpb_small", "van_b0", "convit_tiny", "halonet26t", "haloregnetz_b"}
 QUICK |= {"davit_tiny", "davit_base_fl", "attnet_xxs", "focalnet_tiny_srf", "focalnet_tiny_iso", "hornet_tiny_gf"}
 QUICK |= {"litv2_small", "patnet_t0", "patnet_t2_full", "illama_tiny", "sparsifiner_deit_small", "sparsifiner_lvvit_s"}
+QUICK |= {"nalaformer_xt"}
 EVERY = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in ALL]
 
 
