@@ -1,5 +1,7 @@
 """Attention blocks and what they share; each is usable alone."""
 
+from .aggregated_attention import AggregatedAttention as AggregatedAttention
+from .aggregated_attention import CosineAttention as CosineAttention
 from .attentive_conv import AttentiveConv2d as AttentiveConv2d
 from .attentive_conv import TokenAttentiveConv2d as TokenAttentiveConv2d
 from .causal_attention import CausalSelfAttention as CausalSelfAttention
@@ -12,6 +14,8 @@ from .halo_attention import HaloAttention2d as HaloAttention2d
 from .hilo_attention import HiLoAttention as HiLoAttention
 from .large_kernel_attention import LargeKernelAttention as LargeKernelAttention
 from .large_kernel_attention import VanAttention as VanAttention
+from .mixture_of_head import HeadRouter as HeadRouter
+from .mixture_of_head import MixtureOfHeadAttention as MixtureOfHeadAttention
 from .neighborhood_attention import NeighborhoodAttention2d as NeighborhoodAttention2d
 from .neighborhood_attention import TokenNeighborhoodAttention as TokenNeighborhoodAttention
 from .neighborhood_attention import TokenRelPosAttention as TokenRelPosAttention
