@@ -16,10 +16,13 @@ from visionattn.explain import attention_maps, cam_layers, grad_cam, layer_maps,
 from visionattn.explain.capture import capture
 from visionattn.explain.maps import IN_WINDOWS, LAYERS, NOWHERE, OF_TOKENS, ON_MAP, entry_of
 from visionattn.layers import (
+    AggregatedAttention,
     AttentiveConv2d,
     CausalSelfAttention,
+    CosineAttention,
     HaloAttention2d,
     HiLoAttention,
+    MixtureOfHeadAttention,
     NeighborhoodAttention2d,
     NormAwareLinearAttention,
     SparseAttention,
@@ -32,15 +35,19 @@ from visionattn.layers import (
 
 FAMILIES = sorted(visionattn.list_models("test_*"))
 BLOCKS = {
+    "aggregated": (AggregatedAttention(16, 4, window=5, pool_ratio=3, shared=1, top_k=2), (2, 8, 11, 16)),
+    "aggregated linear": (AggregatedAttention(16, 2, pool_size=3, router=None), (2, 7, 2, 16)),
     "attentive": (AttentiveConv2d(8), (2, 8, 9, 7)),
     "attentive tokens": (TokenAttentiveConv2d(8), (2, 15, 8), (3, 5)),
     "causal": (CausalSelfAttention(16, 2), (2, 11, 16), None, 0.4),
+    "cosine": (CosineAttention(16, 4, shared=0, top_k=2), (2, 5, 7, 16)),
     "focal tokens": (TokenFocalModulation(8, 3, 2), (2, 15, 8), (3, 5)),
     "halo": (HaloAttention2d(8, num_heads=2, block_size=4, halo_size=2), (2, 8, 9, 11)),
     "halo masked": (HaloAttention2d(8, num_heads=2, block_size=4, halo_size=2, mask="all"), (2, 8, 9, 11)),
     "halo strided": (HaloAttention2d(8, stride=2, num_heads=2, block_size=4, scale_pos_embed=True), (2, 8, 9, 11)),
     "halo pooled": (HaloAttention2d(8, stride=2, num_heads=2, avg_down=True), (2, 8, 9, 11)),
     "hilo": (HiLoAttention(16, 4, window_size=2, alpha=0.25), (2, 7, 5, 16)),
+    "mixture of heads": (MixtureOfHeadAttention(16, 4, 1, 2), (2, 15, 16), (3, 5)),
     "neighbourhood": (NeighborhoodAttention2d(16, 2, kernel_size=(3, 5), stride=(1, 2)), (2, 9, 13, 16)),
     "neighbourhood dilated": (NeighborhoodAttention2d(16, 2, kernel_size=3, dilation=(2, 3)), (2, 11, 14, 16)),
     "neighbourhood unbiased": (NeighborhoodAttention2d(16, 2, rel_pos_bias=False), (1, 30, 33, 16)),
@@ -109,8 +116,10 @@ def test_weights_times_values_are_what_a_block_returns(name):
 def test_every_attention_block_has_maps():
     exported = {each for each in vars(visionattn.layers).values() if isinstance(each, type)}
     without = {each.__name__ for each in exported if not any(base in LAYERS for base in each.__mro__)}
-    # What is no attention, or holds a block that has maps.
-    assert without == {"ConvPosEnc", "PartialConv2d", "VanAttention", "ConnectivityPredictor", "GlobalLocalFilter"}
+    # What is no attention, or holds a block that has maps, or is a part of one.
+    assert without == {
+        "ConvPosEnc", "PartialConv2d", "VanAttention", "ConnectivityPredictor", "GlobalLocalFilter", "HeadRouter",
+    }  # fmt: skip
 
 
 @torch.no_grad()
@@ -155,6 +164,7 @@ def test_named_axes():
         ("batch", "head", "query_channel", "key_channel"),
         ("batch", "channel", "row", "col"),
         ("batch", "level", "row", "col"),
+        ("batch", "head", "row", "col"),
         ("batch", "channel", "kernel_row", "kernel_col"),
         ("batch", "channel"),
         ("head",),

@@ -54,6 +54,7 @@ PARAMS = {
     "focalnet_tiny_iso": 5.880, "focalnet_small_iso": 22.376, "focalnet_base_iso": 87.237,
     "nalaformer_xt": 6.142, "nalaformer_t": 15.908, "nalaformer_s": 25.654, "nalaformer_b": 52.003,
     "nalaformer_l": 95.427,
+    "moh_vit_small_75": 49.911, "moh_vit_small_80": 49.911, "moh_vit_base_75": 90.021, "moh_vit_base_50": 90.024,
     "patnet_t0": 3.486, "patnet_t1": 6.145, "patnet_t2": 12.270, "patnet_s": 28.013, "patnet_m": 59.179,
     "patnet_l": 100.641, "patnet_t0_full": 3.558, "patnet_t1_full": 6.145, "patnet_t2_full": 12.651,
     "patnet_s_full": 28.976, "patnet_m_full": 61.367, "patnet_l_full": 104.466,

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from math import prod
 from typing import Any
 
 import torch
@@ -17,9 +18,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .create import create_model
 from .layers import (
+    AggregatedAttention,
     AttentiveConv2d,
     ChannelAttention,
     ConnectivityPredictor,
+    CosineAttention,
     GatedPositionalSelfAttention,
     HaloAttention2d,
     HiLoAttention,
@@ -29,6 +32,7 @@ from .layers import (
     SelfAttention,
     WindowAttention2d,
 )
+from .layers.aggregated_attention import HIDDEN, distances
 from .models.litv2 import DeformableMerging
 
 
@@ -107,6 +111,21 @@ def _hilo(module, inputs):
     return padded + 2 * N * (w**2 * high + windows * (C - high))
 
 
+def _position_mlp(size, key_size):
+    axes = (len(distances(length, keys, torch.device("cpu"))[0]) for length, keys in zip(size, key_size, strict=True))
+    return 2 * HIDDEN * prod(axes)  # its first layer, a sum over the axes here; the second one is a linear map
+
+
+def _cosine(module, inputs):
+    size, N = inputs[0].shape[1:3], inputs[0].shape[1:3].numel()
+    return 2 * N * N * inputs[0].shape[-1] + _position_mlp(size, size)
+
+
+def _aggregated(module, inputs):
+    (H, W, C), pooled = inputs[0].shape[1:], module.pooled_size(*inputs[0].shape[1:3])
+    return H * W * C * (2 * prod(pooled) + 3 * module.window**2) + _position_mlp((H, W), pooled)
+
+
 def _deformable(module, inputs):
     _, C, H, W = inputs[0].shape
     return 8 * C * C * (H // 2) * (W // 2)  # the product with the samples; the interpolation is not counted
@@ -126,6 +145,8 @@ ATTENTION = {
     AttentiveConv2d: _attentive_conv,
     PartialSelfAttention: _partial,
     NormAwareLinearAttention: _norm_aware,
+    CosineAttention: _cosine,
+    AggregatedAttention: _aggregated,
 }
 
 

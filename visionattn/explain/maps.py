@@ -16,14 +16,17 @@ from torch import Tensor, nn
 
 from ..errors import VisionattnError
 from ..layers import (
+    AggregatedAttention,
     AttentiveConv2d,
     CausalSelfAttention,
     ChannelAttention,
+    CosineAttention,
     FocalModulation,
     GatedPositionalSelfAttention,
     HaloAttention2d,
     HiLoAttention,
     LargeKernelAttention,
+    MixtureOfHeadAttention,
     NeighborhoodAttention2d,
     NormAwareLinearAttention,
     PartialChannelAttention,
@@ -37,6 +40,7 @@ from ..layers import (
     TokenNeighborhoodAttention,
     WindowAttention2d,
 )
+from ..layers.aggregated_attention import bins, neighbours_inside, unit_vectors
 from ..layers.causal_attention import rotary_table, rotate
 from ..layers.channel_attention import ROLES
 from ..layers.halo_attention import _relative, graph_halo_axis, halo_axis
@@ -44,6 +48,7 @@ from ..layers.heads import split_heads
 from ..layers.hilo_attention import _pooled
 from ..layers.local_attention import Plan, local_plan, padded_heads, relative_bias
 from ..layers.norm_aware_attention import turned_heads
+from ..layers.mixture_of_head import head_gates
 from ..layers.partial_attention import distance_buckets
 from ..layers.window_attention import graph_window_axis, window_axis
 from ..models.attnet import AttentiveMixer
@@ -54,6 +59,7 @@ ON_MAP = ("batch", "head", "query_row", "query_col", "key_row", "key_col")
 IN_WINDOWS = ("batch", "head", "query_row", "query_col", "key")
 OF_TOKENS = ("batch", "head", "query", "key")
 GATE = ("batch", "channel", "row", "col")
+HEAD_GATE = ("batch", "head", "row", "col")
 NOWHERE = -(2**15)
 """Row and column of a key that is masked."""
 
@@ -179,6 +185,15 @@ def self_attention(layer: SelfAttention, x: Tensor, grid: tuple[int, int] | None
     q, k, v = layer.heads(x)
     weights = (q @ k.mT * layer.scale).softmax(-1)
     return [Map("attention", weights, OF_TOKENS)], layer.merge(weights @ v)
+
+
+def mixture_of_head_attention(
+    layer: MixtureOfHeadAttention, x: Tensor, grid: tuple[int, int] | None = None
+) -> Explained:
+    q, k, v = layer.heads(x)
+    weights, gates = (q @ k.mT * layer.scale).softmax(-1), head_gates(layer.router, x)
+    placed = [] if grid is None else [Map("gate", gates.squeeze(3).unflatten(2, tuple(grid)), HEAD_GATE)]
+    return [Map("attention", weights, OF_TOKENS), *placed], layer.merge(weights @ v * gates)
 
 
 def causal_attention(
@@ -368,6 +383,52 @@ def neighborhood_attention(layer: NeighborhoodAttention2d, x: Tensor) -> Explain
     return [found], layer.proj_drop(layer.proj(_merged(out, size)))
 
 
+def cosine_attention(layer: CosineAttention, x: Tensor) -> Explained:
+    (q, k, v, bias), size = layer.attended(layer.qkv(x)), x.shape[1:3]
+    weights = (q @ k.mT + bias).softmax(-1)
+    found = Map("attention", _on_map(weights, size, size), ON_MAP)
+    return [found, *_gates_of_heads(layer, x)], layer.merge(weights @ v, x)
+
+
+def aggregated_attention(layer: AggregatedAttention, x: Tensor) -> Explained:
+    """Attention to the neighbours and, behind them, to the places of the pooled map, which are said to be where the
+    middles of their bins are; and the learned weights of the neighbours."""
+    size, heads, K, pooled = tuple(x.shape[1:3]), layer.num_heads, layer.window, layer.pooled(x)
+    pooled_size, (inside, num_inside) = tuple(pooled.shape[1:3]), neighbours_inside(*size, K, x.device)
+    (q,), (k, v) = split_heads(layer.q(x), heads, 1), split_heads(layer.kv(x), heads, 2)
+    pooled_k, pooled_v = split_heads(layer.kv(pooled), heads, 2)
+    unit, inside = unit_vectors(q), inside.flatten(0, 1)
+    query = layer.queries(unit, num_inside + pooled_size[0] * pooled_size[1])
+    near_k, near_v = (_neighbours(each, size, K) for each in (unit_vectors(k), v))  # (B, heads, N, K^2, d)
+    near = torch.einsum("bhnd,bhnjd->bhnj", query, near_k) + layer.relative_pos_bias_local[:, None]
+    far = query @ unit_vectors(pooled_k).mT + layer.position_bias(size, pooled_size, query.dtype)
+    weights = torch.cat([near.masked_fill(~inside, -torch.inf), far], -1).softmax(-1)
+    learned = (unit @ layer.learnable_tokens + layer.learnable_bias) * inside
+    y = torch.einsum("bhnj,bhnjd->bhnd", weights[..., : K * K] + learned, near_v) + weights[..., K * K :] @ pooled_v
+
+    own = torch.cartesian_prod(*(torch.arange(side, device=x.device) for side in size)).unflatten(0, size)
+    step = torch.cartesian_prod(*(torch.arange(K, device=x.device) - K // 2,) * 2)
+    beside = (own[:, :, None] + step).masked_fill(~inside.unflatten(0, size)[..., None], NOWHERE)
+    pools = (bins(torch.arange(n, device=x.device), m, n) for m, n in zip(size, pooled_size, strict=True))
+    middles = [(start + end - 1) // 2 for start, end in pools]
+    keys = torch.cat([beside, torch.cartesian_prod(*middles).expand(*size, -1, -1)], 2)
+    maps = [
+        Map("attention", weights.unflatten(2, size), IN_WINDOWS, keys=keys, key_grid=size),
+        Map("kernel", learned.unflatten(2, size), IN_WINDOWS, keys=beside, key_grid=size),
+    ]
+    return [*maps, *_gates_of_heads(layer, x)], layer.merge(y, x)
+
+
+def _neighbours(x: Tensor, size: tuple[int, int], window: int) -> Tensor:
+    """(B, heads, N, d) of a map to the neighbours of every position, (B, heads, N, K^2, d), with zeros outside."""
+    patches = F.unfold(x.mT.unflatten(3, size).flatten(0, 1), window, padding=window // 2)
+    return patches.unflatten(1, (-1, window**2)).unflatten(0, x.shape[:2]).permute(0, 1, 4, 3, 2)
+
+
+def _gates_of_heads(layer: CosineAttention | AggregatedAttention, x: Tensor) -> list[Map]:
+    return [] if layer.router is None else [Map("gate", layer.router(x).permute(0, 3, 1, 2), HEAD_GATE)]
+
+
 def halo_attention(layer: HaloAttention2d, x: Tensor) -> Explained:
     stride, heads, d = layer.query_stride, layer.num_heads, layer.dim_head
     x = x.permute(0, 2, 3, 1)
@@ -462,6 +523,7 @@ def _channels_last(entry: Callable[..., Explained]) -> Callable[..., Explained]:
 
 LAYERS: dict[type[nn.Module], Callable[..., Explained]] = {
     SelfAttention: self_attention,
+    MixtureOfHeadAttention: mixture_of_head_attention,
     CausalSelfAttention: causal_attention,
     GatedPositionalSelfAttention: gated_attention,
     SparseAttention: sparse_attention,
@@ -473,6 +535,8 @@ LAYERS: dict[type[nn.Module], Callable[..., Explained]] = {
     HiLoAttention: hilo_attention,
     NeighborhoodAttention2d: neighborhood_attention,
     TokenNeighborhoodAttention: _of_tokens(neighborhood_attention),
+    CosineAttention: cosine_attention,
+    AggregatedAttention: aggregated_attention,
     HaloAttention2d: halo_attention,
     FocalModulation: focal_modulation,
     TokenFocalModulation: _of_tokens(focal_modulation),

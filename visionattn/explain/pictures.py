@@ -161,7 +161,9 @@ def panel_of(
         kind = found.axes[1]
         chosen = values.abs().mean(0) if head is None else values[head]
         drawn = f"mean size over {count} {kind}s" if count > 1 else ""
-        return Panel(", ".join(filter(None, [title, f"{kind} {head}" if head is not None else drawn])), chosen, image)
+        if head is not None:
+            drawn = "" if kind == "head" else f"{kind} {head}"
+        return Panel(", ".join(filter(None, [title, drawn])), chosen, image)
     return Panel(f"{title}, {' x '.join(found.axes[-2:])}", values.mean(0) if head is None else values[head])
 
 

@@ -79,7 +79,7 @@ class _CosineAttention(nn.Module):
         dtype = torch.promote_types(w1.dtype, torch.float32)
         parts, places = [], []
         for axis in (0, 1):
-            distance, place = _distances(size[axis], key_size[axis], w1.device)
+            distance, place = distances(size[axis], key_size[axis], w1.device)
             side = size[axis] if self.pretrain_size is None else self.pretrain_size[axis]
             delta = 8 * distance.to(dtype) / torch.sym_max(side - 1, 1)
             parts.append((delta.sign() * (delta.abs() + 1).log2() / 3)[:, None] * w1[:, axis].to(dtype))
@@ -99,21 +99,21 @@ class _CosineAttention(nn.Module):
 
 
 @size_constant
-def _distances(length: Size, keys: Size, device: torch.device) -> tuple[Tensor, Tensor]:
+def distances(length: Size, keys: Size, device: torch.device) -> tuple[Tensor, Tensor]:
     """Distances along an axis from positions to the means of the bins that adaptive pooling has, each once; and which
     of these (length, keys) each pair has. The distances are multiples of a half."""
     if is_symbolic(length, keys):
-        start, end = _bins(torch.arange(keys, device=device), length, keys)
+        start, end = bins(torch.arange(keys, device=device), length, keys)
         double = 2 * torch.arange(length, device=device)[:, None] - (start + end - 1)
         last = 2 * length - 2
         return (torch.arange(2 * last + 1, device=device) - last) / 2, double + last
-    start, end = _bins(np.arange(keys), length, keys)
+    start, end = bins(np.arange(keys), length, keys)
     double, place = np.unique(2 * np.arange(length)[:, None] - (start + end - 1), return_inverse=True)
     distance, place = torch.from_numpy(double / 2).float(), torch.from_numpy(place.reshape(length, keys))
     return distance.to(device), place.to(device)
 
 
-def _bins(key: Tensor | np.ndarray, length: Size, keys: Size) -> tuple:
+def bins(key: Tensor | np.ndarray, length: Size, keys: Size) -> tuple:
     """First and last position, exclusive, of each bin of adaptive pooling."""
     return key * length // keys, ((key + 1) * length + keys - 1) // keys
 
@@ -127,13 +127,13 @@ class CosineAttention(_CosineAttention):
     """Self-attention of all positions by angles, with a learned temperature and a continuous position bias.
 
     "TransNeXt: Robust Foveal Visual Perception for Vision Transformers", arXiv 2311.17132; the router is that of "MoH:
-    Multi-Head Attention as Mixture-of-Head Attention", arXiv 2410.11842. With unit queries q and keys k, a learned query
-    e and temperature t of every head, and b, which an MLP makes of the distance of two positions:
+    Multi-Head Attention as Mixture-of-Head Attention", arXiv 2410.11842. With unit queries q and keys k, a learned
+    query e and temperature t of every head, and b, which an MLP makes of the distance of two positions:
 
         softmax((q + e) t ln(N) k + b) v
 
-    Cost: 4 N C^2 + 2 N^2 C multiply-adds for N = H W positions of C channels, (h + 2) N C for the router of h heads, and
-    512 (h + 2) for every distance that occurs, once for the weights.
+    Cost: 4 N C^2 + 2 N^2 C multiply-adds for N = H W positions of C channels, (h + 2) N C for the router of h heads,
+    and 512 (h + 2) for every distance that occurs, once for the weights.
 
     Args:
         dim: channels C.
@@ -303,19 +303,20 @@ def _pooled(layer: AggregatedAttention, x: Tensor) -> Tensor:
 
 def _pooling(length: Size, keys: Size, x: Tensor) -> Tensor:
     """The matrix (keys, length) that pools an axis."""
-    start, end = _bins(torch.arange(keys, device=x.device), length, keys)
+    start, end = bins(torch.arange(keys, device=x.device), length, keys)
     position = torch.arange(length, device=x.device)
     inside = (position >= start[:, None]) & (position < end[:, None])
     return (inside / (end - start)[:, None]).to(x.dtype)
 
 
 @size_constant
-def neighbours_inside(height: Size, width: Size, window: int, device: torch.device) -> Tensor:
-    """Which of the neighbours of every position are in the map, (H, W, K^2)."""
+def neighbours_inside(height: Size, width: Size, window: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Which of the neighbours of every position are in the map, (H, W, K^2), and how many, (H * W,)."""
     offset = torch.arange(window, device=device) - window // 2
     rows, cols = (torch.arange(side, device=device)[:, None] + offset for side in (height, width))
     rows, cols = (rows >= 0) & (rows < height), (cols >= 0) & (cols < width)
-    return (rows[:, None, :, None] & cols[None, :, None]).flatten(2)
+    inside = (rows[:, None, :, None] & cols[None, :, None]).flatten(2)
+    return inside, inside.sum(-1).flatten()
 
 
 def shifted(x: Tensor, window: int) -> list[Tensor]:
@@ -328,10 +329,10 @@ def shifted(x: Tensor, window: int) -> list[Tensor]:
 def _aggregate(layer: AggregatedAttention, q: Tensor, kv: Tensor, pooled: Tensor) -> Tensor:
     """Projections (B, H, W, C), (B, H, W, 2C) and (B, H', W', 2C) to what the heads return, (B, heads, N, d)."""
     size, pooled_size, heads = fixed(*q.shape[1:3]), fixed(*pooled.shape[1:3]), layer.num_heads
-    dtype, inside = q.dtype, neighbours_inside(*size, layer.window, q.device)
+    dtype, (inside, num_inside) = q.dtype, neighbours_inside(*size, layer.window, q.device)
     (q,), (k, v), (pooled_k, pooled_v) = (split_heads(x, heads, parts) for x, parts in ((q, 1), (kv, 2), (pooled, 2)))
     unit, k, pooled_k = unit_vectors(q), unit_vectors(k), unit_vectors(pooled_k)
-    query = layer.queries(unit, inside.sum(-1).flatten() + pooled_size[0] * pooled_size[1])
+    query = layer.queries(unit, num_inside + pooled_size[0] * pooled_size[1])
 
     # The neighbours' logits (B, heads, K^2, H, W), and their sum
     q_map, k_map, v_map = (x.mT.unflatten(3, size) for x in (query.to(dtype), k.to(dtype), v))

@@ -199,26 +199,28 @@ class MoHViT(Hierarchical):
 
 
 def _variant(
-    size: dict, shared: Sequence[int], top_k: Sequence[int], gmacs: float, drop_path: float, hub: str, top1: float
+    size: dict, shared: Sequence[int], top_k: Sequence[int], gmacs: float, drop_path: float, file: str, top1: float
 ) -> Variant:
-    page = f"https://huggingface.co/Chat-UniVi/MoH-ViT-{hub}"
-    weights = Weights((), None, top1, page=page, note="a .pth file, whose name the authors do not say")
+    hub = f"Chat-UniVi/MoH-ViT-{file[0].upper()}-{file[-2:]}"
+    # The authors' example calls the file so.
+    cfg = {"hf_hub_filename": f"moh_transnext_{file}.pth"}
+    weights = Weights((), hub, top1, cfg=cfg, page=f"https://huggingface.co/{hub}", note="the .pth file there")
     return Variant(size | {"shared": shared, "top_k": top_k}, gmacs, {"in1k": weights}, {"drop_path_rate": drop_path})
 
 
 SMALL: dict[str, Any] = {}
 BASE = {"embed_dims": (96, 192, 384, 768), "num_heads": (4, 8, 16, 32), "depths": (5, 5, 23, 5)}
 VARIANTS = {
-    "moh_vit_small_75": _variant(SMALL, (3, 6, 3, 4), (0, 0, 6, 12), 10.318, 0.45, "S-75", 84.6),
-    "moh_vit_small_80": _variant(SMALL, (3, 6, 3, 8), (0, 0, 6, 12), 10.318, 0.45, "S-80", 84.7),
-    "moh_vit_base_75": _variant(BASE, (4, 8, 4, 5), (0, 0, 8, 16), 18.349, 0.6, "B-75", 84.9),
-    "moh_vit_base_50": _variant(BASE, (2, 2, 2, 4), (2, 4, 6, 8), 18.354, 0.6, "B-50", 84.7),
+    "moh_vit_small_75": _variant(SMALL, (3, 6, 3, 4), (0, 0, 6, 12), 10.318, 0.45, "small_75", 84.6),
+    "moh_vit_small_80": _variant(SMALL, (3, 6, 3, 8), (0, 0, 6, 12), 10.318, 0.45, "small_80", 84.7),
+    "moh_vit_base_75": _variant(BASE, (4, 8, 4, 5), (0, 0, 8, 16), 18.349, 0.6, "base_75", 84.9),
+    "moh_vit_base_50": _variant(BASE, (2, 2, 2, 4), (2, 4, 6, 8), 18.354, 0.6, "base_50", 84.7),
     "test_moh_vit": Variant(
         {
             "embed_dims": (16, 32, 48, 64), "num_heads": (2, 4, 6, 8), "depths": (1, 1, 2, 1), "shared": (2, 4, 2, 1),
             "top_k": (0, 0, 2, 4), "pretrain_size": 224,
         },
-        0.001,
+        0.001724,
         img_size=32,
     ),
 }  # fmt: skip
