@@ -14,6 +14,7 @@ DYNAMIC = torch.export.Dim.DYNAMIC
 # One block for each stage, of the second kind where there are two: a graph of more shows nothing else.
 SHALLOW = {
     "test_dinat": {"depths": (1, 1, 1, 1), "dilations": ((2,), (2,), (1,), (1,))},
+    "test_moh_vit": {"depths": (1, 1, 1, 1)},
     "test_sparsifiner": {"depth": 2},
 }
 

@@ -319,10 +319,32 @@ def neighbours_inside(height: Size, width: Size, window: int, device: torch.devi
     return inside, inside.sum(-1).flatten()
 
 
-def shifted(x: Tensor, window: int) -> list[Tensor]:
+def _shifted(x: Tensor, window: int) -> list[Tensor]:
     """The neighbours of every position of (B, heads, d, H, W), with zeros outside, K^2 views of one padded map."""
     (H, W), padded = x.shape[3:], F.pad(x, (window // 2,) * 4)
     return [padded[..., i : i + H, j : j + W] for i in range(window) for j in range(window)]
+
+
+def _copied(x: Tensor, window: int) -> Tensor:
+    """The neighbours in one tensor (B, heads, d, K^2, H, W), for graphs of open sizes: these take seconds to make for
+    every view."""
+    taps = torch.eye(window**2, dtype=x.dtype, device=x.device).view(-1, 1, window, window)
+    copies = F.conv2d(x.flatten(0, 2)[:, None], taps, padding=window // 2)
+    return copies.unflatten(0, x.shape[:3])
+
+
+def _products(q: Tensor, k: Tensor, window: int) -> Tensor:
+    """Products of (B, heads, d, H, W) with the neighbours, (B, heads, K^2, H, W)."""
+    if is_symbolic(*q.shape[3:]):
+        return (q[:, :, :, None] * _copied(k, window)).sum(2)
+    return torch.stack([(q * neighbour).sum(2) for neighbour in _shifted(k, window)], 2)
+
+
+def _sums(weights: Tensor, v: Tensor, window: int) -> Tensor:
+    """Sums of the neighbours (B, heads, d, H, W) by weights (B, heads, K^2, H, W)."""
+    if is_symbolic(*v.shape[3:]):
+        return (weights[:, :, None] * _copied(v, window)).sum(3)
+    return sum(w[:, :, None] * n for w, n in zip(weights.unbind(2), _shifted(v, window), strict=True))
 
 
 @torch.fx.wrap
@@ -336,7 +358,7 @@ def _aggregate(layer: AggregatedAttention, q: Tensor, kv: Tensor, pooled: Tensor
 
     # The neighbours' logits (B, heads, K^2, H, W), and their sum
     q_map, k_map, v_map = (x.mT.unflatten(3, size) for x in (query.to(dtype), k.to(dtype), v))
-    logits = torch.stack([(q_map * neighbour).sum(2) for neighbour in shifted(k_map, layer.window)], 2)
+    logits = _products(q_map, k_map, layer.window)
     logits = logits.float() if dtype in (torch.float16, torch.bfloat16) else logits
     logits = logits + layer.relative_pos_bias_local.to(logits.dtype)[..., None, None]
     logits = logits.masked_fill(~inside.permute(2, 0, 1), -torch.inf)
@@ -360,5 +382,4 @@ def _aggregate(layer: AggregatedAttention, q: Tensor, kv: Tensor, pooled: Tensor
     learned = unit @ layer.learnable_tokens.to(unit.dtype) + layer.learnable_bias  # (B, heads, N, K^2)
     share = y[..., d].unflatten(2, size)[:, :, None]
     weights = (logits.softmax(2) * share + learned.mT.unflatten(3, size)).to(dtype)
-    local = sum(w[:, :, None] * n for w, n in zip(weights.unbind(2), shifted(v_map, layer.window), strict=True))
-    return y[..., :d] + local.flatten(3).mT
+    return y[..., :d] + _sums(weights, v_map, layer.window).flatten(3).mT

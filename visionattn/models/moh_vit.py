@@ -201,10 +201,8 @@ class MoHViT(Hierarchical):
 def _variant(
     size: dict, shared: Sequence[int], top_k: Sequence[int], gmacs: float, drop_path: float, file: str, top1: float
 ) -> Variant:
-    hub = f"Chat-UniVi/MoH-ViT-{file[0].upper()}-{file[-2:]}"
-    # The authors' example calls the file so.
-    cfg = {"hf_hub_filename": f"moh_transnext_{file}.pth"}
-    weights = Weights((), hub, top1, cfg=cfg, page=f"https://huggingface.co/{hub}", note="the .pth file there")
+    cfg = {"hf_hub_filename": f"moh_transnext_{file}.pth"}  # as the authors' example calls it
+    weights = Weights((), f"Chat-UniVi/MoH-ViT-{file[0].upper()}-{file[-2:]}", top1, cfg=cfg)
     return Variant(size | {"shared": shared, "top_k": top_k}, gmacs, {"in1k": weights}, {"drop_path_rate": drop_path})
 
 
