@@ -14,7 +14,9 @@ from visionattn.weights import convert_state_dict
 GOLDENS = sorted(p for p in (Path(__file__).parent / "goldens").glob("*/*.npz") if p.parent.name != "mixers")
 
 
-LARGE = ("focalnet_large_fl4-224x224", "davit_base_fl-224x224.timm")
+LARGE = (
+    "focalnet_large_fl4-224x224", "davit_base_fl-224x224.timm", "moh_vit_small_75", "moh_vit_small_75-160x256",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -112,7 +112,7 @@ def test_recomputed_gradients_are_the_same():
         torch.testing.assert_close(a, b, rtol=0, atol=1e-7)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_compiled_step_has_the_loss(checkpointing):
     torch._dynamo.reset()
     torch.manual_seed(0)
@@ -226,7 +226,7 @@ def test_transnext_files_leave_the_routers_fresh(caplog, tmp_path):
 
 def test_variants_differ_in_what_the_file_tells():
     with torch.device("meta"):
-        small, other = (visionattn.create_model(f"moh_transnext_small_{n}", depths=(1, 1, 1, 1)) for n in (75, 80))
+        small, other = (visionattn.create_model(f"moh_transnext_small_{n}", depths=(0, 0, 0, 1)) for n in (75, 80))
     one, two = ({k: v.shape for k, v in model.state_dict().items()} for model in (small, other))
     assert one.keys() == two.keys()
     assert {k for k in one if one[k] != two[k]} == {
