@@ -95,7 +95,10 @@ class _CosineAttention(nn.Module):
         """What the heads return (B, heads, N, d) to the output (B, H, W, C), by the gates of the input x."""
         if self.router is not None:
             y = y * head_gates(self.router, x).to(y.dtype)
-        return self.proj(y.transpose(1, 2).flatten(2).view(x.shape))
+        y = y.transpose(1, 2)
+        if is_symbolic(y.shape[1]):  # ONNX's attention has other strides than the one that is traced
+            y = y.clone(memory_format=torch.contiguous_format)
+        return self.proj(y.flatten(2).view(x.shape))
 
 
 @size_constant
