@@ -47,8 +47,8 @@ from ..layers.halo_attention import _relative, graph_halo_axis, halo_axis
 from ..layers.heads import split_heads
 from ..layers.hilo_attention import _pooled
 from ..layers.local_attention import Plan, local_plan, padded_heads, relative_bias
-from ..layers.norm_aware_attention import turned_heads
 from ..layers.mixture_of_head import head_gates
+from ..layers.norm_aware_attention import turned_heads
 from ..layers.partial_attention import distance_buckets
 from ..layers.window_attention import graph_window_axis, window_axis
 from ..models.attnet import AttentiveMixer

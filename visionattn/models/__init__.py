@@ -7,8 +7,8 @@ from . import halonet as halonet
 from . import hornet as hornet
 from . import illama as illama
 from . import litv2 as litv2
-from . import nalaformer as nalaformer
 from . import moh_vit as moh_vit
+from . import nalaformer as nalaformer
 from . import patnet as patnet
 from . import sparsifiner as sparsifiner
 from . import van as van
