@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import VisionattnError
 from .base import Backbone, check_output_format
-from .hierarchical import Stage
+from .hierarchical import Stage, first_channels
 from .isotropic import Isotropic
 
 
@@ -55,11 +55,10 @@ class _OfOutputs(_Extractor):
 
     def forward(self, x: Tensor) -> list[Tensor] | dict[str, Tensor]:
         out = super().forward(x)
-        if self.output_fmt == "NCHW":
-            return out
-        if isinstance(out, dict):
-            return {key: nchw_to(feature, self.output_fmt) for key, feature in out.items()}
-        return [nchw_to(feature, self.output_fmt) for feature in out]
+        maps, channels = out.values() if isinstance(out, dict) else out, self.feature_info.channels()
+        maps = [first_channels(feature, count) for feature, count in zip(maps, channels, strict=True)]
+        maps = [nchw_to(feature, self.output_fmt) for feature in maps]
+        return dict(zip(out, maps, strict=True)) if isinstance(out, dict) else maps
 
 
 class FeatureGetter(_Extractor, FeatureGetterNet):

@@ -16,12 +16,17 @@ POOLS = ("", *(fast + kind for fast in ("", "fast") for kind in ("avg", "max", "
 """Kinds of global pooling of maps."""
 
 
+def first_channels(x: Tensor, count: int) -> Tensor:
+    """What of a stage's output (B, C, H, W) is its feature."""
+    return x if x.shape[1] == count else x[:, :count]
+
+
 class Stage(nn.Module):
     """One resolution of a hierarchical backbone.
 
     Args:
         blocks: residual blocks of (B, H, W, C).
-        dim: channels of the output.
+        dim: channels of the stage's feature. A stage may return more after these, for the stages behind it.
         downsample: from the output of the stage before, NCHW.
         norm: after the blocks, NCHW.
         in_slices: in inference on CPUs, compute on a part of a large batch after the other, which pays where blocks
@@ -252,12 +257,13 @@ class Hierarchical(Backbone):
         for i, stage in enumerate(self.stages[: last + 1] if stop_early else self.stages):
             x = stage(x)
             if i in take:
-                feature = self.norm(x) if norm and i == final else x
+                feature = x if self.feature_norms is not None else first_channels(x, stage.dim)
+                feature = self.norm(feature) if norm and i == final else feature
                 feature = feature if self.feature_norms is None else self.feature_norms[i](feature)
                 intermediates.append(nchw_to(feature, output_fmt))
         if intermediates_only:
             return intermediates
-        return (self._map_norm(x) if i == final else x), intermediates
+        return (self._map_norm(x) if i == final else first_channels(x, stage.dim)), intermediates
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True

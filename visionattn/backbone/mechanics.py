@@ -1,5 +1,6 @@
 """What a model adds to the training loop."""
 
+from collections.abc import Callable
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -41,13 +42,16 @@ class Mechanics:
         """
         raise VisionattnError(f"{type(self).__name__} learns from no teacher")
 
-    def training_loss(self, loss: Tensor, images: Tensor, logits: Tensor) -> Tensor:
+    def training_loss(
+        self, loss: Tensor, images: Tensor, logits: Tensor, criterion: Callable[[Tensor], Tensor]
+    ) -> Tensor:
         """Add the paper's own terms to the loss of a classifier. Called after a forward pass in training mode.
 
         Args:
             loss: of the task.
             images: what the model was called with.
             logits: what it returned.
+            criterion: the task's loss of other logits for the same images.
 
         Returns:
             the loss to minimise.

@@ -6,7 +6,11 @@ from .attentive_conv import AttentiveConv2d as AttentiveConv2d
 from .attentive_conv import TokenAttentiveConv2d as TokenAttentiveConv2d
 from .causal_attention import CausalSelfAttention as CausalSelfAttention
 from .channel_attention import ChannelAttention as ChannelAttention
+from .context_mixing import ContMix2d as ContMix2d
+from .context_mixing import ContMixBlock as ContMixBlock
 from .conv_position import ConvPosEnc as ConvPosEnc
+from .dilated_reparam import DilatedReparamConv2d as DilatedReparamConv2d
+from .dynamic_conv import dynamic_conv2d as dynamic_conv2d
 from .focal_modulation import FocalModulation as FocalModulation
 from .focal_modulation import TokenFocalModulation as TokenFocalModulation
 from .gated_positional_attention import GatedPositionalSelfAttention as GatedPositionalSelfAttention

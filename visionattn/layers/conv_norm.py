@@ -61,6 +61,21 @@ class ConvNorm(nn.Module):
         return product_norm(self.proj, self.norm, x)
 
 
+class PointwiseNorm(nn.Module):
+    """Product over channels without bias, then batch norm, which `fuse` merges: (B, C_in, H, W) to (B, C_out, H, W)."""
+
+    fused_pairs = (("proj", "norm"),)
+    last_product = "proj"
+
+    def __init__(self, in_dim: int, dim: int, device=None, dtype=None) -> None:
+        super().__init__()
+        self.proj = Pointwise2d(in_dim, dim, bias=False, device=device, dtype=dtype)
+        self.norm = nn.BatchNorm2d(dim, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return product_norm(self.proj, self.norm, x)
+
+
 def product_norm(product: nn.Conv2d | Pointwise2d, norm: nn.Module, x: Tensor, act: nn.Module | None = None) -> Tensor:
     """act(norm(product(x))) of maps (B, C, H, W).
 

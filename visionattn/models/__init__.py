@@ -9,6 +9,7 @@ from . import illama as illama
 from . import litv2 as litv2
 from . import moh_vit as moh_vit
 from . import nalaformer as nalaformer
+from . import overlock as overlock
 from . import patnet as patnet
 from . import sparsifiner as sparsifiner
 from . import van as van

@@ -258,7 +258,7 @@ class Sparsifiner(Isotropic):
             )
         self.__dict__["teacher"] = teacher.eval().requires_grad_(False)
 
-    def training_loss(self, loss: Tensor, images: Tensor, logits: Tensor) -> Tensor:
+    def training_loss(self, loss: Tensor, images: Tensor, logits: Tensor, criterion: object = None) -> Tensor:
         """The published loss of the phase. "recon": squared errors of the predicted attention maps; "distill": the
         task's, and half each of the divergence from the teacher's logits and the squared error of the patches."""
         if self.teacher is None:

@@ -54,7 +54,7 @@ class Classification(Task):
     def describe(self, num_classes: int) -> dict[str, Any]:
         return super().describe(num_classes) | ({"multi_label": True} if self.multi_label else {})
 
-    def make_loss(self, images: ImageSet, training_loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> nn.Module:
+    def make_loss(self, images: ImageSet, training_loss: Callable[..., Tensor]) -> nn.Module:
         return ClassificationLoss(self.config.loss, self.config.augment, images, self.config.seed, training_loss)
 
     def predict(self, model: nn.Module, images: Tensor) -> Tensor:
@@ -118,7 +118,7 @@ class ClassificationLoss(nn.Module):
         augment: options of the augmentation, for mixup and cutmix.
         images: the images to train on, for their classes and, if these are to be balanced, their labels.
         seed: seed of the mixtures.
-        training_loss: what the model makes of the loss, from (loss, images, logits); see `Mechanics.training_loss`.
+        training_loss: what the model makes of the loss, from (loss, images, logits, criterion); see `Mechanics.training_loss`.
 
     Raises:
         VisionattnError: if the class weights do not fit the classes.
@@ -130,7 +130,7 @@ class ClassificationLoss(nn.Module):
         augment: AugmentConfig,
         images: ImageSet,
         seed: int,
-        training_loss: Callable[[Tensor, Tensor, Tensor], Tensor],
+        training_loss: Callable[..., Tensor],
     ) -> None:
         super().__init__()
         self.seed, self.training_loss, self.multi_label = seed, training_loss, loss.multi_label
@@ -169,7 +169,9 @@ class ClassificationLoss(nn.Module):
         logits = model(images).float()
         if self.multi_label:
             targets = targets.float()
-        return self.training_loss(self.criterion(logits, targets), images, logits)
+        return self.training_loss(
+            self.criterion(logits, targets), images, logits, lambda others: self.criterion(others, targets)
+        )
 
 
 class WeightedCrossEntropy(nn.Module):

@@ -55,7 +55,7 @@ class Detection(DenseTask):
     def collate(self, training: bool) -> Collate:
         return collate_lists
 
-    def make_loss(self, images: ImageSet, training_loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> nn.Module:
+    def make_loss(self, images: ImageSet, training_loss: Callable[..., Tensor]) -> nn.Module:
         return DetectionLoss()
 
     def predict(self, model: nn.Module, images: list[Tensor]) -> list[dict[str, Tensor]]:

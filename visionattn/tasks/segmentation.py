@@ -42,7 +42,7 @@ class Segmentation(DenseTask):
     def collate(self, training: bool) -> Collate:
         return collate_crops if training else collate_lists
 
-    def make_loss(self, images: ImageSet, training_loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> nn.Module:
+    def make_loss(self, images: ImageSet, training_loss: Callable[..., Tensor]) -> nn.Module:
         return PixelLoss(self.config.loss, len(images.classes))
 
     def predict(self, model: nn.Module, images: Sequence[Tensor]) -> list[Tensor]:

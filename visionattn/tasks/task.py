@@ -158,12 +158,12 @@ class Task(ABC):
         return collate_tensors
 
     @abstractmethod
-    def make_loss(self, images: ImageSet, training_loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> nn.Module:
+    def make_loss(self, images: ImageSet, training_loss: Callable[..., Tensor]) -> nn.Module:
         """Module that gives the loss of a batch from (model, images, targets, number of the update).
 
         Args:
             images: to train on.
-            training_loss: what a classifier makes of the loss, from (loss, images, logits); `Mechanics.training_loss`.
+            training_loss: what a classifier makes of the loss, from (loss, images, logits, criterion); `Mechanics.training_loss`.
         """
 
     @abstractmethod

@@ -1,5 +1,6 @@
 """Distillation from any model, for students whose paper does not say how they learn from a teacher."""
 
+from collections.abc import Callable
 from typing import Any
 
 import timm
@@ -106,7 +107,7 @@ class Distillation:
         width = teacher.head_hidden_size
         self.student = Student(model, width).to(placement.device) if config.features else None
 
-    def loss(self, loss: Tensor, images: Tensor, logits: Tensor) -> Tensor:
+    def loss(self, loss: Tensor, images: Tensor, logits: Tensor, criterion: Callable[[Tensor], Tensor]) -> Tensor:
         """The loss to minimise, from that of the labels, what the model was called with and what it returned."""
         config = self.config
         with torch.no_grad(), self.autocast():
