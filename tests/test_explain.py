@@ -20,6 +20,7 @@ from visionattn.layers import (
     AttentiveConv2d,
     CausalSelfAttention,
     CosineAttention,
+    ContMix2d,
     HaloAttention2d,
     HiLoAttention,
     MixtureOfHeadAttention,
@@ -41,6 +42,8 @@ BLOCKS = {
     "attentive tokens": (TokenAttentiveConv2d(8), (2, 15, 8), (3, 5)),
     "causal": (CausalSelfAttention(16, 2), (2, 11, 16), None, 0.4),
     "cosine": (CosineAttention(16, 4, shared=0, top_k=2), (2, 5, 7, 16)),
+    "contmix": (ContMix2d(16, 2, kernel_size=7), (2, 16, 9, 13)),
+    "contmix small map": (ContMix2d(16, 2, 7, context_dim=3), (2, 16, 4, 6), torch.randn(2, 3, 4, 6)),
     "focal tokens": (TokenFocalModulation(8, 3, 2), (2, 15, 8), (3, 5)),
     "halo": (HaloAttention2d(8, num_heads=2, block_size=4, halo_size=2), (2, 8, 9, 11)),
     "halo masked": (HaloAttention2d(8, num_heads=2, block_size=4, halo_size=2, mask="all"), (2, 8, 9, 11)),
@@ -119,6 +122,10 @@ def test_every_attention_block_has_maps():
     # What is no attention, or holds a block that has maps, or is a part of one.
     assert without == {
         "ConvPosEnc", "PartialConv2d", "VanAttention", "ConnectivityPredictor", "GlobalLocalFilter", "HeadRouter",
+    # What is no attention, or holds a block that has maps.
+    assert without == {
+        "ConvPosEnc", "PartialConv2d", "VanAttention", "ConnectivityPredictor", "GlobalLocalFilter", "ContMixBlock",
+        "DilatedReparamConv2d",
     }  # fmt: skip
 
 

@@ -23,6 +23,7 @@ from .layers import (
     ChannelAttention,
     ConnectivityPredictor,
     CosineAttention,
+    ContMix2d,
     GatedPositionalSelfAttention,
     HaloAttention2d,
     HiLoAttention,
@@ -33,6 +34,8 @@ from .layers import (
     WindowAttention2d,
 )
 from .layers.aggregated_attention import HIDDEN, distances
+from .layers.context_mixing import working_size
+from .layers.dilated_reparam import ChannelScale
 from .models.litv2 import DeformableMerging
 
 
@@ -94,6 +97,16 @@ def _norm_aware(module, inputs):
     C = module.out_proj.in_features
     N = inputs[0][0].numel() // C
     return 2 * N * C * (N if module.kernel == "softmax" else 2 * C // module.num_heads)
+def _contmix(module, inputs):
+    x = inputs[0]
+    height, width = working_size(*x.shape[2:], max(module.kernel_sizes))
+    N, half, taps, regions = height * width, x.shape[1] // 2, *module.taps.weight.shape
+    # The published code computes affinities before it projects them to taps, here the keys are projected.
+    return N * (regions * half + module.groups * regions * taps + taps * half) - taps * regions * half
+
+
+def _channel_scale(module, inputs):
+    return inputs[0][0].numel()  # a convolution in the published code
 
 
 def _predictor(module, inputs):
@@ -143,6 +156,8 @@ ATTENTION = {
     HiLoAttention: _hilo,
     DeformableMerging: _deformable,
     AttentiveConv2d: _attentive_conv,
+    ContMix2d: _contmix,
+    ChannelScale: _channel_scale,
     PartialSelfAttention: _partial,
     NormAwareLinearAttention: _norm_aware,
     CosineAttention: _cosine,

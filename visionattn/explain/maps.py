@@ -21,6 +21,7 @@ from ..layers import (
     CausalSelfAttention,
     ChannelAttention,
     CosineAttention,
+    ContMix2d,
     FocalModulation,
     GatedPositionalSelfAttention,
     HaloAttention2d,
@@ -43,6 +44,8 @@ from ..layers import (
 from ..layers.aggregated_attention import bins, neighbours_inside, unit_vectors
 from ..layers.causal_attention import rotary_table, rotate
 from ..layers.channel_attention import ROLES
+from ..layers.context_mixing import pooled
+from ..layers.dynamic_conv import window_starts
 from ..layers.halo_attention import _relative, graph_halo_axis, halo_axis
 from ..layers.heads import split_heads
 from ..layers.hilo_attention import _pooled
@@ -448,6 +451,26 @@ def halo_attention(layer: HaloAttention2d, x: Tensor) -> Explained:
     return [found], layer.pool(_merged(out, size).permute(0, 3, 1, 2))
 
 
+def context_mixing(
+    layer: ContMix2d, x: Tensor, context: Tensor | None = None, value: Tensor | None = None
+) -> Explained:
+    """Taps of dynamic kernels, which sum to 1, on the map that the layer enlarges where it is too small for them."""
+    q, keys, values = layer.prepare(x, context, value)
+    size, maps, halves = tuple(q.shape[2:4]), [], []
+    biases = layer.biases(size, q.dtype)
+    parts = zip(("small", "large"), layer.kernel_sizes, keys, values, biases, strict=True)
+    for part, K, k, v, bias in parts:
+        weights = (q.flatten(2, 3) @ k.mT + bias.flatten(1, 2)).softmax(-1)
+        rows, cols = (window_starts(n, K, x.device)[:, None] + torch.arange(K, device=x.device) for n in size)
+        rows, cols = (t.expand(*size, K, K) for t in (rows[:, None, :, None], cols[None, :, None, :]))
+        places = torch.stack([rows, cols], -1).flatten(2, 3)  # (H, W, K^2, 2)
+        seen = v.flatten(2, 3)[:, :, (places[..., 0] * size[1] + places[..., 1]).flatten(0, 1)]
+        out = torch.einsum("bgnk,bgnkd->bgdn", weights, seen)
+        halves.append(out.flatten(1, 2).unflatten(2, size))
+        maps.append(Map("attention", weights.unflatten(2, size), IN_WINDOWS, part, keys=places, key_grid=size))
+    return maps, pooled(torch.cat(halves, 1), tuple(x.shape[2:]))
+
+
 # Gates, modulators and kernels
 
 
@@ -538,6 +561,7 @@ LAYERS: dict[type[nn.Module], Callable[..., Explained]] = {
     CosineAttention: cosine_attention,
     AggregatedAttention: aggregated_attention,
     HaloAttention2d: halo_attention,
+    ContMix2d: context_mixing,
     FocalModulation: focal_modulation,
     TokenFocalModulation: _of_tokens(focal_modulation),
     LargeKernelAttention: large_kernel_attention,

@@ -249,7 +249,7 @@ class GatedContMix(nn.Module):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         alone = context_dim is None
-        self.split = dim, context_dim or 0
+        self.dim = dim
         self.contmix = ContMix2d(
             dim, num_heads, kernel_size, smk_size, context_dim, value_proj=alone, bias_std=0.02 if alone else 0.0, **dd
         )
@@ -268,7 +268,8 @@ class GatedContMix(nn.Module):
 
     def forward(self, x: Tensor, source: Tensor | None = None) -> Tensor:
         gate, local = F.silu(self.gate(x)), self.lepe(x)
-        mixed = self.contmix(x) if source is None else self.contmix(*source.split(self.split, 1), x)
+        queries_and_keys = (x,) if source is None else (source[:, : self.dim], source[:, self.dim :], x)
+        mixed = self.contmix(*queries_and_keys)
         return self.proj(self.norm(gate * self.se(self.mix_proj(mixed) + local)))
 
 
@@ -392,7 +393,7 @@ class FocusBlock(ContMixBlock):
     ) -> None:  # fmt: skip
         nn.Module.__init__(self)
         dd = {"device": device, "dtype": dtype}
-        self.dims = dim, context_dim
+        self.dim = dim
         self.context_scale = ChannelScale(context_dim, **dd) if refresh else None
         self.origin_scale = ChannelScale(context_dim, **dd) if refresh else None
         self.fusion = Fusion(dim + context_dim, dim, **dd)
@@ -404,6 +405,6 @@ class FocusBlock(ContMixBlock):
 
     def forward(self, x: Tensor, origin: Tensor) -> Tensor:
         if self.context_scale is not None:
-            x, context = x.split(self.dims, 1)
-            x = torch.cat([x, self.context_scale(context) + self.origin_scale(origin)], 1)
+            context = self.context_scale(x[:, self.dim :]) + self.origin_scale(origin)
+            x = torch.cat([x[:, : self.dim], context], 1)
         return super().forward(x)

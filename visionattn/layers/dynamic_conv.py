@@ -1,13 +1,20 @@
 """Convolution by kernels that differ from position to position, in windows that are shifted inwards at borders."""
 
+from functools import partial
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import Function
 
+from .direct import in_own_precision, is_direct, replayed, replays
 from .size_constant import size_constant
 from .symbolic import Size, is_symbolic
+
+CHUNK = 2**21
+"""Bytes of the weights among zeros that are computed with at once, so that they stay in the cache."""
 
 TILE = 14
 """Most queries of a row that are multiplied together where it is long."""
@@ -41,24 +48,121 @@ def dynamic_conv2d(weights: Tensor, value: Tensor, kernel_size: int) -> Tensor:
         >>> dynamic_conv2d(weights, torch.randn(1, 2, 20, 31, 16), kernel_size=7).shape
         torch.Size([1, 2, 20, 31, 16])
     """
-    K, (H, W) = kernel_size, value.shape[2:4]
-    weights = weights.to(value.dtype).unflatten(-1, (K, K))
+    K, shape, (H, W) = kernel_size, value.shape[:2], value.shape[2:4]
+    weights = weights.to(value.dtype)
     if is_symbolic(H, W):
-        return _in_graph(weights, value, K)
+        return _in_graph(weights.unflatten(-1, (K, K)), value, K)
     if min(H, W) < K:
         raise ValueError(f"expected a map of at least {K} x {K}, got {H} x {W}")
+    if not is_direct(weights, value):
+        return _forward(weights, value, K)
+    weights, value = weights.flatten(0, 1), value.flatten(0, 1)
+    compute = _DynamicConv.apply if torch.is_grad_enabled() else _by_groups
+    return compute(weights, value, K).unflatten(0, shape)
+
+
+def _forward(weights: Tensor, value: Tensor, K: int) -> Tensor:
+    H, W = value.shape[2:4]
     columns = _columns(W, K, value.device)
-    tiles, width, places = len(columns.first), columns.width, columns.places
-    if missing := tiles * len(places[0]) - W:
-        weights = F.pad(weights, (0, 0, 0, 0, 0, missing))
-    band = weights.unflatten(3, (tiles, -1)).transpose(2, 3)  # (B, G, tiles, H, T, K, K)
-    if width > K:
-        index = places[:, None, :, None].expand(*band.shape)
-        band = band.new_zeros(*band.shape[:-1], width).scatter(-1, index, band)
-    band = band.flatten(-2)  # (B, G, tiles, H, T, K w)
-    rows = torch.stack([value[:, :, :, first : first + width] for first in columns.first], 2).flatten(4)
-    out = torch.cat([_product(band[:, :, :, top:end], rows, K, start) for top, end, start in segments(H, K)], 3)
+    band, rows = _band(weights, columns, K), _rows(value, columns)
+    out = []
+    for top, end, start in segments(H, K):
+        part = band[:, :, :, top:end]  # (B, G, tiles, h, T, K w)
+        if start is None:
+            out.append(part @ _windows(rows[:, :, :, 1:-1], K))
+        else:
+            window = rows[:, :, :, start : start + K].flatten(3, 4)
+            out.append((part.flatten(3, 4) @ window).unflatten(3, part.shape[3:5]))
+    out = torch.cat(out, 3) if len(out) > 1 else out[0]
     return out.transpose(2, 3).flatten(3, 4)[:, :, :, :W]
+
+
+def _band(weights: Tensor, columns: "Columns", K: int) -> Tensor:
+    """The weights (B, G, H, W, K^2) among zeros, for each column that a tile sees: (B, G, tiles, H, T, K w)."""
+    places = columns.places
+    if missing := places.shape[0] * places.shape[1] - weights.shape[3]:
+        weights = F.pad(weights, (0, 0, 0, missing))
+    taps = weights.unflatten(-1, (K, K)).unflatten(3, places.shape[:2]).transpose(2, 3)
+    if columns.width > K:
+        band = taps.new_zeros(*taps.shape[:-1], columns.width)
+        taps = band.scatter_(-1, places[:, None, :, None].expand(taps.shape), taps)
+    return taps.flatten(-2)
+
+
+def _rows(value: Tensor, columns: "Columns") -> Tensor:
+    """What each tile sees of the values (B, G, H, W, c): (B, G, tiles, H, w, c)."""
+    return torch.stack([value[:, :, :, first : first + columns.width] for first in columns.first], 2)
+
+
+def _windows(rows: Tensor, K: int) -> Tensor:
+    """Every K rows that follow each other, (B, G, tiles, H - K + 1, K w, c)."""
+    return rows.unfold(3, K, 1).movedim(-1, 4).flatten(4, 5)
+
+
+def _step(weights: Tensor, K: int) -> int:
+    """How many of the groups (B G, H, W, K^2) are computed at once."""
+    return max(1, CHUNK // (2 * K * weights[0, :, :, :K].numel() * weights.element_size()))
+
+
+def _by_groups(weights: Tensor, value: Tensor, K: int) -> Tensor:
+    """`_forward` of (B G, H, W, ...) on some groups after the other."""
+    step, out = _step(weights, K), torch.empty_like(value)
+    for part, v, o in zip(weights.split(step), value.split(step), out.split(step), strict=True):
+        o.copy_(_forward(part[None], v[None], K)[0])
+    return out
+
+
+class _DynamicConv(Function):
+    """`_by_groups`, and gradients that add up in place what windows share."""
+
+    @staticmethod
+    def forward(ctx, weights: Tensor, value: Tensor, K: int) -> Tensor:
+        ctx.save_for_backward(weights, value)
+        ctx.K = K
+        return _by_groups(weights, value, K)
+
+    @staticmethod
+    @in_own_precision
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (weights, value), K, wanted = ctx.saved_tensors, ctx.K, ctx.needs_input_grad[:2]
+        if replays(grad):
+            return *replayed(partial(_plain, K=K), [weights, value], wanted, grad), None
+        step, dweights, dvalue = _step(weights, K), torch.empty_like(weights), torch.zeros_like(value)
+        tensors = weights, value, grad, dweights, dvalue
+        for parts in zip(*(each.split(step) for each in tensors), strict=True):
+            _backward(*(part[None] for part in parts), K)
+        return dweights, dvalue, None
+
+
+def _plain(weights: Tensor, value: Tensor, K: int) -> Tensor:
+    return _forward(weights[None], value[None], K)[0]
+
+
+def _backward(weights: Tensor, value: Tensor, grad: Tensor, dweights: Tensor, dvalue: Tensor, K: int) -> None:
+    """Writes the gradient of the weights, and adds that of the values."""
+    H, W = value.shape[2:4]
+    columns = _columns(W, K, value.device)
+    tiles, T = columns.places.shape[:2]
+    band, rows, w = _band(weights, columns, K), _rows(value, columns), columns.width
+    grad = F.pad(grad, (0, 0, 0, tiles * T - W)).unflatten(3, (tiles, T)).transpose(2, 3)  # (B, G, tiles, H, T, c)
+    dband, drows = torch.empty_like(band), torch.zeros_like(rows)
+    for top, end, start in segments(H, K):
+        part, g = band[:, :, :, top:end], grad[:, :, :, top:end]
+        if start is None:
+            dband[:, :, :, top:end] = g @ _windows(rows[:, :, :, 1:-1], K).mT
+            dwindows = (part.mT @ g).unflatten(4, (K, w))
+            for i in range(K):
+                drows[:, :, :, 1 + i : 1 + i + end - top] += dwindows[:, :, :, :, i]
+        else:
+            window, g = rows[:, :, :, start : start + K].flatten(3, 4), g.flatten(3, 4)
+            dband[:, :, :, top:end] = (g @ window.mT).unflatten(3, part.shape[3:5])
+            drows[:, :, :, start : start + K] += (part.flatten(3, 4).mT @ g).unflatten(3, (K, w))
+    dband = dband.unflatten(-1, (K, w))
+    if w > K:
+        dband = dband.gather(-1, columns.places[:, None, :, None].expand(*dband.shape[:-1], K))
+    dweights.copy_(dband.flatten(-2).transpose(2, 3).flatten(3, 4)[:, :, :, :W])
+    for i, first in enumerate(columns.first):
+        dvalue[:, :, :, first : first + w] += drows[:, :, i]
 
 
 def segments(length: int, kernel_size: int) -> list[tuple[int, int, int | None]]:
@@ -74,23 +178,6 @@ def segments(length: int, kernel_size: int) -> list[tuple[int, int, int | None]]
 def window_starts(length: Size, kernel_size: int, device: torch.device) -> Tensor:
     """(L,) where the window of each position of an axis begins."""
     return (torch.arange(length, device=device) - kernel_size // 2).clamp(min=0).clamp(max=length - kernel_size)
-
-
-def _product(band: Tensor, rows: Tensor, kernel_size: int, start: int | None) -> Tensor:
-    """(B, G, tiles, h, T, c) of the rows of queries in a segment.
-
-    Args:
-        band: (B, G, tiles, h, T, K w) weights.
-        rows: (B, G, tiles, H, w c) values.
-        kernel_size: K.
-        start: row where the window of all of them begins; None for windows of their own.
-    """
-    K, (h, T), width = kernel_size, band.shape[3:5], band.shape[-1]
-    if start is None:
-        windows = rows[..., 1:-1, :].unfold(3, K, 1).transpose(-1, -2).reshape(*band.shape[:4], width, -1)
-        return band @ windows
-    window = rows[..., start : start + K, :].reshape(*band.shape[:3], width, -1)
-    return (band.flatten(3, 4) @ window).unflatten(3, (h, T))
 
 
 class Columns(NamedTuple):
@@ -111,12 +198,12 @@ class Columns(NamedTuple):
 def _columns(length: int, kernel_size: int, device: torch.device) -> Columns:
     K, tiles = kernel_size, 1 if length <= 2 * kernel_size else -(-length // TILE)
     T = -(-length // tiles)
-    starts = window_starts(length, K, torch.device("cpu"))
-    starts = F.pad(starts, (0, tiles * T - length), value=length - K).view(tiles, T)
+    queries = np.arange(tiles * T).reshape(tiles, T)
+    starts = np.clip(queries - K // 2, 0, length - K)
     width = int((starts[:, -1] - starts[:, 0]).max()) + K
-    first = starts[:, 0].clamp(max=length - width)
-    places = (starts - first[:, None])[..., None] + torch.arange(K)
-    return Columns(tuple(first.tolist()), width, places.to(device))
+    first = np.minimum(starts[:, 0], length - width)
+    places = (starts - first[:, None])[..., None] + np.arange(K)
+    return Columns(tuple(first.tolist()), width, torch.from_numpy(places).to(device))
 
 
 def _in_graph(weights: Tensor, value: Tensor, kernel_size: int) -> Tensor:

@@ -182,13 +182,13 @@ class FocusDownsample(nn.Module):
     def __init__(self, dims: tuple[int, int, int], device=None, dtype=None) -> None:
         super().__init__()
         dim, context_dim, out_dim = dims
-        self.dims = dim, context_dim, out_dim + context_dim
+        self.dim, self.width = dim, dim + context_dim
         self.x = ConvNorm(dim, out_dim, 3, 2, device=device, dtype=dtype)
         self.h = ConvNorm(context_dim, context_dim, 3, 2, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        x, h, first = x.split(self.dims, 1)
-        return torch.cat([self.x(x), self.h(h), first[:, :, ::2, ::2]], 1)
+        context = x[:, self.dim : self.width]
+        return torch.cat([self.x(x[:, : self.dim]), self.h(context), x[:, self.width :, ::2, ::2]], 1)
 
 
 class FocusStage(Stage):
@@ -205,10 +205,11 @@ class FocusStage(Stage):
 
     def __init__(self, blocks: Sequence[nn.Module], dims: tuple[int, int], downsample: nn.Module) -> None:
         super().__init__(blocks, sum(dims), downsample=downsample)
-        self.dims = sum(dims), *dims
+        self.context_dim = dims[1]
 
     def _mix(self, x: Tensor) -> Tensor:
-        x, overview, origin = x.permute(0, 3, 1, 2).split(self.dims, 1)
+        x = x.permute(0, 3, 1, 2)
+        x, overview, origin = x[:, : self.dim], x[:, self.dim : -self.context_dim], x[:, -self.context_dim :]
         for block in self.blocks:
             x = recomputed(block, x, origin) if self.grad_checkpointing else block(x, origin)
         return torch.cat([x, overview], 1)
@@ -336,13 +337,14 @@ class OverLoCK(Hierarchical):
         )  # fmt: skip
         self.overview_dim, self.deploy, self.use_ds = dims[3], deploy, use_ds
         self.overview_feature = overview_feature
+        self.classifier = ("head", "aux_head") if use_ds else "head"
         self.aux_norm, self.aux_head = nn.Identity(), nn.Identity()
         self._aux_logits = Passing()
         self._reset_aux_head()
         self.apply(_init_weights)
 
     def _reset_aux_head(self) -> None:
-        wanted, placement = self.use_ds and self.num_classes > 0, self._placement()
+        wanted, placement = self.use_ds and self.num_classes > 0 and len(self.stages) == 4, self._placement()
         if not wanted or not isinstance(self.aux_norm, nn.BatchNorm2d):
             self.aux_norm = nn.BatchNorm2d(self.overview_dim, **placement) if wanted else nn.Identity()
             allow_single_values(self)
@@ -398,7 +400,10 @@ class OverLoCK(Hierarchical):
         x = self.stages(self.stem(self.check(x)))
         if self.training and isinstance(self.aux_head, nn.Linear):
             overview = x[:, -self.overview_dim :]
-            self._aux_logits.value = self.aux_head(self.aux_norm(overview).mean((2, 3)))
+            self._aux_logits.value = aux = self.aux_head(self.aux_norm(overview).mean((2, 3)))
+            # A part of the output's graph, though none of the output: who trains by another loss has no parameter
+            # without a gradient, which not every way to train on several devices allows.
+            x = torch.where(torch.ones_like(x[:1, :1, :1, :1], dtype=torch.bool), x, aux.mean().to(x.dtype))
         return self._map_norm(x)
 
     def training_loss(
@@ -407,6 +412,12 @@ class OverLoCK(Hierarchical):
         """The task's loss of the head, and 0.4 times that of the head of the overview."""
         aux, self._aux_logits.value = self._aux_logits.value, None
         return loss if aux is None else loss + 0.4 * criterion(aux.float())
+
+
+class OneHeadedOverLoCK(OverLoCK):
+    """OverLoCK that is made without the second head."""
+
+    classifier = "head"
 
 
 PARTS = ("base", "overview")
@@ -450,10 +461,11 @@ for _size, (_dims, _depth, _sub_depth, _heads, _rate, _crop, _gmacs, _top1) in S
 VARIANTS["test_overlock"] = Variant(
     {
         "embed_dim": (16, 24, 32, 48), "depth": (1, 1, 1, 1), "sub_depth": (2, 1), "kernel_size": (7, 7, 7, 5),
-        "sub_num_heads": (2, 2), "proj_dim": 64,
+        "sub_num_heads": (2, 2), "proj_dim": 64, "use_ds": False,
     },
     0.001,
     img_size=32,
+    model=OneHeadedOverLoCK,
 )  # fmt: skip
 FAMILY = Family(
     "overlock",
