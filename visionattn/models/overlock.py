@@ -23,7 +23,9 @@ from ..layers.pointwise import Pointwise2d
 from ..registry import Family, Variant, Weights, register_family
 from ..weights.layouts import Flatten, renumber
 
-STEM = {f"patch_embed1.{3 * i + j}.": f"stem.{2 * i}.{part}." for i in range(4) for j, part in enumerate(("proj", "norm"))}
+STEM = {
+    f"patch_embed1.{3 * i + j}.": f"stem.{2 * i}.{part}." for i in range(4) for j, part in enumerate(("proj", "norm"))
+}
 REP_CONV = {
     "dwconv.": "cpe.conv.", "proj.0.": "norm1.", "proj.1.": "mixer.reparam.", "proj.2.": "mixer.norm.",
     "proj.3.proj.1.": "se.fc1.", "proj.3.proj.3.": "se.fc2.", "proj.4.": "mlp.fc1.", "proj.6.": "mlp.dwconv.conv.",
@@ -463,7 +465,7 @@ VARIANTS["test_overlock"] = Variant(
         "embed_dim": (16, 24, 32, 48), "depth": (1, 1, 1, 1), "sub_depth": (2, 1), "kernel_size": (7, 7, 7, 5),
         "sub_num_heads": (2, 2), "proj_dim": 64, "use_ds": False,
     },
-    0.001,
+    0.003309,
     img_size=32,
     model=OneHeadedOverLoCK,
 )  # fmt: skip
