@@ -58,6 +58,9 @@ PARAMS = {
     "patnet_t0": 3.486, "patnet_t1": 6.145, "patnet_t2": 12.270, "patnet_s": 28.013, "patnet_m": 59.179,
     "patnet_l": 100.641, "patnet_t0_full": 3.558, "patnet_t1_full": 6.145, "patnet_t2_full": 12.651,
     "patnet_s_full": 28.976, "patnet_m_full": 61.367, "patnet_l_full": 104.466,
+    "overlock_xt": 17.307, "overlock_t": 34.990, "overlock_s": 58.310, "overlock_b": 98.013,
+    "overlock_xt_reparam": 16.791, "overlock_t_reparam": 33.981, "overlock_s_reparam": 56.670,
+    "overlock_b_reparam": 95.521,
 }  # fmt: skip
 
 

@@ -198,7 +198,7 @@ class DynamicConvBlock(nn.Module):
         first, second = value.unflatten(1, (2, self.groups, -1)).permute(0, 1, 2, 4, 5, 3).unbind(1)
         out = torch.stack([na2d_av(small, first, SMALL), na2d_av(large, second, K)], 1)
         out = out.permute(0, 1, 2, 5, 3, 4).flatten(1, 3)
-        return out if (H, W) == tuple(size) else F.adaptive_avg_pool2d(out, size)
+        return out if tuple(size) == (H, W) else F.adaptive_avg_pool2d(out, size)
 
     def forward(self, x: Tensor, h_x: Tensor, h_r: Tensor) -> tuple[Tensor, Tensor] | Tensor:
         if not self.is_first:

@@ -52,8 +52,8 @@ def _literal(name: str) -> str:
 
 RULES = [
     *((f"^{_literal(old)}", new) for old, new in STEM.items()),
-    *((rf"^blocks(\d)\.(\d+)\.{_literal(old)}", rf"blocks\1.\2.{new}") for old, new in REP_CONV.items()),
-    *((rf"^sub_blocks(\d)\.(\d+)\.{_literal(old)}", rf"sub_blocks\1.\2.{new}") for old, new in FOCUS.items()),
+    *((rf"^blocks([1-4])\.(\d+)\.{_literal(old)}", rf"blocks\1.\2.{new}") for old, new in REP_CONV.items()),
+    *((rf"^sub_blocks([34])\.(\d+)\.{_literal(old)}", rf"sub_blocks\1.\2.{new}") for old, new in FOCUS.items()),
     (r"\.lk_origin\.", ".conv."),
     (r"\.origin_bn\.", ".norm."),
     (r"\.dil_conv_k(\d+)_(\d+)\.", r".branches.\1_\2.conv."),
@@ -61,7 +61,7 @@ RULES = [
     (r"^blocks([12])\.", renumber("stages.{0}.blocks.", -1)),
     (r"^blocks3\.", "stages.2.base."),
     (r"^blocks4\.", "stages.2.overview."),
-    (r"^sub_blocks(\d)\.", renumber("stages.{0}.blocks.", -1)),
+    (r"^sub_blocks([34])\.", renumber("stages.{0}.blocks.", -1)),
     (r"^patch_embed([23])\.0\.", renumber("stages.{0}.downsample.proj.", -1)),
     (r"^patch_embed([23])\.1\.", renumber("stages.{0}.downsample.norm.", -1)),
     (r"^patch_embed4\.0\.", "stages.2.overview_downsample.proj."),

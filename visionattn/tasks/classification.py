@@ -118,7 +118,8 @@ class ClassificationLoss(nn.Module):
         augment: options of the augmentation, for mixup and cutmix.
         images: the images to train on, for their classes and, if these are to be balanced, their labels.
         seed: seed of the mixtures.
-        training_loss: what the model makes of the loss, from (loss, images, logits, criterion); see `Mechanics.training_loss`.
+        training_loss: what the model makes of the loss, from (loss, images, logits, criterion); see
+            `Mechanics.training_loss`.
 
     Raises:
         VisionattnError: if the class weights do not fit the classes.

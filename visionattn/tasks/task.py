@@ -163,7 +163,8 @@ class Task(ABC):
 
         Args:
             images: to train on.
-            training_loss: what a classifier makes of the loss, from (loss, images, logits, criterion); `Mechanics.training_loss`.
+            training_loss: what a classifier makes of the loss, from (loss, images, logits, criterion);
+                `Mechanics.training_loss`.
         """
 
     @abstractmethod
