@@ -107,8 +107,8 @@ def test_second_gradients_and_small_maps():
     weights = torch.randn(1, 1, 3, 4, 9, dtype=torch.float64, requires_grad=True)
     value = torch.randn(1, 1, 3, 4, 1, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradgradcheck(lambda w, v: dynamic_conv2d(w, v, 3), (weights, value))
-    with pytest.raises(ValueError, match="expected a map of at least 5 x 5, got 4 x 9"):
-        dynamic_conv2d(torch.randn(1, 1, 4, 9, 25), value, 5)
+    with pytest.raises(ValueError, match="expected a map of at least 5 x 5, got 3 x 4"):
+        dynamic_conv2d(torch.randn(1, 1, 3, 4, 25), value, 5)
 
 
 @pytest.mark.parametrize("kernel_size", BRANCHES)

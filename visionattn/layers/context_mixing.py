@@ -7,8 +7,7 @@ from torch import Tensor, nn
 
 from .cache import ParameterCache
 from .conv_norm import PointwiseNorm
-from .depthwise import depthwise
-from .dilated_reparam import ChannelScale, DilatedReparamNorm, GlobalResponseNorm2d, GrnMlp, ResidualDepthwise
+from .dilated_reparam import ChannelScale, DilatedReparamNorm, GrnMlp, ResidualDepthwise
 from .dynamic_conv import dynamic_conv2d, segments, window_starts
 from .fuse import is_batch_norm, scale_and_shift, scale_input
 from .pointwise import Pointwise2d
@@ -190,7 +189,8 @@ def tap_bias(table: Tensor, size: tuple[Size, Size], kernel_size: int) -> Tensor
 def working_size(height: Size, width: Size, kernel_size: int) -> tuple[Size, Size]:
     """The size of a map that the kernel fits in: that of the map, or with the short side as long as the kernel.
 
-    The long side is rounded down from what floating point makes of it, as published.
+    The long side is rounded down from what floating point makes of it, as published; in graphs that leave sizes open
+    from the quotient itself, which is one more at a few long shapes, 3 x 27 for one.
     """
     K = kernel_size
     if not is_symbolic(height, width):
@@ -352,59 +352,3 @@ class ContMixBlock(nn.Module):
 def scaled_sum(x: Tensor, y: Tensor, scale: nn.Module, drop: nn.Module, res_scale: bool) -> Tensor:
     """Shortcut and branch, one of which is scaled."""
     return scale(x) + drop(y) if res_scale else x + drop(scale(y))
-
-
-class Fusion(nn.Module):
-    """Depthwise convolution, norm, GELU, product and global response norm: (B, C_in, H, W) to (B, C_out, H, W)."""
-
-    fused_pairs = (("conv", "norm"),)
-
-    def __init__(self, in_dim: int, dim: int, device=None, dtype=None) -> None:
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        self.conv = depthwise(in_dim, 3, **dd)
-        self.norm = nn.BatchNorm2d(in_dim, **dd)
-        self.act = nn.GELU()
-        self.proj = Pointwise2d(in_dim, dim, **dd)
-        self.grn = GlobalResponseNorm2d(dim, **dd)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.grn(self.proj(self.act(self.norm(self.conv(x)))))
-
-
-class FocusBlock(ContMixBlock):
-    """`ContMixBlock` under the guidance of a context, which it carries along in its last channels and updates.
-
-    Args:
-        dim: channels C, those of the context apart.
-        context_dim: channels C_c of the context.
-        refresh: add the context of the beginning to that which the blocks before made of it.
-
-    Others as in `ContMixBlock`; shortcuts are scaled.
-
-    Shape:
-        (B, C + C_c, H, W) and the context of the beginning (B, C_c, H, W) to (B, C + C_c, H, W).
-    """
-
-    def __init__(
-        self, dim: int, context_dim: int, num_heads: int, kernel_size: int, smk_size: int = 5, mlp_ratio: float = 3,
-        ls_init_value: float | None = 1.0, res_scale: bool = True, drop_path: float = 0.0, deploy: bool = False,
-        refresh: bool = True, device=None, dtype=None,
-    ) -> None:  # fmt: skip
-        nn.Module.__init__(self)
-        dd = {"device": device, "dtype": dtype}
-        self.dim = dim
-        self.context_scale = ChannelScale(context_dim, **dd) if refresh else None
-        self.origin_scale = ChannelScale(context_dim, **dd) if refresh else None
-        self.fusion = Fusion(dim + context_dim, dim, **dd)
-        mixing = num_heads, kernel_size, smk_size
-        self._make(dim, context_dim, mixing, mlp_ratio, res_scale, ls_init_value, drop_path, deploy, device, dtype)
-
-    def mix(self, x: Tensor) -> Tensor:
-        return self.mixer(self.fusion(x), x)
-
-    def forward(self, x: Tensor, origin: Tensor) -> Tensor:
-        if self.context_scale is not None:
-            context = self.context_scale(x[:, self.dim :]) + self.origin_scale(origin)
-            x = torch.cat([x[:, : self.dim], context], 1)
-        return super().forward(x)

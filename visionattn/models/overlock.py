@@ -3,22 +3,22 @@
 "OverLoCK: An Overview-first-Look-Closely-next ConvNet with Context-Mixing Dynamic Kernels", arXiv 2502.20087.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, LayerNorm2d, SqueezeExcite, calculate_drop_path_rates
+from timm.layers import calculate_drop_path_rates
 from torch import Tensor, nn
 
 from ..backbone import Backbone, Hierarchical, Stage
 from ..backbone.base import recomputed
-from ..layers.context_mixing import FocusBlock, scaled_sum
-from ..layers.conv_norm import ConvNorm, PointwiseNorm
-from ..layers.dilated_reparam import ChannelScale, DilatedReparamConv2d, DilatedReparamNorm, GrnMlp, ResidualDepthwise
+from ..layers.conv_norm import ConvNorm
+from ..layers.dilated_reparam import DilatedReparamConv2d
 from ..layers.init import init_weights
-from ..layers.layout import channels_last
 from ..layers.norm import allow_single_values
+from ..layers.overview import FeatureNorm, FocusBlock, FocusDownsample, HiddenNorm, Passing, RepConvBlock, with_overview
 from ..layers.pointwise import Pointwise2d
 from ..registry import Family, Variant, Weights, register_family
 from ..weights.layouts import Flatten, renumber
@@ -46,14 +46,10 @@ FOCUS = {
 }  # fmt: skip
 
 
-def _literal(name: str) -> str:
-    return name.replace(".", r"\.")
-
-
 RULES = [
-    *((f"^{_literal(old)}", new) for old, new in STEM.items()),
-    *((rf"^blocks([1-4])\.(\d+)\.{_literal(old)}", rf"blocks\1.\2.{new}") for old, new in REP_CONV.items()),
-    *((rf"^sub_blocks([34])\.(\d+)\.{_literal(old)}", rf"sub_blocks\1.\2.{new}") for old, new in FOCUS.items()),
+    *((f"^{re.escape(old)}", new) for old, new in STEM.items()),
+    *((rf"^blocks([1-4])\.(\d+)\.{re.escape(old)}", rf"blocks\1.\2.{new}") for old, new in REP_CONV.items()),
+    *((rf"^sub_blocks([34])\.(\d+)\.{re.escape(old)}", rf"sub_blocks\1.\2.{new}") for old, new in FOCUS.items()),
     (r"\.lk_origin\.", ".conv."),
     (r"\.origin_bn\.", ".norm."),
     (r"\.dil_conv_k(\d+)_(\d+)\.", r".branches.\1_\2.conv."),
@@ -88,44 +84,6 @@ RULES = [
 ]
 
 
-class RepConvBlock(nn.Module):
-    """A residual block of one branch: large depthwise convolution, squeeze and excitation, MLP.
-
-    Args:
-        dim: channels.
-        kernel_size: of the large convolution.
-        mlp_ratio: hidden channels of the MLP per channel.
-        ls_init_value: initial scale, None for none.
-        res_scale: scale the shortcut instead of the branch.
-        drop_path: probability of dropping the branch of a sample.
-        deploy: have the large convolution as it is in inference.
-
-    Shape:
-        (B, H, W, C) to (B, H, W, C).
-    """
-
-    def __init__(
-        self, dim: int, kernel_size: int, mlp_ratio: float, ls_init_value: float | None, res_scale: bool,
-        drop_path: float, deploy: bool, device=None, dtype=None,
-    ) -> None:  # fmt: skip
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        self.res_scale = res_scale
-        self.cpe = ResidualDepthwise(dim, **dd)
-        self.norm1 = LayerNorm2d(dim, eps=1e-6, **dd)
-        self.mixer = DilatedReparamNorm(dim, kernel_size, deploy, **dd)
-        self.se = SqueezeExcite(dim, rd_channels=max(16, dim // 8), act_layer=nn.GELU, **dd)
-        self.mlp = GrnMlp(dim, int(mlp_ratio * dim), **dd)
-        self.ls1 = nn.Identity() if ls_init_value is None else ChannelScale(dim, ls_init_value, **dd)
-        self.drop_path1 = DropPath(drop_path) if drop_path else nn.Identity()
-
-    @channels_last
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.cpe(x)
-        y = self.mlp(self.se(self.mixer(self.norm1(x))))
-        return scaled_sum(x, y, self.ls1, self.drop_path1, self.res_scale)
-
-
 class LookingStage(Stage):
     """The base's last blocks, the overview at half their resolution, and the first look under its guidance.
 
@@ -156,41 +114,14 @@ class LookingStage(Stage):
         x = self._run(self.base, x).permute(0, 3, 1, 2)
         overview = self._run(self.overview, self.overview_downsample(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         context = self.context_proj(overview)
-        origin = _resized(context, x)
+        origin = F.interpolate(context, x.shape[2:], mode="bilinear", align_corners=False)
         x = self._run(self.blocks, torch.cat([x, origin], 1), origin)
-        return torch.cat([x, _repeated(torch.cat([overview, context], 1), x)], 1)
+        return with_overview(x, torch.cat([overview, context], 1))
 
     def _run(self, blocks: nn.Sequential, x: Tensor, *args: Tensor) -> Tensor:
         for block in blocks:
             x = recomputed(block, x, *args) if self.grad_checkpointing else block(x, *args)
         return x
-
-
-@torch.fx.wrap
-def _resized(x: Tensor, like: Tensor) -> Tensor:
-    return F.interpolate(x, like.shape[2:], mode="bilinear", align_corners=False)
-
-
-@torch.fx.wrap
-def _repeated(x: Tensor, like: Tensor) -> Tensor:
-    """Every position of (B, C, h, w) four times, on a map of the size of another one; every second is x again."""
-    H, W = like.shape[2:]
-    return x[:, :, :, None, :, None].expand(-1, -1, -1, 2, -1, 2).flatten(4).flatten(2, 3)[:, :, :H, :W]
-
-
-class FocusDownsample(nn.Module):
-    """What `LookingStage` returns to map, context, overview and first context at half the resolution, NCHW."""
-
-    def __init__(self, dims: tuple[int, int, int], device=None, dtype=None) -> None:
-        super().__init__()
-        dim, context_dim, out_dim = dims
-        self.dim, self.width = dim, dim + context_dim
-        self.x = ConvNorm(dim, out_dim, 3, 2, device=device, dtype=dtype)
-        self.h = ConvNorm(context_dim, context_dim, 3, 2, device=device, dtype=dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        context = x[:, self.dim : self.width]
-        return torch.cat([self.x(x[:, : self.dim]), self.h(context), x[:, self.width :, ::2, ::2]], 1)
 
 
 class FocusStage(Stage):
@@ -215,36 +146,6 @@ class FocusStage(Stage):
         for block in self.blocks:
             x = recomputed(block, x, origin) if self.grad_checkpointing else block(x, origin)
         return torch.cat([x, overview], 1)
-
-
-class HiddenNorm(PointwiseNorm):
-    """The head's hidden layer at every position: product, batch norm, SiLU."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.silu(super().forward(x))
-
-
-class FeatureNorm(LayerNorm2d):
-    """LayerNorm of a stage's feature (B, C, H, W), without what the stage returns besides.
-
-    Args:
-        dim: channels C of the feature.
-        overview_dim: channels C' of the overview behind it, whose norm and projection are added to it; 0 for none.
-    """
-
-    def __init__(self, dim: int, overview_dim: int = 0, device=None, dtype=None) -> None:
-        super().__init__(dim, device=device, dtype=dtype)
-        self.overview = None
-        if overview_dim:
-            self.overview = nn.Sequential()
-            self.overview.norm = LayerNorm2d(overview_dim, device=device, dtype=dtype)
-            self.overview.proj = Pointwise2d(overview_dim, dim, device=device, dtype=dtype)
-            self.overview.scale = ChannelScale(dim, 1e-5, device=device, dtype=dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        dim = self.normalized_shape[0]
-        y = super().forward(x[:, :dim])
-        return y if self.overview is None else y + self.overview(x[:, dim:])
 
 
 class OverLoCK(Hierarchical):
@@ -282,29 +183,14 @@ class OverLoCK(Hierarchical):
     feature_norm = FeatureNorm
 
     def __init__(
-        self,
-        in_chans: int = 3,
-        num_classes: int = 1000,
-        global_pool: str = "avg",
-        embed_dim: Sequence[int] = (64, 128, 256, 512),
-        depth: Sequence[int] = (4, 4, 6, 2),
-        sub_depth: Sequence[int] = (12, 2),
-        kernel_size: Sequence[int] = (17, 15, 13, 7),
-        smk_size: int = 5,
-        mlp_ratio: Sequence[float] = (4, 4, 4, 4),
-        sub_mlp_ratio: Sequence[float] = (3, 3),
-        sub_num_heads: Sequence[int] = (4, 8),
-        ls_init_value: Sequence[float | None] = (None, None, 1, 1),
-        res_scale: bool = True,
-        proj_dim: int = 1024,
-        deploy: bool = False,
-        use_ds: bool = True,
-        overview_feature: bool = False,
-        drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
-        device=None,
-        dtype=None,
-    ) -> None:
+        self, in_chans: int = 3, num_classes: int = 1000, global_pool: str = "avg",
+        embed_dim: Sequence[int] = (64, 128, 256, 512), depth: Sequence[int] = (4, 4, 6, 2),
+        sub_depth: Sequence[int] = (12, 2), kernel_size: Sequence[int] = (17, 15, 13, 7), smk_size: int = 5,
+        mlp_ratio: Sequence[float] = (4, 4, 4, 4), sub_mlp_ratio: Sequence[float] = (3, 3),
+        sub_num_heads: Sequence[int] = (4, 8), ls_init_value: Sequence[float | None] = (None, None, 1, 1),
+        res_scale: bool = True, proj_dim: int = 1024, deploy: bool = False, use_ds: bool = True,
+        overview_feature: bool = False, drop_rate: float = 0.0, drop_path_rate: float = 0.0, device=None, dtype=None,
+    ) -> None:  # fmt: skip
         dd = {"device": device, "dtype": dtype}
         dims, context_dim = embed_dim, embed_dim[3] // 4
         rates = calculate_drop_path_rates(drop_path_rate, [*depth, *sub_depth], stagewise=True)
@@ -370,12 +256,11 @@ class OverLoCK(Hierarchical):
     def group_matcher(self, coarse: bool = False) -> dict:
         """Patterns that group parameters by depth, for layer-wise learning rates."""
         matcher = super().group_matcher(coarse)
-        if not coarse:
-            base, overview = (len(getattr(self.stages[2], name, ())) if len(self.stages) > 2 else 0 for name in PARTS)
-            numbered = [(rf"^stages\.(2)\.overview\.{i}\.", (base + i,)) for i in range(overview)]
-            numbered += [(rf"^stages\.(2)\.blocks\.{i}\.", (base + overview + i,)) for i in range(100)]
-            numbered += [(r"^stages\.(2)\.base\.(\d+)", None), (r"^stages\.(2)\.(?:overview_d|context)", (base,))]
-            matcher["blocks"] = [*numbered, *matcher["blocks"], (r"^aux_norm", (99999,))]
+        for stage in self.stages[2:3] if not coarse else ():
+            parts = [(part, i) for part in ("base", "overview", "blocks") for i in range(len(getattr(stage, part)))]
+            order = [(rf"^stages\.(2)\.{part}\.{i}\.", (n,)) for n, (part, i) in enumerate(parts)]
+            order += [(r"^stages\.(2)\.(?:overview_downsample|context_proj)", (len(stage.base),))]
+            matcher["blocks"] = [*order, *matcher["blocks"], (r"^aux_norm", (99999,))]
         return matcher
 
     def adapt_state_dict(self, state_dict: dict[str, Tensor], made_for: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -422,21 +307,6 @@ class OneHeadedOverLoCK(OverLoCK):
     classifier = "head"
 
 
-PARTS = ("base", "overview")
-
-
-class Passing:
-    """What a forward pass leaves for the loss. Copies of the model get none."""
-
-    value: Tensor | None = None
-
-    def __deepcopy__(self, memo: dict) -> "Passing":
-        return Passing()
-
-    def __reduce__(self) -> tuple:
-        return Passing, ()
-
-
 def _init_weights(module: nn.Module) -> None:
     init_weights(module, nn.Conv2d | nn.Linear)
 
@@ -471,17 +341,7 @@ VARIANTS["test_overlock"] = Variant(
 )  # fmt: skip
 FAMILY = Family(
     "overlock",
-    (
-        (
-            "OverLoCK: An Overview-first-Look-Closely-next ConvNet with Context-Mixing Dynamic Kernels",
-            "2502.20087",
-        ),
-        (
-            "UniRepLKNet: A Universal Perception Large-Kernel ConvNet for Audio, Video, Point Cloud, Time-Series and "
-            "Image Recognition",
-            "2311.15599",
-        ),
-    ),
+    (("OverLoCK: An Overview-first-Look-Closely-next ConvNet with Context-Mixing Dynamic Kernels", "2502.20087"),),
     "https://github.com/LMMMEng/OverLoCK",
     "apache-2.0",
 )
