@@ -22,8 +22,8 @@ from .layers import (
     AttentiveConv2d,
     ChannelAttention,
     ConnectivityPredictor,
-    CosineAttention,
     ContMix2d,
+    CosineAttention,
     GatedPositionalSelfAttention,
     HaloAttention2d,
     HiLoAttention,
@@ -97,6 +97,8 @@ def _norm_aware(module, inputs):
     C = module.out_proj.in_features
     N = inputs[0][0].numel() // C
     return 2 * N * C * (N if module.kernel == "softmax" else 2 * C // module.num_heads)
+
+
 def _contmix(module, inputs):
     x = inputs[0]
     height, width = working_size(*x.shape[2:], max(module.kernel_sizes))

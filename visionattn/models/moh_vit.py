@@ -189,7 +189,7 @@ class MoHViT(Hierarchical):
             return state_dict
         return state_dict | {k: v for k, v in self.state_dict().items() if ".router." in k}
 
-    def training_loss(self, loss: Tensor, images: Tensor, logits: Tensor) -> Tensor:
+    def training_loss(self, loss: Tensor, images: Tensor, logits: Tensor, criterion: object = None) -> Tensor:
         """Adds a hundredth of the mean load-balance loss of the routers."""
         stages = [stage for stage in self.stages if isinstance(stage, RoutedStage)]
         losses = [each for stage in stages for each in stage.losses]
