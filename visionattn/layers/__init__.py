@@ -2,6 +2,7 @@
 
 from .aggregated_attention import AggregatedAttention as AggregatedAttention
 from .aggregated_attention import CosineAttention as CosineAttention
+from .agent_attention import AgentAttention as AgentAttention
 from .attentive_conv import AttentiveConv2d as AttentiveConv2d
 from .attentive_conv import TokenAttentiveConv2d as TokenAttentiveConv2d
 from .causal_attention import CausalSelfAttention as CausalSelfAttention
@@ -31,6 +32,8 @@ from .partial_attention import PartialSpatialAttention as PartialSpatialAttentio
 from .recursive_gated_conv import GlobalLocalFilter as GlobalLocalFilter
 from .recursive_gated_conv import RecursiveGatedConv as RecursiveGatedConv
 from .self_attention import SelfAttention as SelfAttention
+from .shifted_window_attention import ShiftedWindowAttention2d as ShiftedWindowAttention2d
 from .sparse_attention import ConnectivityPredictor as ConnectivityPredictor
 from .sparse_attention import SparseAttention as SparseAttention
+from .stripe_attention import StripeAttention2d as StripeAttention2d
 from .window_attention import WindowAttention2d as WindowAttention2d

@@ -10,9 +10,14 @@ from .symbolic import is_symbolic
 
 
 def resample_rows(
-    table: Tensor, old: tuple[int, int], new: tuple[int, int], prefix: int = 0, suffix: int = 0
+    table: Tensor,
+    old: tuple[int, int],
+    new: tuple[int, int],
+    prefix: int = 0,
+    suffix: int = 0,
+    mode: str = "bicubic",
 ) -> Tensor:
-    """Rows of a table with one for each position of a map, interpolated bicubically for a map of another size.
+    """Rows of a table with one for each position of a map, interpolated for a map of another size.
 
     Args:
         table: (prefix + H * W + suffix, C).
@@ -20,11 +25,12 @@ def resample_rows(
         new: (H, W) wanted.
         prefix: rows in front that belong to no position; kept.
         suffix: rows behind that belong to no position; kept.
+        mode: of the interpolation.
     """
     # timm's resample_abs_pos_embed knows no rows behind, and decides by the size, which graphs may leave open.
     front, rows, behind = table.split([prefix, old[0] * old[1], suffix])
     dtype = torch.promote_types(table.dtype, torch.float32)
-    rows = F.interpolate(rows.T.unflatten(1, old)[None].to(dtype), new, mode="bicubic", align_corners=False)
+    rows = F.interpolate(rows.T.unflatten(1, old)[None].to(dtype), new, mode=mode, align_corners=False)
     return torch.cat([front, rows[0].flatten(1).T.to(table.dtype), behind])
 
 
@@ -41,23 +47,31 @@ def resize_table(table: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 class PositionEmbedding(nn.Module):
-    """A learned vector for every patch, resampled bicubically for maps of another size.
+    """A learned vector for every patch, resampled for maps of another size.
 
     Args:
         grid_size: (height, width) of the patch map the table is made for.
         dim: channels.
         prefix: tokens in front of the patches, with vectors of their own.
         suffix: tokens behind the patches, with vectors of their own.
+        mode: of the interpolation.
 
     Shape:
         (B, prefix + H * W + suffix, C) and the grid (H, W) to the same shape.
     """
 
     def __init__(
-        self, grid_size: tuple[int, int], dim: int, prefix: int = 0, suffix: int = 0, device=None, dtype=None
+        self,
+        grid_size: tuple[int, int],
+        dim: int,
+        prefix: int = 0,
+        suffix: int = 0,
+        mode: str = "bicubic",
+        device=None,
+        dtype=None,
     ) -> None:
         super().__init__()
-        self.grid_size, self.prefix, self.suffix = grid_size, prefix, suffix
+        self.grid_size, self.prefix, self.suffix, self.mode = grid_size, prefix, suffix, mode
         length = prefix + grid_size[0] * grid_size[1] + suffix
         self.weight = nn.Parameter(torch.empty(1, length, dim, device=device, dtype=dtype))
         self._cache = ParameterCache()
@@ -74,6 +88,7 @@ def _positions(module: PositionEmbedding, grid: tuple[int, int]) -> Tensor:
         return module.weight
 
     def resample() -> Tensor:
-        return resample_rows(module.weight[0], module.grid_size, grid, module.prefix, module.suffix)[None]
+        rows = resample_rows(module.weight[0], module.grid_size, grid, module.prefix, module.suffix, module.mode)
+        return rows[None]
 
     return module._cache(grid, [module.weight], resample)

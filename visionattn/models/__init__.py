@@ -1,3 +1,4 @@
+from . import agent_attention as agent_attention
 from . import attnet as attnet
 from . import convit as convit
 from . import davit as davit
