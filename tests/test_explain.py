@@ -17,6 +17,7 @@ from visionattn.explain.capture import capture
 from visionattn.explain.maps import IN_WINDOWS, LAYERS, NOWHERE, OF_TOKENS, ON_MAP, entry_of
 from visionattn.layers import (
     AggregatedAttention,
+    AgentAttention,
     AttentiveConv2d,
     CausalSelfAttention,
     CosineAttention,
@@ -26,7 +27,9 @@ from visionattn.layers import (
     MixtureOfHeadAttention,
     NeighborhoodAttention2d,
     NormAwareLinearAttention,
+    ShiftedWindowAttention2d,
     SparseAttention,
+    StripeAttention2d,
     TokenAttentiveConv2d,
     TokenFocalModulation,
     TokenNeighborhoodAttention,
@@ -38,6 +41,8 @@ FAMILIES = sorted(visionattn.list_models("test_*"))
 BLOCKS = {
     "aggregated": (AggregatedAttention(16, 4, window=5, pool_ratio=3, shared=1, top_k=2), (2, 8, 11, 16)),
     "aggregated linear": (AggregatedAttention(16, 2, pool_size=3, router=None), (2, 7, 2, 16)),
+    "agents": (AgentAttention(16, 2, (4, 6), agent_num=9, agent_shape=(2, 4)), (2, 7, 5, 16)),
+    "agents of tokens": (AgentAttention(16, 2, (5, 3), agent_num=4, class_token=True), (2, 16, 16), (5, 3)),
     "attentive": (AttentiveConv2d(8), (2, 8, 9, 7)),
     "attentive tokens": (TokenAttentiveConv2d(8), (2, 15, 8), (3, 5)),
     "causal": (CausalSelfAttention(16, 2), (2, 11, 16), None, 0.4),
@@ -60,6 +65,9 @@ BLOCKS = {
     "norm-aware": (NormAwareLinearAttention(16, 2), (2, 16, 7, 5)),
     "norm-aware by softmax": (NormAwareLinearAttention(16, 2, "softmax"), (2, 16, 7, 5)),
     "relative": (TokenRelPosAttention(16, 2, kernel_size=3), (2, 35, 16), (5, 7)),
+    "shifted windows": (ShiftedWindowAttention2d(16, 2, window_size=4, shifted=True), (2, 9, 11, 16)),
+    "stripes": (StripeAttention2d(16, 2, 4), (2, 9, 11, 16)),
+    "one stripe": (StripeAttention2d(16, 2, None), (2, 5, 7, 16)),
     "sparse": (SparseAttention(16, 26, 2), (2, 26, 16), (5, 5)),
     "sparse by threshold": (
         SparseAttention(16, 26, 2, basis_coef_topk=None, attn_score_topk=False, attn_score_threshold=3e-3),

@@ -18,6 +18,11 @@ ALL = visionattn.list_models()
 
 # Millions, as the papers' code has them.
 PARAMS = {
+    "agent_deit_tiny": 6.016, "agent_deit_small": 22.647, "agent_deit_base": 88.479, "agent_deit_small_448": 23.070,
+    "agent_pvt_tiny": 11.570, "agent_pvt_small": 20.635, "agent_pvt_medium": 35.922, "agent_pvt_medium_256": 36.084,
+    "agent_pvt_large": 48.738, "agent_swin_tiny": 28.903, "agent_swin_small": 49.667, "agent_swin_small_288": 49.708,
+    "agent_swin_base": 88.095, "agent_swin_base_384": 88.305, "agent_cswin_tiny": 20.459, "agent_cswin_small": 32.814,
+    "agent_cswin_base": 73.250, "agent_cswin_base_384": 73.328,
     "nat_mini": 19.984, "nat_tiny": 27.902, "nat_small": 50.743, "nat_base": 89.770, "dinat_mini": 19.984,
     "dinat_tiny": 27.902, "dinat_small": 50.720, "dinat_base": 89.770, "dinat_large": 200.944,
     "dinat_large_384": 200.944, "dinat_large_384_11x11": 201.144, "dinat_large_21k": 200.944,

@@ -4,6 +4,7 @@ Attention is counted by its definition, not as it is executed (tiles compute mas
 factorised).
 """
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from .create import create_model
 from .layers import (
     AggregatedAttention,
+    AgentAttention,
     AttentiveConv2d,
     ChannelAttention,
     ConnectivityPredictor,
@@ -31,6 +33,7 @@ from .layers import (
     NormAwareLinearAttention,
     PartialSelfAttention,
     SelfAttention,
+    StripeAttention2d,
     WindowAttention2d,
 )
 from .layers.aggregated_attention import HIDDEN, distances
@@ -79,6 +82,19 @@ def _window(module, inputs):
     w = module.window_size
     N = -(-H // w) * -(-W // w) * w**2  # with the padding, which the published code projects too
     return 2 * N * w**2 * C + 4 * (N - H * W) * C * C
+
+
+def _agents(module, inputs):
+    C = inputs[0].shape[-1]
+    return 4 * inputs[0].shape[1:-1].numel() * math.prod(module.agent_shape) * C
+
+
+def _stripe(module, inputs):
+    _, H, W, C = inputs[0].shape
+    if module.stripe is None:
+        return 2 * (H * W) ** 2 * C
+    padded = [-(-n // module.stripe) * module.stripe for n in (H, W)]
+    return (padded[0] * W**2 + padded[1] * H**2) * module.stripe * C
 
 
 def _channel(module, inputs):
@@ -148,6 +164,8 @@ def _deformable(module, inputs):
 
 # Multiply-adds of one sample in a layer besides its linear maps and convolutions, from the layer and its inputs.
 ATTENTION = {
+    AgentAttention: _agents,
+    StripeAttention2d: _stripe,
     NeighborhoodAttention2d: _neighborhood,
     GatedPositionalSelfAttention: _gated_positional,
     HaloAttention2d: _halo,

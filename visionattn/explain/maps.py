@@ -5,6 +5,7 @@ and the equation of its paper, from weights that it forms in full, and returns t
 A block joins by an entry; a class without one, and without one of a class it is derived from, has no maps.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import wraps
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from ..errors import VisionattnError
 from ..layers import (
     AggregatedAttention,
+    AgentAttention,
     AttentiveConv2d,
     CausalSelfAttention,
     ChannelAttention,
@@ -35,13 +37,16 @@ from ..layers import (
     PartialSpatialAttention,
     RecursiveGatedConv,
     SelfAttention,
+    ShiftedWindowAttention2d,
     SparseAttention,
+    StripeAttention2d,
     TokenAttentiveConv2d,
     TokenFocalModulation,
     TokenNeighborhoodAttention,
     WindowAttention2d,
 )
 from ..layers.aggregated_attention import bins, neighbours_inside, unit_vectors
+from ..layers.agent_attention import pooled
 from ..layers.causal_attention import rotary_table, rotate
 from ..layers.channel_attention import ROLES
 from ..layers.context_mixing import pooled
@@ -53,6 +58,8 @@ from ..layers.local_attention import Plan, local_plan, padded_heads, relative_bi
 from ..layers.mixture_of_head import head_gates
 from ..layers.norm_aware_attention import turned_heads
 from ..layers.partial_attention import distance_buckets
+from ..layers.shifted_window_attention import graph_shifted_window_axis, shifted_window_axis
+from ..layers.stripe_attention import graph_stripe_axis, in_stripes, stripe_axis
 from ..layers.window_attention import graph_window_axis, window_axis
 from ..models.attnet import AttentiveMixer
 from ..models.hornet import GatedConvMixer
@@ -75,6 +82,9 @@ class Map:
         kind: "attention", of which rows sum to 1 unless it is linear or a mask follows; "content" and "position", the
             two that ConViT's is mixed of; "mask", where attention may go; "gate" and "modulator", which multiply;
             "kernel", which convolves.
+        kind: "attention", of which rows sum to 1; "content" and "position", the two that ConViT's is mixed of;
+            "collect", from agents to keys, and "spread", from queries to agents, of which agents' is the product;
+            "mask", where attention may go; "gate" and "modulator", which multiply; "kernel", which convolves.
         values: the weights.
         axes: a name for each dimension of `values`. Attention is over `ON_MAP`; or over `IN_WINDOWS`, where `keys` says
             which they are; or over `OF_TOKENS`, of which one may be the class token.
@@ -285,6 +295,30 @@ def channel_attention(layer: ChannelAttention, x: Tensor) -> Explained:
     return [Map("attention", weights, ("batch", "head", "query_channel", "key_channel"))], layer.proj(out)
 
 
+def agent_attention(layer: AgentAttention, x: Tensor, grid: tuple[int, int] | None = None) -> Explained:
+    """Attention of queries to keys is the product of both steps, which have maps of their own."""
+    qkv, heads, first = layer.qkv(x).flatten(1, -2), layer.num_heads, int(layer.class_token)
+    H, W = tuple(x.shape[1:3]) if x.ndim == 4 else grid or (math.isqrt(x.shape[1] - first),) * 2
+    q, k, v = split_heads(qkv, heads)
+    patches = qkv[:, first:].unflatten(1, (H, W)).chunk(3, -1)
+    (agents,) = split_heads(pooled(patches[0], layer.agent_shape), heads, 1)
+    to_keys, to_agents = layer.biases(H, W)
+    scale = q.shape[3] ** -0.5
+    collect = (agents @ k.mT * scale + to_keys).softmax(-1)
+    spread = (q @ agents.mT * scale + to_agents).softmax(-1)
+    local = layer.dwc(patches[2].permute(0, 3, 1, 2)).flatten(2).mT
+    out = (spread @ (collect @ v)).transpose(1, 2).flatten(2) + F.pad(local, (0, 0, first, 0))
+    weights, axes = spread @ collect, OF_TOKENS
+    if x.ndim == 4:
+        weights, axes, out = _on_map(weights, (H, W), (H, W)), ON_MAP, out.unflatten(1, (H, W))
+    steps = {
+        "collect": _on_map(collect[..., first:], layer.agent_shape, (H, W)),
+        "spread": _on_map(spread[:, :, first:], (H, W), layer.agent_shape),
+    }
+    maps = [Map("attention", weights, axes), *(Map(kind, each, ON_MAP) for kind, each in steps.items())]
+    return maps, layer.proj(out)
+
+
 def _on_map(weights: Tensor, queries: tuple[int, int], keys: tuple[int, int]) -> Tensor:
     return weights.unflatten(3, keys).unflatten(2, queries)
 
@@ -352,6 +386,30 @@ def window_attention(layer: WindowAttention2d, x: Tensor) -> Explained:
     scale = (x.shape[3] // layer.num_heads) ** -0.5
     found, out = _in_windows(layer.qkv(x), layer.qkv.bias, layer.num_heads, layer.window_size, scale)
     return [found], layer.proj(out)
+
+
+def shifted_window_attention(layer: ShiftedWindowAttention2d, x: Tensor) -> Explained:
+    size = tuple(x.shape[1:3])
+    window = layer.window(*size, x.device)
+    plan = local_plan((shifted_window_axis, graph_shifted_window_axis), size, (window, window), x.device)
+    qkv = layer.qkv(x)
+    q, k, v = padded_heads(qkv, layer.qkv.bias, layer.num_heads, plan)
+    found, out = _local(q, k, v, plan, relative_bias(layer.rpb.flatten(1), plan), q.shape[3] ** -0.5, size, size)
+    return [found], layer.proj(_merged(out, size))
+
+
+def stripe_attention(layer: StripeAttention2d, x: Tensor) -> Explained:
+    size, qkv, maps, outs = tuple(x.shape[1:3]), layer.qkv(x), [], []
+    parts, names = len(layer.windows), ("vertical", "horizontal") if layer.stripe else ("",)
+    values = qkv.chunk(3, -1)[2].permute(0, 3, 1, 2).chunk(parts, 1)
+    q, k, v = (each.chunk(parts, 1) for each in split_heads(qkv, layer.num_heads))
+    for i, (rows, cols) in enumerate(layer.windows):
+        heads = layer.num_heads // parts
+        plan = local_plan((stripe_axis, graph_stripe_axis), size, ((rows,), (cols,)), x.device, heads)
+        found, out = _local(q[i], k[i], v[i], plan, None, q[i].shape[3] ** -0.5, size, size)
+        maps.append(_part(found, names[i]))
+        outs.append(_merged(out, size) + in_stripes(layer.lepe[i], values[i], rows, cols).permute(0, 2, 3, 1))
+    return maps, layer.proj(torch.cat(outs, -1))
 
 
 def hilo_attention(layer: HiLoAttention, x: Tensor) -> Explained:
@@ -547,6 +605,7 @@ def _channels_last(entry: Callable[..., Explained]) -> Callable[..., Explained]:
 LAYERS: dict[type[nn.Module], Callable[..., Explained]] = {
     SelfAttention: self_attention,
     MixtureOfHeadAttention: mixture_of_head_attention,
+    AgentAttention: agent_attention,
     CausalSelfAttention: causal_attention,
     GatedPositionalSelfAttention: gated_attention,
     SparseAttention: sparse_attention,
@@ -555,6 +614,8 @@ LAYERS: dict[type[nn.Module], Callable[..., Explained]] = {
     NormAwareMixer: _channels_last(norm_aware_attention),
     ChannelAttention: channel_attention,
     WindowAttention2d: window_attention,
+    ShiftedWindowAttention2d: shifted_window_attention,
+    StripeAttention2d: stripe_attention,
     HiLoAttention: hilo_attention,
     NeighborhoodAttention2d: neighborhood_attention,
     TokenNeighborhoodAttention: _of_tokens(neighborhood_attention),

@@ -119,8 +119,8 @@ class AgentAttention(nn.Module):
         return to_keys, to_agents.mT.contiguous()
 
     def _on_map(self, table: Tensor, rows: Tensor, cols: Tensor, token: Tensor | None, size: tuple) -> Tensor:
-        """A table (heads, n, 7, 7), one of rows (heads, n, H0), one of columns (heads, n, W0) and one of the class token
-        (heads, n, 1), as (heads, agents, N)."""
+        """A table (heads, n, 7, 7), those of rows (heads, n, H0), of columns (heads, n, W0) and of the class token
+        (heads, n, 1), as one (heads, agents, N)."""
         dtype = torch.promote_types(table.dtype, torch.float32)
         bias = F.interpolate(table.to(dtype), size, mode="bilinear")
         bias = bias + _resized(rows.to(dtype), size[0])[..., None] + _resized(cols.to(dtype), size[1])[:, :, None]
@@ -136,7 +136,9 @@ class AgentAttention(nn.Module):
 
 def _resized(table: Tensor, length: Size) -> Tensor:
     """(heads, n, L) to (heads, n, length), linearly."""
-    return table if not is_symbolic(length) and table.shape[2] == length else F.interpolate(table, length, mode="linear")
+    return (
+        table if not is_symbolic(length) and table.shape[2] == length else F.interpolate(table, length, mode="linear")
+    )
 
 
 def resize_axis_tables(state_dict: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -265,23 +265,23 @@ VARIANTS = {
     "agent_cswin_base_384": _cswin(CSWIN_BASE, 46.177, "1239be0df44b47719432", 85.8, 0.7, 384),
     "test_agent_attention": Variant(
         {
-            "embed_dim": 16, "depths": (1, 2, 2, 1), "num_heads": (1, 2, 4, 8), "attn_type": "ABMA1",
+            "embed_dim": 12, "depths": (1, 2, 2, 1), "num_heads": (1, 2, 3, 6), "attn_type": "ABMA1",
             "agent_num": (9, 1, 4, 4), "img_size": 32,
         },
-        0.003, img_size=32, model=AgentSwin,
+        0.000920, img_size=32, model=AgentSwin,
     ),
     "test_agent_deit": Variant(
         {
             "embed_dim": 64, "depth": 4, "num_heads": 4, "patch_size": 8, "agent_num": (4, 4, 9, 9), "agent_layer": 3,
             "img_size": 32,
         },
-        0.003, img_size=32,
+        0.003742, img_size=32,
     ),
 }  # fmt: skip
 FAMILY = Family(
     "agent_attention",
     (("Agent Attention: On the Integration of Softmax and Linear Attention", "2312.08874"),),
     "https://github.com/LeapLabTHU/Agent-Attention",
-    "none stated; built on mit and apache-2.0 code",
+    "none stated",
 )
 register_family(FAMILY, AgentDeiT, VARIANTS)

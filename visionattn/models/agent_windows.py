@@ -23,7 +23,7 @@ AGENTS = (9, 16, 49, 49)
 
 
 class Table:
-    """Transform of a published table of biases by relative position, ((2w - 1)^2, heads), to (heads, 2w - 1, 2w - 1)."""
+    """Transform of a published table of relative biases, ((2w - 1)^2, heads), to (heads, 2w - 1, 2w - 1)."""
 
     def __call__(self, table: Tensor) -> Tensor:
         side = round(len(table) ** 0.5)
