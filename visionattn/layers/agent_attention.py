@@ -15,8 +15,8 @@ from .symbolic import Size, fixed, for_batch, is_symbolic
 
 SIDE = 7
 """Of the tables of biases that are interpolated to the map, whatever its size."""
-AXES = {"ah_bias": 3, "aw_bias": 4, "ha_bias": 2, "wa_bias": 3}
-"""Dimension of the map's rows or columns in the tables that have one."""
+AXES = ("ah_bias", "aw_bias", "ha_bias", "wa_bias")
+"""Tables with an axis of the map, their last one."""
 
 
 class AgentAttention(nn.Module):
@@ -86,12 +86,11 @@ class AgentAttention(nn.Module):
         self.dwc = depthwise(dim, 3, **dd)
         self.proj = Pointwise(dim, dim, **dd) if proj else nn.Identity()
         (H, W), h, n = self.map_size, num_heads, agent_num
-        shapes = {"an": (h, n, SIDE, SIDE), "ah": (1, h, n, H, 1), "aw": (1, h, n, 1, W)}
-        shapes |= {"na": (h, n, SIDE, SIDE), "ha": (1, h, H, 1, n), "wa": (1, h, 1, W, n)}
-        if class_token:
-            shapes |= {"ac": (1, h, n, 1), "ca": (1, h, 1, n)}
+        shapes = dict.fromkeys(("an", "na"), (h, n, SIDE, SIDE))
+        shapes |= dict.fromkeys(("ah", "ha"), (h, n, H)) | dict.fromkeys(("aw", "wa"), (h, n, W))
+        shapes |= dict.fromkeys(("ac", "ca"), (h, n, 1) if class_token else None)
         for name, shape in shapes.items():
-            self.register_parameter(f"{name}_bias", nn.Parameter(torch.empty(shape, **dd)))
+            self.register_parameter(f"{name}_bias", None if shape is None else nn.Parameter(torch.empty(shape, **dd)))
         self._cache = ParameterCache()
         self.reset_parameters()
 
@@ -111,11 +110,8 @@ class AgentAttention(nn.Module):
         """P (heads, n, N), what is added to the logits of the agents, and R (heads, N, n), of the queries, on a map of
         that size; the class token first if there is one."""
         size = height, width
-        tokens = (self.ac_bias[0], self.ca_bias[0].mT) if self.class_token else (None, None)
-        to_keys = self._on_map(self.an_bias, self.ah_bias[0, ..., 0], self.aw_bias[0, :, :, 0], tokens[0], size)
-        to_agents = self._on_map(
-            self.na_bias, self.ha_bias[0, :, :, 0].mT, self.wa_bias[0, :, 0].mT, tokens[1], size
-        )  # fmt: skip
+        to_keys = self._on_map(self.an_bias, self.ah_bias, self.aw_bias, self.ac_bias, size)
+        to_agents = self._on_map(self.na_bias, self.ha_bias, self.wa_bias, self.ca_bias, size)
         return to_keys, to_agents.mT.contiguous()
 
     def _on_map(self, table: Tensor, rows: Tensor, cols: Tensor, token: Tensor | None, size: tuple) -> Tensor:
@@ -148,14 +144,8 @@ def resize_axis_tables(state_dict: dict[str, Tensor], own: dict[str, Tensor]) ->
         state_dict: of any model.
         own: state dict of the model that they shall fit.
     """
-    resized = {}
-    for key in own.keys() & state_dict.keys():
-        table, axis = state_dict[key], AXES.get(key.rpartition(".")[2])
-        if axis is not None and table.ndim == 5 and table.shape[axis] != own[key].shape[axis]:
-            rows = table.movedim(axis, -1)
-            rows = F.interpolate(rows.flatten(0, -2)[None], own[key].shape[axis], mode="linear")[0]
-            resized[key] = rows.unflatten(0, table.movedim(axis, -1).shape[:-1]).movedim(-1, axis)
-    return state_dict | resized
+    keys = [key for key in own if key.endswith(AXES) and key in state_dict and state_dict[key].ndim == 3]
+    return state_dict | {key: _resized(state_dict[key], own[key].shape[2]) for key in keys}
 
 
 def _bins(length: Size, count: int, like: Tensor) -> Tensor:

@@ -23,14 +23,16 @@ from ..layers.pointwise import Mlp, Pointwise
 from ..layers.position import PositionEmbedding, resample_rows
 from ..registry import Family, Variant, Weights, register_family
 from ..weights.layouts import renumber
-from .agent_windows import AGENTS, AgentCSwin, AgentPyramid, AgentSwin, make_stages
+from .agent_windows import AGENT_RULES, AGENTS, AgentCSwin, AgentPyramid, AgentSwin, make_stages
 
 DEIT_RULES = [
+    *AGENT_RULES,
     (r"^pos_embed$", "pos_embed.weight"),
     (r"^patch_embed\.", "stem."),
     (r"\.attn\.", ".mixer."),
 ]
 PVT_RULES = [
+    *AGENT_RULES,
     (r"^patch_embed1\.", "stem."),
     (r"^patch_embed(\d)\.", renumber("stages.{0}.downsample.", -1)),
     (r"^pos_embed1$", "stem.pos_embed.weight"),
@@ -265,17 +267,17 @@ VARIANTS = {
     "agent_cswin_base_384": _cswin(CSWIN_BASE, 46.177, "1239be0df44b47719432", 85.8, 0.7, 384),
     "test_agent_attention": Variant(
         {
-            "embed_dim": 12, "depths": (1, 2, 2, 1), "num_heads": (1, 2, 3, 6), "attn_type": "ABMA1",
+            "embed_dim": 12, "depths": (1, 1, 2, 1), "num_heads": (1, 2, 3, 6), "attn_type": "ABMA1",
             "agent_num": (9, 1, 4, 4), "img_size": 32,
         },
-        0.000920, img_size=32, model=AgentSwin,
+        0.000797, img_size=32, model=AgentSwin,
     ),
     "test_agent_deit": Variant(
         {
-            "embed_dim": 64, "depth": 4, "num_heads": 4, "patch_size": 8, "agent_num": (4, 4, 9, 9), "agent_layer": 3,
+            "embed_dim": 64, "depth": 3, "num_heads": 4, "patch_size": 8, "agent_num": (4, 4, 9, 9), "agent_layer": 2,
             "img_size": 32,
         },
-        0.003742, img_size=32,
+        0.002879, img_size=32,
     ),
 }  # fmt: skip
 FAMILY = Family(

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -34,7 +35,37 @@ class Table:
         return table.flatten(1).T
 
 
+@dataclass(frozen=True)
+class AgentTable:
+    """Transform of a published table of agents, with axes of one element and, in some, the agents last, to (heads,
+    agents, length).
+
+    Args:
+        axis: of the published table, whose only element is taken, None if there is none but the first.
+        agents_last: the agents are its last axis.
+    """
+
+    axis: int | None
+    agents_last: bool
+
+    def __call__(self, table: Tensor) -> Tensor:
+        table = (table if self.axis is None else table.select(self.axis, 0))[0]
+        return table.mT if self.agents_last else table
+
+    def back(self, table: Tensor) -> Tensor:
+        """The published table again."""
+        table = (table.mT if self.agents_last else table)[None]
+        return table if self.axis is None else table.unsqueeze(self.axis)
+
+
+AGENT_RULES = [
+    (rf"\.{name}_bias$", f".{name}_bias", AgentTable(axis, agents_last))
+    for name, axis, agents_last in (
+        ("ah", 4, False), ("aw", 3, False), ("ac", None, False), ("ha", 3, True), ("wa", 2, True), ("ca", None, True),
+    )
+]  # fmt: skip
 SWIN_RULES = [
+    *AGENT_RULES,
     (r"^patch_embed\.", "stem."),
     (r"^layers\.(\d)\.downsample\.", renumber("stages.{0}.downsample.", 1)),
     (r"^layers\.(\d)\.blocks\.", r"stages.\1.blocks."),
@@ -45,6 +76,7 @@ SWIN_RULES = [
     (r"\.attn\.", ".mixer."),
 ]
 CSWIN_RULES = [
+    *AGENT_RULES,
     (r"^stage1_conv_embed\.0\.", "stem.proj."),
     (r"^stage1_conv_embed\.2\.", "stem.norm."),
     (r"^merge(\d)\.conv\.", r"stages.\1.downsample.proj."),
