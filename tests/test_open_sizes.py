@@ -91,6 +91,10 @@ LAYERS = {
     "neighborhood": lambda: Last(
         layers.NeighborhoodAttention2d(16, 2, (5, 4), dilation=(2, 3), stride=(1, 3), rel_pos_bias=False)
     ),
+    "agents": lambda: Last(layers.AgentAttention(16, 2, (8, 8), 9, agent_shape=(2, 4))),
+    "agents of tokens": lambda: Tokens(layers.AgentAttention(16, 2, (19, 24), 4, class_token=True), class_token=True),
+    "shifted": lambda: Last(layers.ShiftedWindowAttention2d(16, 2, (19, 24), 19, shifted=True)),  # but not at that size
+    "stripes": lambda: Last(layers.StripeAttention2d(16, 2, 5)),
     "relative": lambda: Tokens(layers.TokenRelPosAttention(16, 2, 8)),
     "halo": lambda: layers.HaloAttention2d(16, stride=2, num_heads=2, block_size=6, halo_size=2, mask="all"),
     "distances": lambda: layers.PartialSelfAttention(24, num_heads=2, rpe=(3, 5, 9)),

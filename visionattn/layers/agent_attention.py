@@ -118,7 +118,7 @@ class AgentAttention(nn.Module):
         """A table (heads, n, 7, 7), those of rows (heads, n, H0), of columns (heads, n, W0) and of the class token
         (heads, n, 1), as one (heads, agents, N)."""
         dtype = torch.promote_types(table.dtype, torch.float32)
-        bias = F.interpolate(table.to(dtype), size, mode="bilinear")
+        bias = _resized(_resized(table.to(dtype), size[1]).mT, size[0]).mT
         bias = bias + _resized(rows.to(dtype), size[0])[..., None] + _resized(cols.to(dtype), size[1])[:, :, None]
         bias = bias.flatten(2) if token is None else torch.cat([token.to(dtype), bias.flatten(2)], 2)
         built = (math.isqrt(self.agent_num),) * 2
@@ -131,10 +131,15 @@ class AgentAttention(nn.Module):
 
 
 def _resized(table: Tensor, length: Size) -> Tensor:
-    """(heads, n, L) to (heads, n, length), linearly."""
-    return (
-        table if not is_symbolic(length) and table.shape[2] == length else F.interpolate(table, length, mode="linear")
-    )
+    """(heads, n, ..., L) to (heads, n, ..., length), linearly, with half-pixel centres."""
+    old = table.shape[-1]
+    if is_symbolic(length):  # an interpolation that ONNX has no open size for
+        source = ((torch.arange(length, device=table.device) + 0.5) * old / length - 0.5).clamp(0, old - 1)
+        weights = 1 - (source - torch.arange(old, device=table.device)[:, None]).abs()
+        return table @ weights.clamp(min=0).to(table.dtype)
+    if old == length:
+        return table
+    return F.interpolate(table.flatten(0, -2)[None], length, mode="linear")[0].unflatten(0, table.shape[:-1])
 
 
 def resize_axis_tables(state_dict: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -189,5 +194,8 @@ def _agent_attention(layer: AgentAttention, qkv: Tensor, grid: tuple[int, int] |
     collected = F.scaled_dot_product_attention(agents, k, v, attn_mask=for_batch(to_keys, agents))
     out = F.scaled_dot_product_attention(q, agents, collected, attn_mask=for_batch(to_agents, q))
     local = layer.dwc(patches[..., 2 * C :].permute(0, 3, 1, 2)).flatten(2).mT  # (B, N, C)
-    out = out.transpose(1, 2).flatten(2) + (F.pad(local, (0, 0, first, 0)) if first else local)
+    out = out.transpose(1, 2)
+    if torch.compiler.is_exporting():  # other formats have no fused attention, whose layout this is
+        out = out.clone(memory_format=torch.contiguous_format)
+    out = out.flatten(2) + (F.pad(local, (0, 0, first, 0)) if first else local)
     return out.unflatten(1, (H, W)) if qkv.ndim == 4 else out
