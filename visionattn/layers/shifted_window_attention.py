@@ -23,14 +23,14 @@ def shifted_window_axis(length: int, window_size: int, shift: int) -> AxisTiles:
         shift: less than a window.
     """
     w, tiles = window_size, -(-length // window_size)
-    rolled = np.arange(tiles * w).reshape(tiles, w)
-    keys, wrapped, place = (rolled + shift) % rolled.size, rolled >= rolled.size - shift, np.arange(w)
+    first, place, end = np.arange(tiles)[:, None] * w, np.arange(w), tiles * w
+    wrapped = first + place >= end - shift
+    keys = first + place + shift - wrapped * end
     # Places of padding have the query of one that is on the map: the first one, or the first one that was wrapped.
-    some = np.where(keys[:, :1] < length, 0, w - shift)
-    asks = np.where(keys < length, place, some)
-    same = np.take_along_axis(wrapped, asks, 1)[:, :, None] == wrapped[:, None]
-    pairs = np.where(same, asks[:, :, None] - place + w - 1, -1)
-    return AxisTiles(np.take_along_axis(keys, asks, 1), keys, pairs, length, rolled.size, 2 * w - 1)
+    asks = np.where(keys < length, place, (first + shift >= length) * (w - shift))
+    asked_wrapped = first + asks >= end - shift
+    pairs = np.where(asked_wrapped[:, :, None] == wrapped[:, None], asks[:, :, None] - place + w - 1, -1)
+    return AxisTiles(first + asks + shift - asked_wrapped * end, keys, pairs, length, end, 2 * w - 1)
 
 
 def graph_shifted_window_axis(
@@ -38,17 +38,16 @@ def graph_shifted_window_axis(
 ) -> AxisTiles:
     """`shifted_window_axis` in a graph, with one key of padding, at the end, that stands for all."""
     w, tiles = window_size, ceil_div(length, window_size)
-    rolled = torch.arange(tiles * w, device=device).unflatten(0, (tiles, w))
-    wrapped, place = rolled >= tiles * w - shift, torch.arange(w, device=device)
-    keys = rolled + shift - wrapped * (tiles * w)
-    some = (keys[:, :1] >= length) * (w - shift)
-    asks = torch.where(keys < length, place, some)
-    same = wrapped.gather(1, asks)[:, :, None] == wrapped[:, None]
-    pairs = torch.where(same, asks[:, :, None] - place + (w - 1), -1)
+    first, place, end = torch.arange(tiles, device=device)[:, None] * w, torch.arange(w, device=device), tiles * w
+    wrapped = first + place >= end - shift
+    keys = first + place + shift - wrapped * end
+    asks = torch.where(keys < length, place, (first + shift >= length) * (w - shift))
+    asked_wrapped = first + asks >= end - shift
+    pairs = torch.where(asked_wrapped[:, :, None] == wrapped[:, None], asks[:, :, None] - place + (w - 1), -1)
     query = torch.arange(length, device=device)
-    query = query - shift + (query < shift) * (tiles * w)
-    places = query // w, query % w
-    return AxisTiles(keys.gather(1, asks), keys.clamp(max=length), pairs, length, length + 1, 2 * w - 1, places)
+    query = query - shift + (query < shift) * end
+    queries, places = first + asks + shift - asked_wrapped * end, (query // w, query % w)
+    return AxisTiles(queries, keys.clamp(max=length), pairs, length, length + 1, 2 * w - 1, places)
 
 
 class ShiftedWindowAttention2d(WindowAttention2d):
