@@ -93,7 +93,7 @@ LAYERS = {
     ),
     "agents": lambda: Last(layers.AgentAttention(16, 2, (8, 8), 9, agent_shape=(2, 4))),
     "agents of tokens": lambda: Tokens(layers.AgentAttention(16, 2, (19, 24), 4, class_token=True), class_token=True),
-    "shifted": lambda: Last(layers.ShiftedWindowAttention2d(16, 2, (19, 24), 19, shifted=True)),  # but not at that size
+    "shifted": lambda: Last(layers.ShiftedWindowAttention2d(16, 2, (9, 24), 9, shifted=True)),
     "stripes": lambda: Last(layers.StripeAttention2d(16, 2, 5)),
     "relative": lambda: Tokens(layers.TokenRelPosAttention(16, 2, 8)),
     "halo": lambda: layers.HaloAttention2d(16, stride=2, num_heads=2, block_size=6, halo_size=2, mask="all"),
