@@ -71,10 +71,10 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_recipes_train(path: Path, images: Path, teacher: str, tmp_path: Path):
     config = read(path)
     with torch.device("meta"):
-        model = visionattn.create_model(config.model, **config.model_kwargs)
+        visionattn.create_model(config.model, **config.model_kwargs)
         if config.distill.model:
             visionattn.create_model(config.distill.model, **config.distill.kwargs)
-    small = "test_" + type(model).__module__.rpartition(".")[2]
+    small = f"test_{visionattn.model_info(config.model).family}"
     data = {"batch_size": 4, "num_workers": 0, "img_size": 32, "eval_img_size": None}
     trainer = Trainer(
         replace(
@@ -124,7 +124,7 @@ def test_dense_recipes_train(path: Path, tmp_path: Path):
     trainer = Trainer(
         replace(
             config,
-            model="test_" + type(model.inner).__module__.rpartition(".")[2],
+            model=f"test_{visionattn.model_info(config.model).family}",
             model_kwargs={key: value for key, value in config.model_kwargs.items() if key in MECHANICS},
             head_kwargs=config.head_kwargs | SMALL_HEADS[config.head],
             pretrained=False,
