@@ -119,7 +119,7 @@ def test_dense_recipes_train(path: Path, tmp_path: Path):
     config = read(path)
     create = visionattn.create_detector if config.task == "detection" else visionattn.create_segmenter
     with torch.device("meta"):
-        model = create(config.model, config.head, 80, backbone_kwargs=config.model_kwargs, **config.head_kwargs)
+        create(config.model, config.head, 80, backbone_kwargs=config.model_kwargs, **config.head_kwargs)
     joint, data = config.joint, {"name": "scenes", "root": None, "batch_size": 2, "num_workers": 0}
     trainer = Trainer(
         replace(

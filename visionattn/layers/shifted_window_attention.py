@@ -110,7 +110,7 @@ class ShiftedWindowAttention2d(WindowAttention2d):
             return self.window_size, self.shift
         if not is_symbolic(height, width):
             return self.window_size, 0 if (height, width) == self.map_size else self.shift
-        rows, cols = (torch.full((1,), length, device=device) for length in (height, width))
+        rows, cols = (torch.full((1,), length, dtype=torch.float32, device=device) for length in (height, width))
         other = (rows != self.map_size[0]) | (cols != self.map_size[1])
         return self.window_size, other * self.shift
 
