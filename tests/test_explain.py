@@ -16,12 +16,12 @@ from visionattn.explain import attention_maps, cam_layers, grad_cam, layer_maps,
 from visionattn.explain.capture import capture
 from visionattn.explain.maps import IN_WINDOWS, LAYERS, NOWHERE, OF_TOKENS, ON_MAP, entry_of
 from visionattn.layers import (
-    AggregatedAttention,
     AgentAttention,
+    AggregatedAttention,
     AttentiveConv2d,
     CausalSelfAttention,
-    CosineAttention,
     ContMix2d,
+    CosineAttention,
     HaloAttention2d,
     HiLoAttention,
     MixtureOfHeadAttention,

@@ -19,8 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .create import create_model
 from .layers import (
-    AggregatedAttention,
     AgentAttention,
+    AggregatedAttention,
     AttentiveConv2d,
     ChannelAttention,
     ConnectivityPredictor,

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from ..errors import VisionattnError
 from ..layers import (
-    AggregatedAttention,
     AgentAttention,
+    AggregatedAttention,
     AttentiveConv2d,
     CausalSelfAttention,
     ChannelAttention,
@@ -45,8 +45,8 @@ from ..layers import (
     TokenNeighborhoodAttention,
     WindowAttention2d,
 )
+from ..layers.agent_attention import pooled as pooled_agents
 from ..layers.aggregated_attention import bins, neighbours_inside, unit_vectors
-from ..layers.agent_attention import pooled
 from ..layers.causal_attention import rotary_table, rotate
 from ..layers.channel_attention import ROLES
 from ..layers.context_mixing import pooled
@@ -301,7 +301,7 @@ def agent_attention(layer: AgentAttention, x: Tensor, grid: tuple[int, int] | No
     H, W = tuple(x.shape[1:3]) if x.ndim == 4 else grid or (math.isqrt(x.shape[1] - first),) * 2
     q, k, v = split_heads(qkv, heads)
     patches = qkv[:, first:].unflatten(1, (H, W)).chunk(3, -1)
-    (agents,) = split_heads(pooled(patches[0], layer.agent_shape), heads, 1)
+    (agents,) = split_heads(pooled_agents(patches[0], layer.agent_shape), heads, 1)
     to_keys, to_agents = layer.biases(H, W)
     scale = q.shape[3] ** -0.5
     collect = (agents @ k.mT * scale + to_keys).softmax(-1)

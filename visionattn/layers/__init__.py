@@ -1,8 +1,8 @@
 """Attention blocks and what they share; each is usable alone."""
 
+from .agent_attention import AgentAttention as AgentAttention
 from .aggregated_attention import AggregatedAttention as AggregatedAttention
 from .aggregated_attention import CosineAttention as CosineAttention
-from .agent_attention import AgentAttention as AgentAttention
 from .attentive_conv import AttentiveConv2d as AttentiveConv2d
 from .attentive_conv import TokenAttentiveConv2d as TokenAttentiveConv2d
 from .causal_attention import CausalSelfAttention as CausalSelfAttention
