@@ -17,6 +17,7 @@ GOLDENS = sorted(p for p in (Path(__file__).parent / "goldens").glob("*/*.npz") 
 LARGE = (
     "focalnet_large_fl4-224x224", "davit_base_fl-224x224.timm", "moh_vit_small_75", "moh_vit_small_75-160x256",
 )  # fmt: skip
+LARGE = ("focalnet_large_fl4-224x224", "davit_base_fl-224x224.timm", "sgformer_s-224x448")
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,7 @@ PARAMS = {
     "overlock_xt": 17.307, "overlock_t": 34.990, "overlock_s": 58.310, "overlock_b": 98.013,
     "overlock_xt_reparam": 16.791, "overlock_t_reparam": 33.981, "overlock_s_reparam": 56.670,
     "overlock_b_reparam": 95.521,
+    "sgformer_s": 22.546, "sgformer_m": 38.689, "sgformer_b": 77.950,
 }  # fmt: skip
 
 

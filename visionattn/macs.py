@@ -29,6 +29,7 @@ from .layers import (
     GatedPositionalSelfAttention,
     HaloAttention2d,
     HiLoAttention,
+    HybridScaleAttention,
     NeighborhoodAttention2d,
     NormAwareLinearAttention,
     PartialSelfAttention,
@@ -39,6 +40,10 @@ from .layers import (
 from .layers.aggregated_attention import HIDDEN, distances
 from .layers.context_mixing import working_size
 from .layers.dilated_reparam import ChannelScale
+    SelfGuidedAttention,
+    WindowAttention2d,
+)
+from .layers.self_guided_attention import GlobalEnhancedAttention, section_bounds
 from .models.litv2 import DeformableMerging
 
 
@@ -155,6 +160,21 @@ def _cosine(module, inputs):
 def _aggregated(module, inputs):
     (H, W, C), pooled = inputs[0].shape[1:], module.pooled_size(*inputs[0].shape[1:3])
     return H * W * C * (2 * prod(pooled) + 3 * module.window**2) + _position_mlp((H, W), pooled)
+def _hybrid_scale(module, inputs):
+    _, H, W, C = inputs[0].shape
+    w, keys = module.window_size, max(1, H // module.sr_ratio) * max(1, W // module.sr_ratio)
+    return H * W * keys * C + -(-H // w) * -(-W // w) * w**4 * C
+
+
+def _self_guided(module, inputs):
+    _, H, W, C = inputs[0].shape
+    keys = sum(groups for _, _, groups in section_bounds(module, H * W))
+    return (2 * keys + 1) * H * W * C  # the published code merges once more, for the other half of the heads
+
+
+def _all_to_all(module, inputs):
+    _, H, W, C = inputs[0].shape
+    return 2 * (H * W) ** 2 * C
 
 
 def _deformable(module, inputs):
@@ -182,6 +202,9 @@ ATTENTION = {
     NormAwareLinearAttention: _norm_aware,
     CosineAttention: _cosine,
     AggregatedAttention: _aggregated,
+    HybridScaleAttention: _hybrid_scale,
+    SelfGuidedAttention: _self_guided,
+    GlobalEnhancedAttention: _all_to_all,
 }
 
 

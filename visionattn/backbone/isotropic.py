@@ -1,6 +1,5 @@
 """One sequence of tokens."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import VisionattnError
 from ..layers.norm import allow_single_values
-from ..layers.position import PositionEmbedding, resample_rows
+from ..layers.position import PositionEmbedding, fit_positions
 from ..layers.symbolic import ceil_div, is_symbolic
 from .base import Backbone, check_output_format, in_slices, recomputed
 
@@ -126,25 +125,11 @@ class Isotropic(Backbone):
     def adapt_state_dict(self, state_dict: dict[str, Tensor], made_for: Mapping[str, Any]) -> dict[str, Tensor]:
         """Resamples a position table that was made for images of another size."""
         state_dict = super().adapt_state_dict(state_dict, made_for)
-        table, own = state_dict.get("pos_embed.weight"), self.pos_embed
-        if own is None or table is None or table.ndim != 3:
+        table = state_dict.get("pos_embed.weight")
+        if self.pos_embed is None or table is None:
             return state_dict
-        grid = self._grid_of(table.shape[1] - own.prefix - own.suffix, made_for)
-        if grid in (None, own.grid_size):
-            return state_dict
-        table = resample_rows(table[0], grid, own.grid_size, own.prefix, own.suffix)[None]
+        table = fit_positions(table, self.pos_embed, self.patch_size, made_for.get("img_size"))
         return state_dict | {"pos_embed.weight": table}
-
-    def _grid_of(self, patches: int, made_for: Mapping[str, Any]) -> tuple[int, int] | None:
-        """The grid of that many patches in the model that weights were made for, square if it is not known, or None if
-        it cannot be told."""
-        side = math.isqrt(max(patches, 0))
-        sizes = [made_for["img_size"]] if made_for.get("img_size") else []
-        for size in (*sizes, side * self.patch_size):
-            grid = tuple(-(-length // self.patch_size) for length in to_2tuple(size))
-            if math.prod(grid) == patches:
-                return grid
-        return None
 
     def block_arguments(self, x: Tensor, grid: tuple[int, int]) -> tuple:
         """What every block is called with besides its tokens, made once for a forward pass.

@@ -28,6 +28,7 @@ from ..layers import (
     GatedPositionalSelfAttention,
     HaloAttention2d,
     HiLoAttention,
+    HybridScaleAttention,
     LargeKernelAttention,
     MixtureOfHeadAttention,
     NeighborhoodAttention2d,
@@ -38,6 +39,7 @@ from ..layers import (
     RecursiveGatedConv,
     SelfAttention,
     ShiftedWindowAttention2d,
+    SelfGuidedAttention,
     SparseAttention,
     StripeAttention2d,
     TokenAttentiveConv2d,
@@ -60,6 +62,16 @@ from ..layers.norm_aware_attention import turned_heads
 from ..layers.partial_attention import distance_buckets
 from ..layers.shifted_window_attention import graph_shifted_window_axis, shifted_window_axis
 from ..layers.stripe_attention import graph_stripe_axis, in_stripes, stripe_axis
+from ..layers.self_guided_attention import (
+    GlobalEnhancedAttention,
+    attention_weights,
+    guided_heads,
+    merged_tokens,
+    of_windows,
+    section_bounds,
+    significance_order,
+    windows_of,
+)
 from ..layers.window_attention import graph_window_axis, window_axis
 from ..models.attnet import AttentiveMixer
 from ..models.hornet import GatedConvMixer
@@ -284,6 +296,26 @@ def norm_aware_attention(layer: NormAwareLinearAttention, x: Tensor) -> Explaine
     size = x.shape[2:]
     maps = [Map("attention", _on_map(weights, size, size), ON_MAP)]
     return maps, layer.merge(_merged(weights @ v, size).to(x.dtype), qkv, gate)
+def enhanced_attention(layer: GlobalEnhancedAttention, x: Tensor) -> Explained:
+    (q,), (k, v) = split_heads(layer.q(x), layer.num_heads, 1), split_heads(layer.kv(x), layer.num_heads, 2)
+    weights, size = (q @ k.mT * layer.scale).softmax(-1), x.shape[1:3]
+    return [Map("attention", _on_map(weights, size, size), ON_MAP)], layer.merge(_merged(weights @ v, size), x)
+
+
+def self_guided_attention(layer: SelfGuidedAttention, x: Tensor, significance: Tensor) -> Explained:
+    """The positions that a token is merged of share what it is weighed by."""
+    (q,) = split_heads(layer.q(x), layer.num_heads, 1)
+    k, v = guided_heads(layer, layer.kv(merged_tokens(layer, x, significance)))
+    weights, size = (q @ k.mT * layer.scale).softmax(-1), x.shape[1:3]
+    order, token, first = significance_order(significance), [], 0  # of each rank, its token
+    for (start, end, groups), (_, group) in zip(section_bounds(layer, order.shape[1]), layer.sections, strict=True):
+        rank = torch.arange(groups * group - (end - start), groups * group, device=x.device)
+        token.append(first + rank // group)
+        first += groups
+    token = torch.cat(token)
+    shares = (weights / token.bincount(minlength=first))[..., token]
+    values = torch.empty_like(shares).scatter_(3, order[:, None, None].expand_as(shares), shares)
+    return [Map("attention", _on_map(values, size, size), ON_MAP)], layer.merge(_merged(weights @ v, size), x)
 
 
 def channel_attention(layer: ChannelAttention, x: Tensor) -> Explained:
@@ -428,6 +460,26 @@ def hilo_attention(layer: HiLoAttention, x: Tensor) -> Explained:
         maps.append(Map("attention", _on_map(weights, x.shape[1:3], pooled.shape[1:3]), ON_MAP, "low"))
         outs.append(layer.l_proj(_merged(weights @ v, x.shape[1:3])))
     return maps, layer.proj_drop(torch.cat(outs, -1))
+
+
+def hybrid_scale_attention(layer: HybridScaleAttention, x: Tensor) -> Explained:
+    size, heads, w = tuple(x.shape[1:3]), layer.num_heads // 2, layer.window_size
+    halves, summary = layer.q(x).chunk(2, -1), layer.summary(x)
+    (q,), (k, v) = split_heads(halves[0], heads, 1), split_heads(layer.global_kv(summary), heads, 2)
+    weights = (q @ k.mT * layer.scale).softmax(-1)
+    wide = Map("attention", _on_map(weights, size, summary.shape[1:3]), ON_MAP, "global")
+    out = _merged(weights @ v, size)
+    (q, k, v), inside = windows_of(torch.cat([halves[1], layer.local_kv(x)], -1), heads, w)
+    mask = None if inside is None else inside[:, None, None]
+    weights = attention_weights(q, k, layer.scale, mask).to(v.dtype)
+    local = of_windows((weights @ v).transpose(1, 2).flatten(2), w, *size)
+    values = of_windows(weights.transpose(1, 2).flatten(2), w, *size).unflatten(3, (heads, -1)).permute(0, 3, 1, 2, 4)
+    axes = torch.arange(size[0], device=x.device), torch.arange(size[1], device=x.device)
+    row, col = (place[:, None] // w * w + torch.arange(w, device=x.device) for place in axes)
+    row, col = torch.where(row < size[0], row, NOWHERE), torch.where(col < size[1], col, NOWHERE)
+    keys = torch.stack(torch.broadcast_tensors(row[:, None, :, None], col[None, :, None, :]), -1).flatten(2, 3)
+    near = Map("attention", values, IN_WINDOWS, "local", keys=keys, key_grid=size)
+    return [wide, near], layer.merge(torch.cat([out, local], -1), x)
 
 
 def _part(found: Map, part: str) -> Map:
@@ -617,6 +669,9 @@ LAYERS: dict[type[nn.Module], Callable[..., Explained]] = {
     ShiftedWindowAttention2d: shifted_window_attention,
     StripeAttention2d: stripe_attention,
     HiLoAttention: hilo_attention,
+    HybridScaleAttention: hybrid_scale_attention,
+    SelfGuidedAttention: self_guided_attention,
+    GlobalEnhancedAttention: enhanced_attention,
     NeighborhoodAttention2d: neighborhood_attention,
     TokenNeighborhoodAttention: _of_tokens(neighborhood_attention),
     CosineAttention: cosine_attention,

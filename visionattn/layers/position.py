@@ -1,8 +1,10 @@
 """Learned position tables, resampled for maps of another size."""
 
+import math
+
 import torch
 import torch.nn.functional as F
-from timm.layers import trunc_normal_
+from timm.layers import to_2tuple, trunc_normal_
 from torch import Tensor, nn
 
 from .cache import ParameterCache
@@ -92,3 +94,39 @@ def _positions(module: PositionEmbedding, grid: tuple[int, int]) -> Tensor:
         return rows[None]
 
     return module._cache(grid, [module.weight], resample)
+
+
+def grid_of(patches: int, patch_size: int, img_size: int | tuple[int, int] | None = None) -> tuple[int, int] | None:
+    """(height, width) of the map of that many patches in a model, square if its image size is not known, or None if it
+    cannot be told.
+
+    Args:
+        patches: how many there are.
+        patch_size: side of a patch in pixels.
+        img_size: of the model, in pixels.
+    """
+    sizes = [img_size] if img_size else []
+    for size in (*sizes, math.isqrt(max(patches, 0)) * patch_size):
+        grid = tuple(-(-length // patch_size) for length in to_2tuple(size))
+        if math.prod(grid) == patches:
+            return grid
+    return None
+
+
+def fit_positions(
+    table: Tensor, own: PositionEmbedding, patch_size: int, img_size: int | tuple[int, int] | None = None
+) -> Tensor:
+    """A table (1, N, C) of another model, resampled for the grid of `own`; as it is if it has that, or none.
+
+    Args:
+        table: of a model.
+        own: what it is to be loaded into.
+        patch_size: side of a patch in pixels.
+        img_size: of that model, in pixels, if it is known.
+    """
+    if table.ndim != 3:
+        return table
+    grid = grid_of(table.shape[1] - own.prefix - own.suffix, patch_size, img_size)
+    if grid in (None, own.grid_size):
+        return table
+    return resample_rows(table[0], grid, own.grid_size, own.prefix, own.suffix)[None]

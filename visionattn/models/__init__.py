@@ -12,5 +12,6 @@ from . import moh_vit as moh_vit
 from . import nalaformer as nalaformer
 from . import overlock as overlock
 from . import patnet as patnet
+from . import sgformer as sgformer
 from . import sparsifiner as sparsifiner
 from . import van as van

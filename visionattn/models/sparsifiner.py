@@ -18,7 +18,7 @@ from ..errors import VisionattnError
 from ..layers import SparseAttention
 from ..layers.init import init_weights
 from ..layers.pointwise import Mlp
-from ..layers.position import resample_rows
+from ..layers.position import grid_of, resample_rows
 from ..layers.pruning import PruningBlock
 from ..layers.symbolic import is_symbolic
 from ..registry import Family, Variant, Weights, register_family
@@ -205,7 +205,7 @@ class Sparsifiner(Isotropic):
         for k in own:
             table = state_dict.get(k)
             if k.endswith((".proj_n", ".proj_back_n")) and table is not None and table.shape[1:] == own[k].shape[1:]:
-                grid = self._grid_of(len(table) - 1, made_for)
+                grid = grid_of(len(table) - 1, self.patch_size, made_for.get("img_size"))
                 if grid not in (None, self.grid_size):
                     state_dict[k] = resample_rows(table, grid, self.grid_size, prefix=1)
                     if k.endswith(".proj_n"):

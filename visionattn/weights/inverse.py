@@ -7,6 +7,7 @@ out, and of the others the one is taken that accounts for the most of the name.
 
 import re
 from collections.abc import Callable, Iterator, Mapping
+from itertools import takewhile
 
 import torch
 from torch import Tensor
@@ -115,12 +116,8 @@ def to_layout(state_dict: Mapping[str, Tensor], rules: list[Rule]) -> dict[str, 
             stem = key.removesuffix(first)
             published = published_name(rules, stem + name)
             values = {published: torch.stack([value, state_dict[stem + second]])}
-        elif (
-            parts
-            and (names := [published_name(rules, f"{key}#{i}") for i in range(parts)])
-            and all(name and "#" not in name for name in names)
-        ):
-            values = dict(zip(names, value.chunk(parts), strict=True))
+        elif names := list(takewhile(_is_whole, (published_name(rules, f"{key}#{i}") for i in range(parts)))):
+            values = dict(zip(names, value.chunk(len(names)), strict=True))
         else:
             values = {published_name(rules, key): value}
         for name, tensor in values.items():
@@ -130,6 +127,11 @@ def to_layout(state_dict: Mapping[str, Tensor], rules: list[Rule]) -> dict[str, 
                 tensor = getattr(transform, "back", lambda each: each)(tensor)
             out[name] = tensor.contiguous()
     return out
+
+
+def _is_whole(name: str | None) -> bool:
+    """Whether a name is one, and that of no part."""
+    return name is not None and "#" not in name
 
 
 def _pair(rules: list[Rule], index: int) -> tuple[str, str, str]:
