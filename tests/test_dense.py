@@ -153,7 +153,6 @@ def test_maps_are_normalised_as_published(name):
     """By a norm of each stage that is used, where the family's models for dense prediction have some."""
     maps = create_segmenter(name, "fpn").encoder
     norms = maps.backbone.feature_norms if maps.pyramid is None else None
-    if maps.pyramid is not None or name in ("test_van", "test_halonet", "test_moh_vit"):
     if maps.pyramid is not None or maps.backbone.feature_norm is None:
         assert norms is None
     else:

@@ -34,15 +34,13 @@ from .layers import (
     NormAwareLinearAttention,
     PartialSelfAttention,
     SelfAttention,
+    SelfGuidedAttention,
     StripeAttention2d,
     WindowAttention2d,
 )
 from .layers.aggregated_attention import HIDDEN, distances
 from .layers.context_mixing import working_size
 from .layers.dilated_reparam import ChannelScale
-    SelfGuidedAttention,
-    WindowAttention2d,
-)
 from .layers.self_guided_attention import GlobalEnhancedAttention, section_bounds
 from .models.litv2 import DeformableMerging
 
@@ -160,6 +158,8 @@ def _cosine(module, inputs):
 def _aggregated(module, inputs):
     (H, W, C), pooled = inputs[0].shape[1:], module.pooled_size(*inputs[0].shape[1:3])
     return H * W * C * (2 * prod(pooled) + 3 * module.window**2) + _position_mlp((H, W), pooled)
+
+
 def _hybrid_scale(module, inputs):
     _, H, W, C = inputs[0].shape
     w, keys = module.window_size, max(1, H // module.sr_ratio) * max(1, W // module.sr_ratio)

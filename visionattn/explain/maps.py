@@ -38,8 +38,8 @@ from ..layers import (
     PartialSpatialAttention,
     RecursiveGatedConv,
     SelfAttention,
-    ShiftedWindowAttention2d,
     SelfGuidedAttention,
+    ShiftedWindowAttention2d,
     SparseAttention,
     StripeAttention2d,
     TokenAttentiveConv2d,
@@ -60,8 +60,6 @@ from ..layers.local_attention import Plan, local_plan, padded_heads, relative_bi
 from ..layers.mixture_of_head import head_gates
 from ..layers.norm_aware_attention import turned_heads
 from ..layers.partial_attention import distance_buckets
-from ..layers.shifted_window_attention import graph_shifted_window_axis, shifted_window_axis
-from ..layers.stripe_attention import graph_stripe_axis, in_stripes, stripe_axis
 from ..layers.self_guided_attention import (
     GlobalEnhancedAttention,
     attention_weights,
@@ -72,6 +70,8 @@ from ..layers.self_guided_attention import (
     significance_order,
     windows_of,
 )
+from ..layers.shifted_window_attention import graph_shifted_window_axis, shifted_window_axis
+from ..layers.stripe_attention import graph_stripe_axis, in_stripes, stripe_axis
 from ..layers.window_attention import graph_window_axis, window_axis
 from ..models.attnet import AttentiveMixer
 from ..models.hornet import GatedConvMixer
@@ -296,6 +296,8 @@ def norm_aware_attention(layer: NormAwareLinearAttention, x: Tensor) -> Explaine
     size = x.shape[2:]
     maps = [Map("attention", _on_map(weights, size, size), ON_MAP)]
     return maps, layer.merge(_merged(weights @ v, size).to(x.dtype), qkv, gate)
+
+
 def enhanced_attention(layer: GlobalEnhancedAttention, x: Tensor) -> Explained:
     (q,), (k, v) = split_heads(layer.q(x), layer.num_heads, 1), split_heads(layer.kv(x), layer.num_heads, 2)
     weights, size = (q @ k.mT * layer.scale).softmax(-1), x.shape[1:3]

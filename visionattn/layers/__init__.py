@@ -32,9 +32,9 @@ from .partial_attention import PartialSpatialAttention as PartialSpatialAttentio
 from .recursive_gated_conv import GlobalLocalFilter as GlobalLocalFilter
 from .recursive_gated_conv import RecursiveGatedConv as RecursiveGatedConv
 from .self_attention import SelfAttention as SelfAttention
-from .shifted_window_attention import ShiftedWindowAttention2d as ShiftedWindowAttention2d
 from .self_guided_attention import HybridScaleAttention as HybridScaleAttention
 from .self_guided_attention import SelfGuidedAttention as SelfGuidedAttention
+from .shifted_window_attention import ShiftedWindowAttention2d as ShiftedWindowAttention2d
 from .sparse_attention import ConnectivityPredictor as ConnectivityPredictor
 from .sparse_attention import SparseAttention as SparseAttention
 from .stripe_attention import StripeAttention2d as StripeAttention2d

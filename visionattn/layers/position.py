@@ -107,9 +107,10 @@ def grid_of(patches: int, patch_size: int, img_size: int | tuple[int, int] | Non
     """
     sizes = [img_size] if img_size else []
     for size in (*sizes, math.isqrt(max(patches, 0)) * patch_size):
-        grid = tuple(-(-length // patch_size) for length in to_2tuple(size))
-        if math.prod(grid) == patches:
-            return grid
+        sides = to_2tuple(size)
+        for grid in (tuple(-(-side // patch_size) for side in sides), tuple(side // patch_size for side in sides)):
+            if math.prod(grid) == patches:
+                return grid
     return None
 
 

@@ -4,7 +4,6 @@
 CSwin.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -20,7 +19,7 @@ from ..layers.block import Block
 from ..layers.init import init_weights
 from ..layers.patch import PatchConv2d
 from ..layers.pointwise import Mlp, Pointwise
-from ..layers.position import PositionEmbedding, resample_rows
+from ..layers.position import PositionEmbedding, fit_positions
 from ..registry import Family, Variant, Weights, register_family
 from ..weights.layouts import renumber
 from .agent_windows import AGENT_RULES, AGENTS, AgentCSwin, AgentPyramid, AgentSwin, make_stages
@@ -217,14 +216,10 @@ class AgentPVT(AgentPyramid):
         state_dict = super().adapt_state_dict(state_dict, made_for)
         for i in range(len(self.stages)):
             name = f"stages.{i}.downsample.pos_embed" if i else "stem.pos_embed"
-            own, table = self.get_submodule(name), state_dict.get(f"{name}.weight")
-            if table is None or table.ndim != 3:
-                continue
-            side, sizes = math.isqrt(table.shape[1]), to_2tuple(made_for.get("img_size") or 0)
-            grids = tuple(size // 2 ** (i + 2) for size in sizes), (side, side)
-            grid = next((grid for grid in grids if math.prod(grid) == table.shape[1]), own.grid_size)
-            if grid != own.grid_size:
-                state_dict[f"{name}.weight"] = resample_rows(table[0], grid, own.grid_size)[None]
+            key, own = f"{name}.weight", self.get_submodule(name)
+            if key in state_dict:
+                table = fit_positions(state_dict[key], own, 2 ** (i + 2), made_for.get("img_size"))
+                state_dict |= {key: table}
         return state_dict
 
 
