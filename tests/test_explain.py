@@ -22,6 +22,7 @@ from visionattn.layers import (
     CausalSelfAttention,
     ContMix2d,
     CosineAttention,
+    FlowAttention,
     HaloAttention2d,
     HiLoAttention,
     MixtureOfHeadAttention,
@@ -49,6 +50,7 @@ BLOCKS = {
     "cosine": (CosineAttention(16, 4, shared=0, top_k=2), (2, 5, 7, 16)),
     "contmix": (ContMix2d(16, 2, kernel_size=7), (2, 16, 9, 13)),
     "contmix small map": (ContMix2d(16, 2, 7, context_dim=3), (2, 16, 4, 6), torch.randn(2, 3, 4, 6)),
+    "flow tokens": (FlowAttention(16, 2), (2, 15, 16), (3, 5)),
     "focal tokens": (TokenFocalModulation(8, 3, 2), (2, 15, 8), (3, 5)),
     "halo": (HaloAttention2d(8, num_heads=2, block_size=4, halo_size=2), (2, 8, 9, 11)),
     "halo masked": (HaloAttention2d(8, num_heads=2, block_size=4, halo_size=2, mask="all"), (2, 8, 9, 11)),
@@ -179,6 +181,7 @@ def test_named_axes():
         ("batch", "head", "row", "col"),
         ("batch", "channel", "kernel_row", "kernel_col"),
         ("batch", "channel"),
+        ("batch", "head", "row", "col"),
         ("head",),
     }
     model = visionattn.create_model("test_illama").train()

@@ -52,7 +52,7 @@ PARAMS = {
     "litv2_small_alpha00": 28.090, "litv2_small_alpha02": 27.844, "litv2_small_alpha04": 27.697,
     "litv2_small_alpha05": 27.647, "litv2_small_alpha07": 27.697, "litv2_small_alpha09": 27.844,
     "litv2_small_alpha10": 28.090,
-    "focalnet_tiny_srf": 28.427, "focalnet_tiny_lrf": 28.648, "focalnet_small_srf": 49.891,
+    "flowformer": 43.311, "focalnet_tiny_srf": 28.427, "focalnet_tiny_lrf": 28.648, "focalnet_small_srf": 49.891,
     "focalnet_small_lrf": 50.342, "focalnet_base_srf": 88.148, "focalnet_base_lrf": 88.750,
     "focalnet_large_fl3": 239.135, "focalnet_large_fl4": 239.315, "focalnet_xlarge_fl3": 408.787,
     "focalnet_xlarge_fl4": 409.028, "focalnet_huge_fl3": 745.276, "focalnet_huge_fl4": 747.990,

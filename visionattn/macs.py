@@ -26,6 +26,7 @@ from .layers import (
     ConnectivityPredictor,
     ContMix2d,
     CosineAttention,
+    FlowAttention,
     GatedPositionalSelfAttention,
     HaloAttention2d,
     HiLoAttention,
@@ -193,6 +194,7 @@ ATTENTION = {
     ConnectivityPredictor: _predictor,
     WindowAttention2d: _window,
     ChannelAttention: _channel,
+    FlowAttention: _channel,  # its product of keys and values is between channels too
     HiLoAttention: _hilo,
     DeformableMerging: _deformable,
     AttentiveConv2d: _attentive_conv,

@@ -24,6 +24,7 @@ from ..layers import (
     ChannelAttention,
     ContMix2d,
     CosineAttention,
+    FlowAttention,
     FocalModulation,
     GatedPositionalSelfAttention,
     HaloAttention2d,
@@ -53,6 +54,7 @@ from ..layers.causal_attention import rotary_table, rotate
 from ..layers.channel_attention import ROLES
 from ..layers.context_mixing import pooled
 from ..layers.dynamic_conv import window_starts
+from ..layers.flow_attention import capacities, flows
 from ..layers.halo_attention import _relative, graph_halo_axis, halo_axis
 from ..layers.heads import split_heads
 from ..layers.hilo_attention import _pooled
@@ -318,6 +320,19 @@ def self_guided_attention(layer: SelfGuidedAttention, x: Tensor, significance: T
     shares = (weights / token.bincount(minlength=first))[..., token]
     values = torch.empty_like(shares).scatter_(3, order[:, None, None].expand_as(shares), shares)
     return [Map("attention", _on_map(values, size, size), ON_MAP)], layer.merge(_merged(weights @ v, size), x)
+def flow_attention(layer: FlowAttention, x: Tensor, grid: tuple[int, int] | None = None) -> Explained:
+    """What sources send to a sink, as shares of it, and by how much it is more or less than the mean of them."""
+    q, k, v = capacities(layer, layer.qkv(x))
+    taken, given = flows(q, k, layer.eps)
+    weights = q @ k.mT * given.mT
+    total = weights.sum(-1, keepdim=True)
+    weights, gate = weights / total, taken * total
+    out = layer.proj((gate * (weights @ v)).transpose(1, 2).reshape(x.shape))
+    if x.ndim == 3:
+        return [Map("attention", weights, OF_TOKENS), Map("gate", gate[..., 0], ("batch", "head", "query"))], out
+    size = x.shape[1:3]
+    gates = Map("gate", gate[..., 0].unflatten(2, size), ("batch", "head", "row", "col"))
+    return [Map("attention", _on_map(weights, size, size), ON_MAP), gates], out
 
 
 def channel_attention(layer: ChannelAttention, x: Tensor) -> Explained:
@@ -667,6 +682,7 @@ LAYERS: dict[type[nn.Module], Callable[..., Explained]] = {
     NormAwareLinearAttention: norm_aware_attention,
     NormAwareMixer: _channels_last(norm_aware_attention),
     ChannelAttention: channel_attention,
+    FlowAttention: flow_attention,
     WindowAttention2d: window_attention,
     ShiftedWindowAttention2d: shifted_window_attention,
     StripeAttention2d: stripe_attention,

@@ -12,6 +12,7 @@ from .context_mixing import ContMixBlock as ContMixBlock
 from .conv_position import ConvPosEnc as ConvPosEnc
 from .dilated_reparam import DilatedReparamConv2d as DilatedReparamConv2d
 from .dynamic_conv import dynamic_conv2d as dynamic_conv2d
+from .flow_attention import FlowAttention as FlowAttention
 from .focal_modulation import FocalModulation as FocalModulation
 from .focal_modulation import TokenFocalModulation as TokenFocalModulation
 from .gated_positional_attention import GatedPositionalSelfAttention as GatedPositionalSelfAttention

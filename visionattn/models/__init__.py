@@ -3,6 +3,7 @@ from . import attnet as attnet
 from . import convit as convit
 from . import davit as davit
 from . import dinat as dinat
+from . import flowformer as flowformer
 from . import focalnet as focalnet
 from . import halonet as halonet
 from . import hornet as hornet
