@@ -41,6 +41,7 @@ BLOCKS: dict[str, tuple[str, Callable[[int], nn.Module]]] = {
     "AttentiveConv2d": (LINEAR, lambda n: layers.AttentiveConv2d(DIM)),
     "ChannelAttention": (LINEAR, lambda n: layers.ChannelAttention(DIM, HEADS)),
     "ConvPosEnc": (LINEAR, lambda n: layers.ConvPosEnc(DIM)),
+    "FlowAttention": (LINEAR, lambda n: layers.FlowAttention(DIM, HEADS)),
     "FocalModulation": (LINEAR, lambda n: layers.FocalModulation(DIM, focal_window=3, focal_level=2)),
     "HaloAttention2d": (LINEAR, lambda n: layers.HaloAttention2d(DIM, num_heads=HEADS)),
     "HiLoAttention, Hi-Fi": (LINEAR, lambda n: layers.HiLoAttention(DIM, HEADS, alpha=0.0)),
