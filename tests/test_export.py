@@ -2,6 +2,8 @@
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +18,7 @@ from PIL import Image
 import visionattn
 from visionattn.cli import main
 from visionattn.errors import VisionattnError
-from visionattn.export import export_aoti, export_onnx, export_openvino, export_torch, load
+from visionattn.export import export, export_aoti, export_onnx, export_openvino, export_torch, files, load
 from visionattn.export.graph import traceable, traced
 from visionattn.export.measured import open_folder
 from visionattn.export.running import disagreement
@@ -189,6 +191,40 @@ def test_detectors(head, tmp_path):
     torch.testing.assert_close(found[0], eager["boxes"], rtol=0, atol=1e-3)
 
 
+def test_nothing_stays_of_an_export_that_is_ended(checkpoint, tmp_path, monkeypatch):
+    """By an error, by SIGTERM, or at once: then the next one removes what is left, and nothing of one that runs."""
+    (tmp_path / "a.pt2").write_text("earlier")
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    host, mine = socket.gethostname(), os.getpid()
+    running = {f".export-{host}-{mine}-a", f".export-elsewhere-{dead.pid}-a", ".export-notes"}
+    for name in (*running, f".export-{host}-{dead.pid}-a"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.pt2").touch()
+
+    def end(how):
+        def save(program, file, **options):
+            assert f".export-{host}-{mine}-" in file
+            Path(file).write_text("half of it")
+            how()
+
+        monkeypatch.setattr(files, "_program", lambda order: None)
+        monkeypatch.setattr(torch.export, "save", save)
+        export_torch(checkpoint[1], tmp_path / "a.pt2", overwrite=True)
+
+    def fail():
+        raise RuntimeError("no more")
+
+    with pytest.raises(VisionattnError, match="cannot export test_illama to torch: no more"):
+        end(fail)
+    assert {path.name for path in tmp_path.iterdir()} == running | {"a.pt2"}
+    with pytest.raises(SystemExit) as ended:
+        end(lambda: os.kill(mine, signal.SIGTERM))
+    assert ended.value.code == 128 + signal.SIGTERM and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert {path.name for path in tmp_path.iterdir()} == running | {"a.pt2"}
+    assert (tmp_path / "a.pt2").read_text() == "earlier"
+
+
 def test_stand_ins_of_detectors_compute_the_same():
     torch.manual_seed(0)
     model = visionattn.create_detector("test_van", "faster_rcnn", 5, fpn_channels=64, box_score_thresh=0.0).eval()
@@ -207,6 +243,8 @@ def test_what_cannot_be_exported_is_told_in_a_line(checkpoint, tmp_path):
         (lambda: export_onnx(model, tmp_path / "a.pt2"), r"ends in \.onnx"),
         (lambda: export_onnx(model, tmp_path / "no/a.onnx"), "is not a folder"),
         (lambda: export_onnx(model, tmp_path / "a.onnx", int8="all"), "int8 one of weights, static"),
+        (lambda: export(model, tmp_path / "a.onnx", "tflite"), "kind one of onnx, torch, aoti, openvino"),
+        (lambda: export_torch(model, tmp_path / "a.pt2", opset=18), "opset is of ONNX files"),
         (lambda: export_onnx(visionattn.create_model("test_van"), tmp_path / "a.onnx"), "eval mode"),
         (lambda: load(path), "expected an exported file"),
     ):

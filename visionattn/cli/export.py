@@ -31,7 +31,7 @@ def _add(parser: Parser) -> None:
 def _export(args: Any) -> None:
     from ..create import create_model
     from ..export.about import task_of
-    from ..export.files import EXPORTS, check_place
+    from ..export.files import check_place, export
     from ..export.measured import calibration, compare, open_folder
     from ..export.running import load
     from ..weights.description import is_place
@@ -57,7 +57,7 @@ def _export(args: Any) -> None:
     model = create_model(args.model, **kwargs).eval()
     folder = open_folder(args.data, model) if args.data else None
     images = calibration(folder, model, size) if folder and args.int8 == "static" else ()
-    made = EXPORTS[args.format](model, args.out, size, args.int8, images, overwrite=args.overwrite)
+    made = export(model, args.out, args.format, size, args.int8, images, overwrite=args.overwrite)
     shown = size or (made.shapes[0][2:] if task_of(model) == "detection" else ("height", "width"))
     sides = " x ".join(map(str, shown))
     version = f" opset {made.about['opset']}" if "opset" in made.about else ""

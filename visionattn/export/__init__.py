@@ -6,6 +6,7 @@ licence it is. It is compared with the model that it was made from before it is 
 
 from .about import about_model as about_model
 from .files import Exported as Exported
+from .files import export as export
 from .files import export_aoti as export_aoti
 from .files import export_onnx as export_onnx
 from .files import export_openvino as export_openvino

@@ -8,16 +8,18 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 from ..errors import VisionattnError, one_line, optional, require, user_input
 from ..weights.files import place
 from .about import about_model, as_text, task_of
+from .folder import folder_beside
 from .graph import NAMES, graphs_of, make_program, sizes_of, traced
 from .quantized import quantize_onnx, quantize_program
 from .running import EXTRA, NAME, TOLERANCE, disagreement, load
@@ -45,141 +47,63 @@ class Exported:
     about: dict[str, Any]
 
 
-def export_onnx(
+@dataclass(frozen=True)
+class Order:
+    """What a file is to hold.
+
+    Args:
+        model: in eval mode.
+        about: what the file says of itself.
+        size: of `export`; so are the others.
+        int8: likewise.
+        calibration: likewise.
+        opset: likewise.
+    """
+
+    model: nn.Module
+    about: dict[str, Any]
+    size: tuple[int, int] | None
+    int8: str | None
+    calibration: Sequence[Tensor]
+    opset: int | None
+
+
+def export(
     model: nn.Module,
     path: str | os.PathLike,
+    kind: str = "onnx",
     size: tuple[int, int] | None = None,
     int8: str | None = None,
     calibration: Sequence[Tensor] = (),
     opset: int | None = None,
     overwrite: bool = False,
 ) -> Exported:
-    """Write an ONNX file, with its weights inside unless they are over 2 GB.
+    """Write a model as a file of another program, which is compared with it before it is kept.
 
     Args:
         model: in eval mode; a classifier, a feature extractor (`features_only=True`), a segmenter or a detector. A
             detector takes one image (1, C, H, W) of a fixed size.
-        path: of the file, `*.onnx`.
+        path: of the file: `*.onnx`, `*.pt2` (torch, aoti) or `*.xml` (openvino).
+        kind: "onnx", "torch", "aoti" or "openvino".
         size: fixed height and width; None: they are left open, as the batch always is.
         int8: "weights": linear maps with int8 weights, and inputs that are rounded in every call; "static":
             convolutions too, and inputs rounded by what `calibration` shows. None: float32.
         calibration: images (B, C, H, W), prepared as the model wants them.
-        opset: version of the operators; None: torch's choice.
+        opset: version of ONNX's operators; None: torch's choice.
         overwrite: replace a file that is there.
 
     Raises:
-        VisionattnError: if the model cannot be exported so, or onnxruntime does not compute what the model does.
-        NotInstalledError: if onnx, onnxscript or onnxruntime is not installed.
+        VisionattnError: if the model cannot be exported so, or what runs the file does not compute what the model does.
+        NotInstalledError: if what writes or runs the file is not installed.
     """
-    require("onnx", "onnxscript", "onnxruntime")
-
-    def write(file: Path, about: dict[str, Any]) -> None:
-        _write_onnx(model, file, size, about, opset)
-        if int8:
-            quantize_onnx(file, int8, calibration)
-
-    return _export(model, Path(path), ".onnx", "onnx", size, int8, calibration, overwrite, write)
-
-
-def export_torch(
-    model: nn.Module,
-    path: str | os.PathLike,
-    size: tuple[int, int] | None = None,
-    int8: str | None = None,
-    calibration: Sequence[Tensor] = (),
-    overwrite: bool = False,
-) -> Exported:
-    """Write a program of torch.export, which `torch.export.load(path).module()` runs.
-
-    What it says of itself is the extra file `visionattn.json`. With `int8`, round values stand in the graph for a
-    compiler to make use of: AOTInductor or torch.compile; as it is, it computes with them in float32.
-
-    Args: those of `export_onnx`, with `path` `*.pt2`.
-    """
-
-    def write(file: Path, about: dict[str, Any]) -> None:
-        program = _program(model, size, int8, calibration)
-        torch.export.save(program, str(file), extra_files={EXTRA: json.dumps(as_text(about))})
-
-    return _export(model, Path(path), ".pt2", "torch", size, int8, calibration, overwrite, write)
-
-
-def export_aoti(
-    model: nn.Module,
-    path: str | os.PathLike,
-    size: tuple[int, int] | None = None,
-    int8: str | None = None,
-    calibration: Sequence[Tensor] = (),
-    overwrite: bool = False,
-) -> Exported:
-    """Write a package of AOTInductor, compiled for the machine that it is made on, which
-    `torch._inductor.aoti_load_package(path)` runs without Python code of the model.
-
-    What it says of itself is in `get_metadata()` of the loaded package.
-
-    Args: those of `export_onnx`, with `path` `*.pt2`.
-    """
-    if not any(map(shutil.which, (os.environ.get("CXX") or "g++", "clang++"))):
-        raise VisionattnError("AOTInductor needs a C++ compiler: install g++, or name one in CXX")
-
-    def write(file: Path, about: dict[str, Any]) -> None:
-        program = _program(model, size, int8, calibration)
-        options: dict[str, Any] = {"aot_inductor.metadata": as_text(about)}
-        if int8:
-            options["freezing"] = True  # which is where int8 products are recognised
-        with torch.no_grad():
-            torch._inductor.aoti_compile_and_package(program, package_path=str(file), inductor_configs=options)
-
-    return _export(model, Path(path), ".pt2", "aoti", size, int8, calibration, overwrite, write)
-
-
-def export_openvino(
-    model: nn.Module,
-    path: str | os.PathLike,
-    size: tuple[int, int] | None = None,
-    int8: str | None = None,
-    calibration: Sequence[Tensor] = (),
-    overwrite: bool = False,
-) -> Exported:
-    """Write OpenVINO's two files, `*.xml` and `*.bin` beside it, by its own converter from ONNX.
-
-    What they say of themselves is in the model's `rt_info` under "visionattn", as JSON.
-
-    Args: those of `export_onnx`, with `path` `*.xml`.
-    """
-    require("openvino", "onnx", "onnxscript", "onnxruntime")
-
-    def write(file: Path, about: dict[str, Any]) -> None:
-        import openvino
-
-        between = file.with_suffix(".onnx")
-        _write_onnx(model, between, size, about, None)
-        if int8:
-            quantize_onnx(between, int8, calibration)
-        converted = openvino.convert_model(between)
-        converted.set_rt_info(json.dumps(as_text(about)), [NAME])
-        openvino.save_model(converted, file, compress_to_fp16=False)
-        between.unlink()
-
-    return _export(model, Path(path), ".xml", "openvino", size, int8, calibration, overwrite, write)
-
-
-EXPORTS: dict[str, Callable[..., Exported]] = {
-    "onnx": export_onnx,
-    "torch": export_torch,
-    "aoti": export_aoti,
-    "openvino": export_openvino,
-}
-"""What writes each format."""
-
-
-def _export(
-    model: nn.Module, path: Path, suffix: str, kind: str, size: tuple[int, int] | None, int8: str | None,
-    calibration: Sequence[Tensor], overwrite: bool, write: Callable[[Path, dict[str, Any]], None],
-) -> Exported:  # fmt: skip
-    """Writes to a temporary folder, compares, and puts what was written in its place."""
+    if kind not in FORMATS:
+        raise VisionattnError(f"expected kind one of {', '.join(FORMATS)}, got {kind!r}")
+    if opset is not None and kind != "onnx":
+        raise VisionattnError(f"opset is of ONNX files: {kind} has none")
+    wanted, path = FORMATS[kind], Path(path)
+    wanted.check()
     module = traced(model)
-    check_place(path, suffix, overwrite)
+    check_place(path, wanted.suffix, overwrite)
     if int8 not in (None, *INT8):
         raise VisionattnError(f"expected int8 one of {', '.join(INT8)}, got {int8}")
     if int8 and task_of(model) == "detection":
@@ -192,11 +116,11 @@ def _export(
         "size": list(size) if size else None,
     }
     shapes = sizes_of(model, size)
-    with user_input(f"cannot write {path}", OSError), TemporaryDirectory(dir=path.parent, prefix=".export") as folder:
-        file = Path(folder, path.name)
+    with user_input(f"cannot write {path}", OSError), folder_beside(path) as folder:
+        file = folder / path.name
         try:
             with _silence():
-                write(file, about)
+                wanted.write(file, Order(model, about, size, int8, calibration, opset))
         except (VisionattnError, OSError):
             raise
         except Exception as error:  # exporters and compilers raise whatever they like
@@ -209,10 +133,41 @@ def _export(
             raise VisionattnError(f"{path} is not kept: {kind} fails with it{hint} ({one_line(error)})") from error
         if not far <= TOLERANCE and not int8:
             raise VisionattnError(f"{path} is not kept: it is {far:.1e} from what the model computes{hint}")
-        written = sorted(Path(folder).iterdir(), key=lambda each: each.name == path.name)  # the file itself comes last
+        written = sorted(folder.iterdir(), key=lambda each: each.name == path.name)  # the file itself comes last
         for each in written:
             place(each, path.with_name(each.name))
     return Exported(path, far, shapes, said)
+
+
+def export_onnx(model: nn.Module, path: str | os.PathLike, **options: Any) -> Exported:
+    """`export` of an ONNX file, with its weights inside unless they are over 2 GB."""
+    return export(model, path, "onnx", **options)
+
+
+def export_torch(model: nn.Module, path: str | os.PathLike, **options: Any) -> Exported:
+    """`export` of a program of torch.export, which `torch.export.load(path).module()` runs.
+
+    What it says of itself is the extra file `visionattn.json`. With `int8`, round values stand in the graph for a
+    compiler to make use of: AOTInductor or torch.compile; as it is, it computes with them in float32.
+    """
+    return export(model, path, "torch", **options)
+
+
+def export_aoti(model: nn.Module, path: str | os.PathLike, **options: Any) -> Exported:
+    """`export` of a package of AOTInductor, compiled for the machine that it is made on, which
+    `torch._inductor.aoti_load_package(path)` runs without Python code of the model.
+
+    What it says of itself is in `get_metadata()` of the loaded package.
+    """
+    return export(model, path, "aoti", **options)
+
+
+def export_openvino(model: nn.Module, path: str | os.PathLike, **options: Any) -> Exported:
+    """`export` of OpenVINO's two files, `*.xml` and `*.bin` beside it, by its own converter from ONNX.
+
+    What they say of themselves is in the model's `rt_info` under "visionattn", as JSON.
+    """
+    return export(model, path, "openvino", **options)
 
 
 def check_place(path: Path, suffix: str, overwrite: bool) -> None:
@@ -229,29 +184,83 @@ def check_place(path: Path, suffix: str, overwrite: bool) -> None:
         raise VisionattnError(f"cannot write {path}: {path.parent} is not a folder")
 
 
-def _program(model: nn.Module, size: tuple[int, int] | None, int8: str | None, calibration: Sequence[Tensor]):
-    program = make_program(model, size)
-    if not int8:
-        return program
-    return make_program(model, size, quantize_program(program, int8, calibration))
-
-
-def _write_onnx(
-    model: nn.Module, file: Path, size: tuple[int, int] | None, about: dict[str, Any], opset: int | None
-) -> None:
-    options = {"dynamo": True, "input_names": ["image"], "output_names": about["outputs"], "opset_version": opset}
-    if task_of(model) == "detection":
-        program = torch.onnx.export(make_program(model, size), verbose=False, **options)
+def _write_onnx(file: Path, order: Order) -> None:
+    names = {"input_names": ["image"], "output_names": order.about["outputs"]}
+    options = {"dynamo": True, "opset_version": order.opset, "verbose": False, **names}
+    if task_of(order.model) == "detection":
+        program = torch.onnx.export(make_program(order.model, order.size), **options)
     else:  # from the module: graphs of torch.export with open sizes hold for maps of more than one tile alone
-        axes = {axis: name for axis, name in NAMES.items() if axis == 0 or size is None}
-        image = torch.randn(2, *sizes_of(model, size)[0][1:])
-        with torch.no_grad(), graphs_of(model):
-            program = torch.onnx.export(traced(model), (image,), dynamic_shapes=(axes,), verbose=False, **options)
+        axes = {axis: name for axis, name in NAMES.items() if axis == 0 or order.size is None}
+        image = torch.randn(2, *sizes_of(order.model, order.size)[0][1:])
+        with torch.no_grad(), graphs_of(order.model):
+            program = torch.onnx.export(traced(order.model), (image,), dynamic_shapes=(axes,), **options)
     assert program is not None
     graph = program.model.graph
-    program.model.metadata_props.update(as_text(about | {"opset": program.model.opset_imports[""]}))
+    program.model.metadata_props.update(as_text(order.about | {"opset": program.model.opset_imports[""]}))
     weights = sum(value.const_value.nbytes for value in graph.initializers.values() if value.const_value is not None)
     program.save(file, external_data=weights > LARGEST)
+    if order.int8:
+        quantize_onnx(file, order.int8, order.calibration)
+
+
+def _write_torch(file: Path, order: Order) -> None:
+    torch.export.save(_program(order), str(file), extra_files={EXTRA: json.dumps(as_text(order.about))})
+
+
+def _write_aoti(file: Path, order: Order) -> None:
+    options: dict[str, Any] = {"aot_inductor.metadata": as_text(order.about)}
+    if order.int8:
+        options["freezing"] = True  # which is where int8 products are recognised
+    program = _program(order)
+    with torch.no_grad():
+        torch._inductor.aoti_compile_and_package(program, package_path=str(file), inductor_configs=options)
+
+
+def _write_openvino(file: Path, order: Order) -> None:
+    import openvino
+
+    between = file.with_suffix(".onnx")
+    _write_onnx(between, order)
+    converted = openvino.convert_model(between)
+    converted.set_rt_info(json.dumps(as_text(order.about)), [NAME])
+    openvino.save_model(converted, file, compress_to_fp16=False)
+    between.unlink()
+
+
+def _program(order: Order) -> ExportedProgram:
+    program = make_program(order.model, order.size)
+    if not order.int8:
+        return program
+    return make_program(order.model, order.size, quantize_program(program, order.int8, order.calibration))
+
+
+def _check_compiler() -> None:
+    if not any(map(shutil.which, (os.environ.get("CXX") or "g++", "clang++"))):
+        raise VisionattnError("AOTInductor needs a C++ compiler: install g++, or name one in CXX")
+
+
+@dataclass(frozen=True)
+class Format:
+    """What files are of one kind.
+
+    Args:
+        suffix: of their names.
+        write: writes one.
+        check: refuses a machine that lacks what it takes.
+    """
+
+    suffix: str
+    write: Callable[[Path, Order], None]
+    check: Callable[[], None] = lambda: None
+
+
+ONNX = "onnx", "onnxscript", "onnxruntime"
+FORMATS = {
+    "onnx": Format(".onnx", _write_onnx, partial(require, *ONNX)),
+    "torch": Format(".pt2", _write_torch),
+    "aoti": Format(".pt2", _write_aoti, _check_compiler),
+    "openvino": Format(".xml", _write_openvino, partial(require, "openvino", *ONNX)),
+}
 
 
 @contextmanager

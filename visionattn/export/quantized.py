@@ -15,7 +15,7 @@ def quantize_onnx(file: Path, how: str, calibration: Sequence[Tensor]) -> None:
 
     Args:
         file: which is replaced.
-        how: "weights" or "static", as for `export_onnx`.
+        how: "weights" or "static", as for `export`.
         calibration: batches of images.
     """
     import onnx
@@ -53,7 +53,7 @@ def quantize_program(program: ExportedProgram, how: str, calibration: Sequence[T
 
     Args:
         program: the graph.
-        how: "weights" or "static", as for `export_onnx`.
+        how: "weights" or "static", as for `export`.
         calibration: batches of images.
     """
     with optional():
