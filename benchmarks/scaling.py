@@ -70,7 +70,7 @@ def example(block: nn.Module, batch: int, n: int) -> Tensor:
     if isinstance(block, layers.SelfAttention | layers.GatedPositionalSelfAttention):
         return torch.randn(batch, n * n + isinstance(block, layers.SparseAttention), DIM)
     last = (
-        layers.AgentAttention, layers.ChannelAttention, layers.ConvPosEnc, layers.FocalModulation,
+        layers.AgentAttention, layers.ChannelAttention, layers.ConvPosEnc, layers.FlowAttention, layers.FocalModulation,
         layers.HiLoAttention, layers.NeighborhoodAttention2d, layers.WindowAttention2d,
     )  # fmt: skip
     return torch.randn(batch, n, n, DIM) if isinstance(block, last) else torch.randn(batch, DIM, n, n)

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from visionattn.layers import NormAwareLinearAttention
+from visionattn.layers import FlowAttention, NormAwareLinearAttention
 from visionattn.weights import convert_state_dict
 
 GOLDENS = sorted((Path(__file__).parent / "goldens" / "mixers").glob("*.npz"))
 BLOCKS = {
+    "flow": (FlowAttention, {}),
     "nala": (NormAwareLinearAttention, {}),
 }
 """By the beginning of a file's name: the block, and what it calls arguments that have another name in the file."""

@@ -30,7 +30,8 @@ QUICK = "test_illama"
 """An export takes seconds."""
 PUBLISHED = (
     *("attnet_xxs", "convit_tiny", "davit_tiny", "focalnet_tiny_srf", "halonet26t", "hornet_tiny_7x7", "illama_tiny"),
-    *("litv2_small", "nalaformer_xt", "dinat_mini", "nat_mini", "patnet_t0", "sparsifiner_deit_small", "van_b0"),
+    *("flowformer", "litv2_small", "nalaformer_xt", "dinat_mini", "nat_mini", "patnet_t0"),
+    *("sparsifiner_deit_small", "van_b0"),
 )
 
 

@@ -320,6 +320,8 @@ def self_guided_attention(layer: SelfGuidedAttention, x: Tensor, significance: T
     shares = (weights / token.bincount(minlength=first))[..., token]
     values = torch.empty_like(shares).scatter_(3, order[:, None, None].expand_as(shares), shares)
     return [Map("attention", _on_map(values, size, size), ON_MAP)], layer.merge(_merged(weights @ v, size), x)
+
+
 def flow_attention(layer: FlowAttention, x: Tensor, grid: tuple[int, int] | None = None) -> Explained:
     """What sources send to a sink, as shares of it, and by how much it is more or less than the mean of them."""
     q, k, v = capacities(layer, layer.qkv(x))
