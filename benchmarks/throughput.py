@@ -44,8 +44,6 @@ REPRESENTATIVES = (
     "agent_pvt_tiny", "attnet_t1", "convit_tiny", "davit_tiny", "dinat_mini", "flowformer", "focalnet_tiny_srf",
     "halonet26t", "hornet_tiny_gf", "illama_tiny", "litv2_small", "moh_vit_small_75", "nalaformer_xt", "overlock_xt",
     "patnet_t2", "sgformer_s", "sparsifiner_deit_small", "van_b1",
-    "attnet_t1", "convit_tiny", "davit_tiny", "dinat_mini", "flowformer", "focalnet_tiny_srf", "halonet26t",
-    "hornet_tiny_gf", "illama_tiny", "litv2_small", "patnet_t2", "sparsifiner_deit_small", "van_b1",
 )  # fmt: skip
 MOST_PARAMETERS = 60e6
 """Of the models that patterns and --all stand for."""
