@@ -14,7 +14,8 @@ from visionattn.cli import main
 from visionattn.cli.explain import _most_but
 from visionattn.explain import attention_maps, cam_layers, grad_cam, layer_maps, rollout
 from visionattn.explain.capture import capture
-from visionattn.explain.maps import IN_WINDOWS, LAYERS, NOWHERE, OF_TOKENS, ON_MAP, entry_of
+from visionattn.explain.map import IN_WINDOWS, NOWHERE, OF_TOKENS, ON_MAP
+from visionattn.explain.maps import LAYERS, entry_of
 from visionattn.layers import (
     AgentAttention,
     AggregatedAttention,

@@ -15,7 +15,8 @@ from ..backbone import Backbone, Isotropic
 from ..data.images import to_mode
 from ..data.preprocessing import create_transform
 from ..errors import VisionattnError
-from .maps import OF_TOKENS, ON_MAP, Map, entry_of, layer_maps
+from .map import OF_TOKENS, ON_MAP, Map
+from .maps import entry_of, layer_maps
 
 Images = Tensor | Image.Image | Sequence[Image.Image]
 

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import VisionattnError, optional
-from .maps import Map
+from .map import Map
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -13,7 +13,7 @@ from ..backbone import Isotropic
 from ..backbone.hierarchical import Stage
 from ..errors import VisionattnError
 from .capture import Images, Pass, as_batch, backbone_of, capture, evaluating, maps_of, watch
-from .maps import OF_TOKENS, ON_MAP, Map
+from .map import OF_TOKENS, ON_MAP, Map
 
 TINY = 1e-30
 LEAST = 4

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from timm.layers import to_2tuple, trunc_normal_
 from torch import Tensor, nn
 
+from .adaptive_pool import adaptive_pool
 from .cache import ParameterCache
 from .depthwise import depthwise
 from .heads import check_heads, split_heads
@@ -153,14 +154,6 @@ def resize_axis_tables(state_dict: dict[str, Tensor], own: dict[str, Tensor]) ->
     return state_dict | {key: _resized(state_dict[key], own[key].shape[2]) for key in keys}
 
 
-def _bins(length: Size, count: int, like: Tensor) -> Tensor:
-    """(count, length) weights of adaptive average pooling along an axis whose length a graph leaves open."""
-    i, place = (torch.arange(n, device=like.device) for n in (count, length))
-    start, end = i * length // count, ((i + 1) * length + count - 1) // count
-    inside = (place >= start[:, None]) & (place < end[:, None])
-    return inside.to(like.dtype) / (end - start)[:, None].to(like.dtype)
-
-
 def pooled(x: Tensor, shape: tuple[int, int]) -> Tensor:
     """Adaptive average pooling of a map (B, H, W, C), to (B, n, C) in row-major order.
 
@@ -168,10 +161,7 @@ def pooled(x: Tensor, shape: tuple[int, int]) -> Tensor:
         x: map.
         shape: (height, width) of what it is pooled to.
     """
-    if is_symbolic(*x.shape[1:3]):
-        rows, cols = (_bins(length, count, x) for length, count in zip(x.shape[1:3], shape, strict=True))
-        return torch.einsum("xw,bywc->byxc", cols, torch.einsum("yh,bhwc->bywc", rows, x)).flatten(1, 2)
-    return F.adaptive_avg_pool2d(x.permute(0, 3, 1, 2), shape).flatten(2).mT
+    return adaptive_pool(x.permute(0, 3, 1, 2), shape).flatten(2).mT
 
 
 @torch.fx.wrap

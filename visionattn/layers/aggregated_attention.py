@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from timm.layers import to_2tuple, trunc_normal_
 from torch import Tensor, nn
 
+from .adaptive_pool import adaptive_pool, bins
 from .cache import ParameterCache
 from .heads import check_heads, split_heads
 from .mixture_of_head import HeadRouter, head_gates
@@ -114,11 +115,6 @@ def distances(length: Size, keys: Size, device: torch.device) -> tuple[Tensor, T
     double, place = np.unique(2 * np.arange(length)[:, None] - (start + end - 1), return_inverse=True)
     distance, place = torch.from_numpy(double / 2).float(), torch.from_numpy(place.reshape(length, keys))
     return distance.to(device), place.to(device)
-
-
-def bins(key: Tensor | np.ndarray, length: Size, keys: Size) -> tuple:
-    """First and last position, exclusive, of each bin of adaptive pooling."""
-    return key * length // keys, ((key + 1) * length + keys - 1) // keys
 
 
 def unit_vectors(x: Tensor) -> Tensor:
@@ -293,23 +289,9 @@ class AggregatedAttention(_CosineAttention):
 
 @torch.fx.wrap
 def _pooled(layer: AggregatedAttention, x: Tensor) -> Tensor:
-    """Averages over the bins of adaptive pooling, by products where the graph leaves the size open: ONNX has no other
-    pooling for that."""
-    size = fixed(*x.shape[1:3])
-    pooled = layer.pooled_size(*size)
-    if not is_symbolic(*size):
-        return F.adaptive_avg_pool2d(x.permute(0, 3, 1, 2), pooled).permute(0, 2, 3, 1)
-    rows, cols = (_pooling(*sizes, x) for sizes in zip(size, pooled, strict=True))
-    x = (rows @ x.flatten(2)).unflatten(2, x.shape[2:])
-    return cols @ x
-
-
-def _pooling(length: Size, keys: Size, x: Tensor) -> Tensor:
-    """The matrix (keys, length) that pools an axis."""
-    start, end = bins(torch.arange(keys, device=x.device), length, keys)
-    position = torch.arange(length, device=x.device)
-    inside = (position >= start[:, None]) & (position < end[:, None])
-    return (inside / (end - start)[:, None]).to(x.dtype)
+    """(B, H, W, C) to the pooled map (B, H', W', C)."""
+    size = layer.pooled_size(*fixed(*x.shape[1:3]))
+    return adaptive_pool(x.permute(0, 3, 1, 2), size).permute(0, 2, 3, 1)
 
 
 @size_constant

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from timm.layers import DropPath, LayerNorm2d, SqueezeExcite, trunc_normal_
 from torch import Tensor, nn
 
+from .adaptive_pool import adaptive_pool
 from .cache import ParameterCache
 from .conv_norm import PointwiseNorm
 from .dilated_reparam import ChannelScale, DilatedReparamNorm, GrnMlp, ResidualDepthwise
@@ -109,7 +110,7 @@ class ContMix2d(nn.Module):
         x = enlarged(x, size)
         context = x if context is None else enlarged(context, size)
         value = self.v(x if value is None else enlarged(value, size))
-        q, k = self.q(x) * self.scale, self.k(pooled(context, (self.pool_size, self.pool_size)))
+        q, k = self.q(x) * self.scale, self.k(adaptive_pool(context, (self.pool_size, self.pool_size)))
         k = k.flatten(2).unflatten(1, (G, -1)).transpose(-1, -2)  # (B, G, R, c)
         keys = (self.taps.weight.to(k.dtype) @ k).split([n * n for n in self.kernel_sizes], 2)
         values = [_grouped(half, G) for half in value.chunk(2, 1)]
@@ -144,7 +145,7 @@ def _context_mixing(layer: ContMix2d, x: Tensor, context: Tensor | None, value: 
     parts = zip(keys, values, biases, layer.kernel_sizes, strict=True)
     halves = [dynamic_attention(q, k, v.to(q.dtype), bias, K) for k, v, bias, K in parts]
     out = torch.cat([half.permute(0, 1, 4, 2, 3).flatten(1, 2) for half in halves], 1)
-    return pooled(out, size)
+    return adaptive_pool(out, size)
 
 
 def dynamic_attention(q: Tensor, keys: Tensor, value: Tensor, bias: Tensor, kernel_size: int) -> Tensor:
@@ -207,23 +208,6 @@ def enlarged(x: Tensor, size: tuple[Size, Size]) -> Tensor:
     if not is_symbolic(*size) and x.shape[2:] == size:
         return x
     return F.interpolate(x, size, mode="bilinear", align_corners=False)
-
-
-def pooled(x: Tensor, size: tuple[Size, Size]) -> Tensor:
-    """Adaptive average pooling of (B, C, H, W) to a size; where the graph leaves sizes open, which ONNX has no pooling
-    for, by products with the shares of rows and columns."""
-    if not is_symbolic(*size, *x.shape[2:]):
-        return x if x.shape[2:] == size else F.adaptive_avg_pool2d(x, size)
-    rows, cols = (_shares(old, new, x) for old, new in zip(x.shape[2:], size, strict=True))
-    return rows @ x @ cols.mT
-
-
-def _shares(length: Size, count: Size, x: Tensor) -> Tensor:
-    """(count, length) weights of the means over an axis that adaptive pooling takes."""
-    region, position = torch.arange(count, device=x.device)[:, None], torch.arange(length, device=x.device)
-    inside = (position >= region * length // count) & (position < ((region + 1) * length + count - 1) // count)
-    weights = inside.to(torch.promote_types(x.dtype, torch.float32))
-    return (weights / weights.sum(1, keepdim=True)).to(x.dtype)
 
 
 class GatedContMix(nn.Module):
