@@ -17,6 +17,7 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
 
+import visionattn
 import visionattn.training.trainer as trainer_module
 from visionattn.errors import VisionattnError
 from visionattn.training.checkpoint import make_folder, read_saved, remove_unused, save_checkpoint, training_state
@@ -486,3 +487,16 @@ def test_types_of_numbers_survive_a_checkpoint(tmp_path: Path):
     state = {"optimizer": {"momentum_dtype": torch.bfloat16, "others": [torch.float32, None]}}
     save_checkpoint(tmp_path / "c.safetensors", {"w": torch.ones(1)}, {}, state)
     assert training_state(read_saved(tmp_path / "c.safetensors")) == state
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", visionattn.list_models("test_*"))
+def test_every_family_resumes_with_the_same_bits(images: str, tmp_path: Path, name: str):
+    argv = [*QUICK, "--model", name, "--model_kwargs.drop_path_rate", "0.1", "--data.root", images]
+    argv += ["--data.img_size", "32", "--output", str(tmp_path)]
+    whole = train(parse_train([*argv, "--name", "whole"])[0])
+    stopped = killed(Trainer(*parse_train([*argv, "--name", "stopped"])), 1, 2)
+    train(*parse_train(["--resume", str(stopped)]))
+    ours, theirs = (load_file(run / "checkpoints" / "last.safetensors") for run in (stopped, whole))
+    assert ours.keys() == theirs.keys()
+    assert [key for key in ours if not torch.equal(ours[key], theirs[key])] == []
