@@ -36,7 +36,7 @@ def main() -> None:
         sum(losses.values()).backward()
         optimizer.step()
         optimizer.zero_grad()
-        if step % 10 == 9:
+        if step % 10 == 9 or step == args.steps - 1:
             print(f"step {step + 1}: " + ", ".join(f"{name} {loss.item():.3f}" for name, loss in losses.items()))
     image, target = sample()
     found = detector.eval()([image])[0]

@@ -451,6 +451,8 @@ def test_a_damaged_file_in_the_cache_is_named(server, weights, cache):
 def test_registered_addresses(capsys, monkeypatch):
     """Syntactically valid, unique among different models' weights, and told by `visionattn info`."""
     monkeypatch.setattr("visionattn.registry._count_parameters", lambda name: 0)
+    monkeypatch.setattr("visionattn.cli.catalog.create_model", lambda name: torch.nn.Identity())
+    monkeypatch.setattr("visionattn.cli.catalog.stages", lambda *args: [])
     seen = Counter()
     for name in visionattn.list_models():
         assert main(["info", name]) == 0

@@ -16,8 +16,8 @@ GOLDENS = sorted(p for p in (Path(__file__).parent / "goldens").glob("*/*.npz") 
 
 LARGE = (
     "focalnet_large_fl4-224x224", "davit_base_fl-224x224.timm", "moh_vit_small_75", "moh_vit_small_75-160x256",
+    "sgformer_s-224x448", "overlock_xt-160x224", "van_b2-192x256", "hornet_small_gf-192x256", "hornet_tiny_7x7-ls0",
 )  # fmt: skip
-LARGE = ("focalnet_large_fl4-224x224", "davit_base_fl-224x224.timm", "sgformer_s-224x448")
 
 
 @pytest.mark.parametrize(

@@ -130,10 +130,9 @@ def test_compile(name, backend):
     close(*outs, atol)
     for theirs, ours in zip(*gradients, strict=True):
         close(ours, theirs, atol=1e-4 * max(1, theirs.abs().max().item()))
-    for size in ((32, 32), (33, 70)):  # each by a graph of its own
-        x = image(*size)
-        with torch.no_grad():
-            close(compiled(x), model(x), atol)
+    x = image(33, 70)  # by a graph of its own
+    with torch.no_grad():
+        close(compiled(x), model(x), atol)
 
 
 @pytest.mark.parametrize("name", TESTS)

@@ -203,7 +203,7 @@ def test_vectors_are_mixed_smoothed_and_weighted():
     source = Labelled([io.BytesIO()] * 4, [[0, 1], [0], [0, 2], []], 3)
     images = ImageSet(source, [0, 1, 2, 3], ["a", "b", "c"], "images", several=True)
     loss = LossConfig(multi_label=True, smoothing=0.2, class_weights="balanced")
-    made = ClassificationLoss(loss, AugmentConfig(mixup=1.0, cutmix=1.0), images, 0, lambda loss, images, logits: loss)
+    made = ClassificationLoss(loss, AugmentConfig(mixup=1.0, cutmix=1.0), images, 0, lambda loss, *_: loss)
     torch.testing.assert_close(made.criterion.weight, torch.tensor([5 / 9, 5 / 3, 5 / 3]))
     pictures, targets = torch.randn(4, 3, 8, 8), torch.stack([source[i][1] for i in range(4)])
     seen, logits = [], torch.randn(4, 3)

@@ -141,7 +141,7 @@ def photos(tmp_path) -> Path:
         ("retrieval", ["{photos}", "{photos}/dark/0.png", "--model", "test_van", "--top", "2"], "1.000  "),
         ("swap_attention", [], "M parameters, loss "),
         ("own_fpn", ["test_van"], "stride 32: (1, 128, 7, 11)"),
-        ("finetune_detector", ["--steps", "10"], "step 10: "),
+        ("finetune_detector", ["--steps", "2"], "step 2: "),
     ],
 )
 def test_examples(photos, name, options, told):

@@ -79,13 +79,24 @@ def test_model_info(name):
     info = visionattn.model_info(name)
     published = PARAMS.get(info.name)
     assert info.params / 1e6 == pytest.approx(published, abs=6e-4) if published else info.params < 4e6
-    assert info.gmacs == pytest.approx(macs.count(name, info.input_size) / 1e9, rel=2e-3)
     assert info.papers and info.license and info.origin
     for weights in info.weights.values():
         assert weights.urls or weights.hf_hub_id or weights.page or weights.note == "not released"
         assert all(
             re.fullmatch(r"https://[\w.-]+/[^\s]+", url) for url in (*weights.urls, *filter(None, [weights.page]))
         )
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(pytest.param(name, marks=[pytest.mark.slow] if PARAMS.get(name, 0) > 30 else []) for name in ALL),
+        "van_b4.in22k_ft_in1k_384",
+    ],
+)
+def test_multiply_adds(name):
+    info = visionattn.model_info(name)
+    assert info.gmacs == pytest.approx(macs.count(name, info.input_size) / 1e9, rel=2e-3)
 
 
 def test_tags():

@@ -22,6 +22,7 @@ from visionattn.training.run import train
 from visionattn.training.sharding import check_sharding
 from visionattn.training.trainer import Trainer
 
+pytestmark = pytest.mark.slow
 OPTIONS = ["--data.val_fraction", "0.8", "--data.num_workers", "0", "--epochs", "2", "--save_every", "6"]
 OPTIONS += ["--optim.accumulation", "2", "--ema.decay", "0.9"]
 OPTIONS += ["--data.eval_batch_size", "359"]  # of 1437 images the processes get 719 and 718: 3 batches and 2

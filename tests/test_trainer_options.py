@@ -252,7 +252,7 @@ def labelled(*labels, classes: int = 3) -> ImageSet:
 
 
 def loss_of(options: LossConfig, logits: torch.Tensor, targets: torch.Tensor, images: ImageSet) -> float:
-    loss = ClassificationLoss(options, AugmentConfig(mixup=0), images, 0, lambda loss, images, logits: loss)
+    loss = ClassificationLoss(options, AugmentConfig(mixup=0), images, 0, lambda loss, *_: loss)
     return loss(lambda images: logits, torch.zeros(len(logits)), targets, 0).item()
 
 

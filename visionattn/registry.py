@@ -112,7 +112,7 @@ class ModelInfo:
     Attributes:
         name: name of the model.
         family: name of its family.
-        params: number of parameters.
+        params: number of parameters, for which the model is made, without memory, when it is first asked for.
         gmacs: multiply-adds in 1e9 at `input_size`.
         input_size: (channels, height, width) of the default input.
         top1: published ImageNet-1k top-1 accuracy of the default weights in percent, None where there is none.
@@ -125,7 +125,6 @@ class ModelInfo:
 
     name: str
     family: str
-    params: int
     gmacs: float | None
     input_size: tuple[int, int, int]
     top1: float | None
@@ -134,6 +133,10 @@ class ModelInfo:
     papers: tuple[tuple[str, str], ...]
     origin: str
     recipe: dict
+
+    @property
+    def params(self) -> int:
+        return _count_parameters(self.name)
 
 
 @dataclass(frozen=True)
@@ -353,9 +356,8 @@ def model_info(name: str) -> ModelInfo:
         UnknownModelError: if there is no such name or tag.
     """
     base, tag, entry = find(name)
-    params = _count_parameters(base)
     if entry.variant is None:
-        return ModelInfo(base, "", params, None, (3, 224, 224), None, {}, "", (), "", {})
+        return ModelInfo(base, "", None, (3, 224, 224), None, {}, "", (), "", {})
     cfg = tagged(base, tag, entry.cfgs) if tag else next(iter(entry.cfgs.values()))
     weights = entry.variant.weights
     chosen = weights[cfg.tag] if cfg.tag else Weights()
@@ -363,7 +365,6 @@ def model_info(name: str) -> ModelInfo:
     return ModelInfo(
         name=base,
         family=family.name,
-        params=params,
         gmacs=chosen.gmacs or entry.variant.gmacs,
         input_size=cfg.input_size,
         top1=chosen.top1,

@@ -122,9 +122,11 @@ def _is_wanted(name: str, args: Any) -> bool:
         return False
     if args.task and not recipes_of(info.name, args.task):
         return False
-    for key in ("params", "gmacs", "top1"):
-        value, low, high = COLUMNS[key](info), getattr(args, f"min_{key}"), getattr(args, f"max_{key}")
-        if (low is not None or high is not None) and value is None:
+    for key in ("gmacs", "top1", "params"):
+        low, high = getattr(args, f"min_{key}"), getattr(args, f"max_{key}")
+        if low is None and high is None:  # parameters are counted where they matter alone
+            continue
+        if (value := COLUMNS[key](info)) is None:
             return False
         if (low is not None and value < low) or (high is not None and value > high):
             return False
