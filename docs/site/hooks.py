@@ -17,6 +17,7 @@ from mkdocs.structure.files import File, Files
 import visionattn
 from visionattn.cli import commands
 from visionattn.cli.catalog import bibtex
+from visionattn.layers.block import Block
 from visionattn.recipes import TASKS, recipes_of
 
 HERE = Path(__file__).parent
@@ -83,7 +84,8 @@ def block_picture(name: str) -> str:
     with torch.device("meta"):
         model = visionattn.create_model(name).eval()
         images = torch.zeros(1, *model.pretrained_cfg["input_size"])
-    block = (model.stages[2].blocks if hasattr(model, "stages") else model.blocks)[-1]
+    last = (model.stages[2].blocks if hasattr(model, "stages") else model.blocks)[-1]
+    block = [last, *(each for each in last.modules() if isinstance(each, Block))][-1]  # of a pair, the second
     return draw(trace(block, lambda: model(images)), f"A block of {name}")
 
 
