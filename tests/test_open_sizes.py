@@ -41,9 +41,13 @@ class Everything(nn.Module):
 
 QUICK = ("test_illama", "test_van")
 """An export takes seconds; the layers of the other families are exported alone, below."""
+UNSTEADY = {"test_sgformer": [pytest.mark.xfail(reason="it sorts by sums whose last digits differ in float32")]}
 
 
-@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in TESTS])
+@pytest.mark.parametrize(
+    "name",
+    [n if n in QUICK else pytest.param(n, marks=[pytest.mark.slow, *UNSTEADY.get(n, [])]) for n in TESTS],
+)
 def test_onnx(name, tmp_path):
     runtime = pytest.importorskip("onnxruntime")
     torch.manual_seed(0)

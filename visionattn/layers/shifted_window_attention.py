@@ -39,14 +39,18 @@ def graph_shifted_window_axis(
     """`shifted_window_axis` in a graph, with one key of padding, at the end, that stands for all."""
     w, tiles = window_size, ceil_div(length, window_size)
     first, place, end = torch.arange(tiles, device=device)[:, None] * w, torch.arange(w, device=device), tiles * w
+
+    def rolled(position: Tensor, wrapped: Tensor) -> Tensor:
+        return torch.where(wrapped, position - end, position)  # ONNX has no product with what is known when it runs
+
     wrapped = first + place >= end - shift
-    keys = first + place + shift - wrapped * end
+    keys = rolled(first + place + shift, wrapped)
     asks = torch.where(keys < length, place, (first + shift >= length) * (w - shift))
     asked_wrapped = first + asks >= end - shift
     pairs = torch.where(asked_wrapped[:, :, None] == wrapped[:, None], asks[:, :, None] - place + (w - 1), -1)
     query = torch.arange(length, device=device)
-    query = query - shift + (query < shift) * end
-    queries, places = first + asks + shift - asked_wrapped * end, (query // w, query % w)
+    query = torch.where(query < shift, query - shift + end, query - shift)
+    queries, places = rolled(first + asks + shift, asked_wrapped), (query // w, query % w)
     return AxisTiles(queries, keys.clamp(max=length), pairs, length, length + 1, 2 * w - 1, places)
 
 
