@@ -122,6 +122,20 @@ def test_shifted_windows_are_their_definition(size):
     close(layer(x), shifted_windows(layer, x, 0 if size == (4, 4) else 2))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_shifted_window_that_is_the_map(dtype):
+    """Its halves do not see each other; here they are of different lengths."""
+    layer, x = (
+        randomised(ShiftedWindowAttention2d(8, 2, (10, 15), 5, True)).to(dtype),
+        torch.randn(2, 5, 5, 8).to(dtype),
+    )
+    found, expected = layer(x), shifted_windows(layer, x, 2)
+    close(found, expected, 1e-4 if dtype == torch.float32 else 1e-10)
+    gradients = (torch.autograd.grad(y.square().sum(), [layer.rpb, layer.qkv.weight]) for y in (found, expected))
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * theirs.abs().max().item())
+
+
 @pytest.mark.parametrize("size", [(6, 9), (7, 10), (2, 2)])
 def test_stripes_are_their_definition(size):
     layer, (H, W) = randomised(StripeAttention2d(8, 4, 3)), size

@@ -163,8 +163,13 @@ def test_second_head():
     assert not model.aux_head.weight.grad.any()
     model.training_loss(torch.tensor(2.0), x, logits, criterion)
     assert model.training_loss(torch.tensor(2.0), x, logits, criterion) == 2
+    model(x)
+    model.eval()(x)
+    assert model.training_loss(torch.tensor(2.0), x, logits, criterion) == 2
+    model.train()(x)
     norm = model.aux_norm
     model.reset_classifier(7)
+    assert model.training_loss(torch.tensor(2.0), x, logits, criterion) == 2  # of the heads that are gone
     assert model.aux_head.out_features == 7 and model.aux_norm is norm
     assert model.get_classifier() == (model.head, model.aux_head)
     model.reset_classifier(0)

@@ -41,11 +41,17 @@ def tile_products(
 ) -> Tensor:
     """`local_attention`, where `takes_products`; `plain` is what else computes it, for gradients of gradients."""
     group = plan.groups[0]
-    if group.queries.shape == (1, q.shape[2]) and group.keys.shape == (1, k.shape[2]):  # a tile that is the map
+    if _is_whole(group.queries, q) and _is_whole(group.keys, k):  # a tile that is the map
         return F.scaled_dot_product_attention(q, k, v, attn_mask=biases[0], scale=scale)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *biases)):
         return _TileProducts.apply(plan, scale, plain, q, k, v, *biases)
     return _forward(plan, scale, q, k, v, biases, None)
+
+
+def _is_whole(places: Tensor, x: Tensor) -> bool:
+    """Whether a tile has all of (B, heads, N, d) in their order, which that of shifted windows is not."""
+    N = x.shape[2]
+    return places.shape == (1, N) and torch.equal(places[0], torch.arange(N))
 
 
 def _chunks(plan: Plan, biases: Sequence[Tensor | None], k: Tensor, v: Tensor) -> Iterator[tuple]:

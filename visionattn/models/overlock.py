@@ -227,11 +227,11 @@ class OverLoCK(Hierarchical):
         self.overview_feature = overview_feature
         self.classifier = ("head", "aux_head") if use_ds else "head"
         self.aux_norm, self.aux_head = nn.Identity(), nn.Identity()
-        self._aux_logits = Passing()
         self._reset_aux_head()
         self.apply(_init_weights)
 
     def _reset_aux_head(self) -> None:
+        self._aux_logits = Passing()
         wanted, placement = self.use_ds and self.num_classes > 0 and len(self.stages) == 4, self._placement()
         if not wanted or not isinstance(self.aux_norm, nn.BatchNorm2d):
             self.aux_norm = nn.BatchNorm2d(self.overview_dim, **placement) if wanted else nn.Identity()
@@ -298,7 +298,7 @@ class OverLoCK(Hierarchical):
     ) -> Tensor:
         """The task's loss of the head, and 0.4 times that of the head of the overview."""
         aux, self._aux_logits.value = self._aux_logits.value, None
-        return loss if aux is None else loss + 0.4 * criterion(aux.float())
+        return loss + 0.4 * criterion(aux.float()) if self.training and aux is not None else loss
 
 
 class OneHeadedOverLoCK(OverLoCK):

@@ -354,7 +354,7 @@ def load_checkpoint(
 ) -> None:
     """Load a checkpoint file of any published layout of the model's family, strictly: as the very model that it is of.
 
-    What else the file holds is logged in one line.
+    What else the file holds, and what a family may do without and this file does, is logged in one line.
 
     Args:
         model: the model to load into.
@@ -368,8 +368,10 @@ def load_checkpoint(
     content = read_checkpoint(path)[0] if content is None else content
     with told_of(f"checkpoint {path}"):
         tensors, dropped = _strictly(content, model, checkpoint_prefix)
+        own = model.state_dict()
+        kept = [k for k, v in tensors.items() if v.numel() and v.data_ptr() == own[k].data_ptr()]
         model.load_state_dict(tensors, strict=True)
-    _tell(path, {"dropped": dropped})
+    _tell(path, {"dropped": dropped, "left as they were": kept})
 
 
 def load_pretrained(
