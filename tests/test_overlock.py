@@ -58,7 +58,7 @@ def published_state(block):
     return state
 
 
-FLAT = tuple(f"{part}.weight" for part in (
+FLAT = tuple(f".{part}.weight" for part in (
     "q.proj", "k.proj", "v.proj", "taps", "gate.proj", "mix_proj.proj", "mixer.proj", "fc1", "fc2"
 ))  # fmt: skip
 

@@ -4,7 +4,6 @@ Attention is counted by its definition, not as it is executed (tiles compute mas
 factorised).
 """
 
-import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -90,7 +89,7 @@ def _window(module, inputs):
 
 def _agents(module, inputs):
     C = inputs[0].shape[-1]
-    return 4 * inputs[0].shape[1:-1].numel() * math.prod(module.agent_shape) * C
+    return 4 * inputs[0].shape[1:-1].numel() * prod(module.agent_shape) * C
 
 
 def _stripe(module, inputs):

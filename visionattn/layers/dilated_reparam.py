@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from .conv_position import ConvPosEnc
 from .depthwise import DepthwiseConv2d, depthwise
 from .direct import is_direct, is_watched
 from .fuse import is_batch_norm, scale_and_shift, scale_output
@@ -143,24 +144,25 @@ class DilatedReparamNorm(nn.Module):
         return self.norm(self.reparam(x))
 
 
-class ResidualDepthwise(nn.Module):
-    """x + depthwise convolution of x: (B, C, H, W) to the same."""
+class ResidualDepthwise(ConvPosEnc):
+    """`ConvPosEnc` of (B, C, H, W), whose shortcut `fuse` adds to the convolution.
 
-    def __init__(self, dim: int, kernel_size: int = 3, device=None, dtype=None) -> None:
-        super().__init__()
-        self.conv = depthwise(dim, kernel_size, device=device, dtype=dtype)
-        self.residual = True
+    Args: those of `ConvPosEnc`.
+    """
 
-    @torch.no_grad()
+    residual = True
+
     def fuse(self) -> None:
         """Add the shortcut to the middle tap, for inference."""
         if self.residual:
-            centre = self.conv.kernel_size[0] // 2
-            self.conv.weight[:, :, centre, centre] += 1
+            weight = self.proj.weight.detach().clone()
+            centre = weight.shape[-1] // 2
+            weight[:, :, centre, centre] += 1
+            self.proj.weight = nn.Parameter(weight, self.proj.weight.requires_grad)
             self.residual = False
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.conv(x) if self.residual else self.conv(x)
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2) if self.residual else self.proj(x)
 
 
 class GlobalResponseNorm2d(nn.Module):

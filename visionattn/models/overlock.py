@@ -27,13 +27,13 @@ STEM = {
     f"patch_embed1.{3 * i + j}.": f"stem.{2 * i}.{part}." for i in range(4) for j, part in enumerate(("proj", "norm"))
 }
 REP_CONV = {
-    "dwconv.": "cpe.conv.", "proj.0.": "norm1.", "proj.1.": "mixer.reparam.", "proj.2.": "mixer.norm.",
-    "proj.3.proj.1.": "se.fc1.", "proj.3.proj.3.": "se.fc2.", "proj.4.": "mlp.fc1.", "proj.6.": "mlp.dwconv.conv.",
+    "dwconv.": "cpe.proj.", "proj.0.": "norm1.", "proj.1.": "mixer.reparam.", "proj.2.": "mixer.norm.",
+    "proj.3.proj.1.": "se.fc1.", "proj.3.proj.3.": "se.fc2.", "proj.4.": "mlp.fc1.", "proj.6.": "mlp.dwconv.proj.",
     "proj.7.": "mlp.grn.", "proj.8.": "mlp.fc2.", "ls.": "ls1.",
 }  # fmt: skip
 FOCUS = {
     "rpb1": "mixer.contmix.small_rpb", "rpb2": "mixer.contmix.large_rpb", "x_scale.": "context_scale.",
-    "h_scale.": "origin_scale.", "dwconv1.": "cpe1.conv.", "dwconv2.": "cpe2.conv.", "fusion.0.": "fusion.conv.",
+    "h_scale.": "origin_scale.", "dwconv1.": "cpe1.proj.", "dwconv2.": "cpe2.proj.", "fusion.0.": "fusion.conv.",
     "fusion.1.": "fusion.norm.", "fusion.3.": "fusion.proj.", "fusion.4.": "fusion.grn.",
     "weight_query.0.": "mixer.contmix.q.proj.", "weight_query.1.": "mixer.contmix.q.norm.",
     "weight_key.1.": "mixer.contmix.k.proj.", "weight_key.2.": "mixer.contmix.k.norm.",
@@ -42,7 +42,7 @@ FOCUS = {
     "dyconv_proj.1.": "mixer.mix_proj.norm.", "lepe.0.": "mixer.lepe.reparam.", "lepe.1.": "mixer.lepe.norm.",
     "se_layer.proj.1.": "mixer.se.fc1.", "se_layer.proj.3.": "mixer.se.fc2.", "gate.0.": "mixer.gate.proj.",
     "gate.1.": "mixer.gate.norm.", "proj.0.": "mixer.norm.", "proj.1.": "mixer.proj.", "mlp.0.": "mlp.fc1.",
-    "mlp.2.": "mlp.dwconv.conv.", "mlp.3.": "mlp.grn.", "mlp.4.": "mlp.fc2.",
+    "mlp.2.": "mlp.dwconv.proj.", "mlp.3.": "mlp.grn.", "mlp.4.": "mlp.fc2.",
 }  # fmt: skip
 
 
