@@ -193,8 +193,7 @@ class FocalNet(Hierarchical):
                 _block(
                     dim, FocalModulation(dim, windows[i], levels[i], **modulation), mlp_ratio, drop=drop_rate,
                     use_postln=use_postln, scale=scale, drop_path=rate, **dd,
-                )
-                for rate in rates[i]
+                ) for rate in rates[i]
             ]  # fmt: skip
             downsample = PatchEmbedding(dims[i - 1], dim, 2, use_conv_embed, pad=pad_to_patch, **dd) if i else None
             stages.append(Stage(blocks, dim, downsample=downsample))
@@ -266,8 +265,7 @@ class IsotropicFocalNet(Isotropic):
             _block(
                 embed_dim, TokenFocalModulation(embed_dim, focal_window, focal_level, **modulation), mlp_ratio,
                 drop=drop_rate, use_postln=use_postln, scale=scale, drop_path=rate, **dd,
-            )
-            for rate in calculate_drop_path_rates(drop_path_rate, depth)
+            ) for rate in calculate_drop_path_rates(drop_path_rate, depth)
         ]  # fmt: skip
         stem = PatchEmbedding(in_chans, embed_dim, patch_size, overlap=False, norm=patch_norm, **dd)
         super().__init__(
@@ -296,14 +294,11 @@ def _in1k(name: str, kwargs: dict, gmacs: float, drop_path: float, top1: float) 
 def _in22k(name: str, file: str, kwargs: dict, gmacs: float, note: str = "") -> Variant:
     """Pre-trained only, at the image size that ends the file's name, but for the levels."""
     size = 384 if "384" in file else 224
+    urls = (f"{RELEASES}/focalnet_{file}.pth",) * (size == 384) + (f"{STORE}/focalnet_{file}.pth",)
     weights = Weights(
-        (f"{RELEASES}/focalnet_{file}.pth",) * (size == 384) + (f"{STORE}/focalnet_{file}.pth",),
-        f"timm/focalnet_{name}.ms_in22k",
-        img_size=size,
-        crop_pct=1.0 if size == 384 else 0.9,
-        num_classes=21842,
+        urls, f"timm/focalnet_{name}.ms_in22k", img_size=size, crop_pct=1.0 if size == 384 else 0.9, num_classes=21842,
         note="outputs 0 to 999 are the ImageNet-1k classes, but for 850, which was not trained" + note,
-    )
+    )  # fmt: skip
     return Variant({**DEEP, **LARGE, **kwargs}, gmacs, {"ms_in22k": weights}, {"drop_path_rate": 0.5}, size)
 
 
@@ -345,8 +340,7 @@ VARIANTS = {
             **LARGE, "embed_dim": 32, "depths": (1, 1, 2, 1), "focal_levels": (4, 3, 2, 1),
             "focal_windows": (3, 5, 3, 7), "use_postln_in_modulation": True, "normalize_modulator": True,
         },
-        0.005934,
-        img_size=32,
+        0.005934, img_size=32,
     ),
 }  # fmt: skip
 FAMILY = Family(
