@@ -2,17 +2,17 @@
 
 import argparse
 import importlib.util
-from collections.abc import Mapping, Sequence
-from functools import cache
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
 from statistics import median, quantiles
 from types import ModuleType
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from visionattn.errors import VisionattnError
-from visionattn.measure import Seconds
+from visionattn.measure import Seconds, in_turns, machine, peak_memory
 
 REFERENCES = {path.stem: path for path in sorted((Path(__file__).parent / "reference").glob("*.py"))}
 
@@ -103,3 +103,50 @@ class Table:
             print(f"| {' | '.join(cells)} |", flush=True)
         else:
             print(*(f"{cell:>{width}}" for cell, width in zip(cells, self.widths, strict=True)), flush=True)
+
+
+def against_gather_table(first: Mapping[str, str], args: argparse.Namespace, device: torch.device) -> Table:
+    """The table of what `against_gather` returns, after columns of its own, under a line about the machine."""
+    about = ", ".join(f"{key} {value}" for key, value in machine(device).items())
+    print(f"{about}, {args.dtype}, {args.clock} clock\n")
+    columns = dict(first)
+    for what in ("forward", "gradients"):
+        columns |= {f"{what}: gather": "8.1f", f"{what}: ours": "8.1f", f"{what}: ratio": "5.1f"}
+    columns |= {"MiB: gather": "8.1f", "MiB: ours": "8.1f", "MiB: ratio": "5.2f", "difference": "8.1e"}
+    return Table(columns, args.markdown)
+
+
+def against_gather(
+    gather: Callable[[], Tensor], ours: Callable[[], Tensor], leaves: Sequence[Tensor], rounds: int, seconds: Seconds
+) -> dict[str, float]:
+    """Time and memory of two ways to compute the same, without and with gradients, in turns.
+
+    Args:
+        gather: that of the peer.
+        ours: that of the layer.
+        leaves: whose gradients are computed.
+        rounds: of each.
+        seconds: the clock.
+    """
+    with torch.no_grad():
+        outs = [gather(), ours()]
+    grad, row = torch.randn_like(outs[0]), {}
+
+    def step(call: Callable[[], Tensor], backward: bool) -> None:
+        with torch.set_grad_enabled(backward):
+            out = call()
+        if backward:
+            out.backward(grad)
+            for leaf in leaves:
+                leaf.grad = None
+
+    for what, backward in (("forward", False), ("gradients", True)):
+        both = [partial(step, call, backward) for call in (gather, ours)]
+        for call in both:
+            call()
+        theirs, own = in_turns(both, rounds, seconds)
+        row |= {f"{what}:_gather": median(theirs) * 1e3, f"{what}:_ours": median(own) * 1e3}
+        row[f"{what}:_ratio"] = ratio(own, theirs)[0]
+    theirs, own = (peak_memory(call, grad.device) / 2**20 for call in both)
+    row |= {"MiB:_gather": theirs, "MiB:_ours": own, "MiB:_ratio": own / theirs}
+    return row | {"difference": (outs[0] - outs[1]).abs().max().item()}

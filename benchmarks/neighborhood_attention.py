@@ -11,16 +11,15 @@ hold at once beside their input, in MiB, ours / gather, and the largest differen
 import sys
 from argparse import RawDescriptionHelpFormatter
 from functools import cache, partial
-from statistics import median
 
 import torch
-from common import Parser, Table, ratio, reference
+from common import Parser, against_gather, against_gather_table, reference
 from torch import Tensor
 
 from visionattn.errors import VisionattnError, run
 from visionattn.layers import NeighborhoodAttention2d
 from visionattn.layers.neighborhood_attention import _neighborhood_attention
-from visionattn.measure import DTYPES, add_machine, in_turns, machine, peak_memory, positive, start
+from visionattn.measure import DTYPES, add_machine, positive, start
 
 HEAD_DIM, KERNEL = 32, 7
 STAGES = ((4, 2, 8), (8, 4, 4), (16, 8, 2), (32, 16, 1))
@@ -48,16 +47,6 @@ def gather_attention(layer: NeighborhoodAttention2d, qkv: Tensor) -> Tensor:
     return out.transpose(1, 2).reshape(B, H, W, -1)
 
 
-def step(attend, layer: NeighborhoodAttention2d, qkv: Tensor, grad: Tensor | None) -> Tensor:
-    """Forward, and backward if there is a gradient of the output."""
-    with torch.set_grad_enabled(grad is not None):
-        out = attend(layer, qkv)
-    if grad is not None:
-        out.backward(grad)
-        qkv.grad = layer.rpb.grad = None
-    return out
-
-
 def main(argv: list[str]) -> None:
     parser = Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=positive, default=2, help="images")
@@ -69,32 +58,16 @@ def main(argv: list[str]) -> None:
     if args.size < 32 * KERNEL:  # smaller maps are padded, and the projection takes part
         raise VisionattnError(f"expected a size of {32 * KERNEL} or more, whose maps windows fit, got {args.size}")
     device, seconds = start(args)
-    print(
-        ", ".join(f"{key} {value}" for key, value in machine(device).items()) + f", {args.dtype}, {args.clock} clock\n"
-    )
-    columns = {"map": "13", "heads": "7", "dilation": "8d"}
-    for what in ("forward", "gradients"):
-        columns |= {f"{what}: gather": "8.1f", f"{what}: ours": "8.1f", f"{what}: ratio": "5.1f"}
-    columns |= {"MiB: gather": "8.1f", "MiB: ours": "8.1f", "MiB: ratio": "5.2f", "difference": "8.1e"}
-    table = Table(columns, args.markdown)
+    table = against_gather_table({"map": "13", "heads": "7", "dilation": "8d"}, args, device)
     for stride, heads, dilated in STAGES:
         length, C = args.size // stride, heads * HEAD_DIM
         for dilation in sorted({1, dilated}):
             like = {"device": device, "dtype": DTYPES[args.dtype]}
             layer = NeighborhoodAttention2d(C, heads, KERNEL, dilation, **like)
             qkv = torch.randn(args.batch, length, length, 3 * C, **like, requires_grad=True)
-            grad = torch.randn(args.batch, length, length, C, **like)
-            row = {"map": f"{args.batch}x{length}x{length}", "heads": f"{heads}x{HEAD_DIM}", "dilation": dilation}
-            outs = []
-            for what, given in (("forward", None), ("gradients", grad)):
-                both = [partial(step, a, layer, qkv, given) for a in (gather_attention, _neighborhood_attention)]
-                outs = [call() for call in both]
-                gather, ours = in_turns(both, args.rounds, seconds)
-                row |= {f"{what}:_gather": median(gather) * 1e3, f"{what}:_ours": median(ours) * 1e3}
-                row[f"{what}:_ratio"] = ratio(ours, gather)[0]
-            gather, ours = (peak_memory(call, device) / 2**20 for call in both)
-            row |= {"MiB:_gather": gather, "MiB:_ours": ours, "MiB:_ratio": ours / gather}
-            table.row(**row, difference=(outs[0] - outs[1]).abs().max().item())
+            both = [partial(attend, layer, qkv) for attend in (gather_attention, _neighborhood_attention)]
+            found = against_gather(*both, [qkv, layer.rpb], args.rounds, seconds)
+            table.row(map=f"{args.batch}x{length}x{length}", heads=f"{heads}x{HEAD_DIM}", dilation=dilation, **found)
 
 
 if __name__ == "__main__":

@@ -53,6 +53,7 @@ def test_help_and_misspelt_options(script, name):
         ("scaling", ["SelfAtention"], "unknown model SelfAtention"),
         ("scaling", ["SelfAttention", "--sizes", "14"], "two sizes"),
         ("neighborhood_attention", ["--size", "100"], "size of 224 or more"),
+        ("dynamic_conv", ["--batch", "0"], "from 1 up"),
     ],
 )
 def test_requests_that_cannot_be_met(script, name, argv, told):
