@@ -118,8 +118,16 @@ def test_what_has_no_such_layout_is_told_in_a_line(tmp_path, capsys):
         assert code == (2 if told else 0) and told in capsys.readouterr().err
     again = visionattn.create_model("test_van", num_classes=3, checkpoint_path=out)
     assert again.num_classes == 3
+    published = str(tmp_path / "published.pth")  # which says no more than its tensors do
+    assert main(["convert", out, published, "--to", "official", "--model", "test_van"]) == 0
+    ours, theirs = (torch.load(path, weights_only=True) for path in (published, out))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    ours = tmp_path / "ours.safetensors"
     assert main(["convert", str(ours), out, "--to", "official"]) == 2
     assert "exists: choose another name" in capsys.readouterr().err
     saved(ours, "test_halonet")
     with pytest.raises(VisionattnError, match="test_halonet has no layout official; it was published as timm"):
+        write_layout(str(ours), out, "official", replace=True)
+    saved(ours, "test_nalaformer")
+    with pytest.raises(VisionattnError, match="no layout official; no weights of its family were published"):
         write_layout(str(ours), out, "official", replace=True)

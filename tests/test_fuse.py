@@ -90,6 +90,12 @@ def test_no_layer_scale_is_left(name, options):
     assert not any(hasattr(module, "gamma") for module in model.fuse().modules())
 
 
+@pytest.mark.parametrize("name", visionattn.list_models("test_*"))
+def test_what_is_frozen_stays_so(name):
+    model = visionattn.create_model(name).eval().requires_grad_(False).fuse()
+    assert [key for key, parameter in model.named_parameters() if parameter.requires_grad] == []
+
+
 @pytest.mark.parametrize("name, options", [*SCALED, ("test_patnet", {})])
 def test_a_fused_model_is_a_model(name, options):
     model = randomise(visionattn.create_model(name, **options)).fuse()

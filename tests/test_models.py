@@ -115,6 +115,21 @@ def test_half_precision_costs_what_rounding_does(name, dtype):
     assert_half_precision(lively(name), image(64, 96), dtype)
 
 
+@pytest.mark.parametrize("name", TESTS)
+def test_no_images(name):
+    model = lively(name)
+    assert model(image(64, 48, batch=0)).shape == (0, 1000)
+    with torch.no_grad():
+        assert model(image(64, 48, batch=0)).shape == (0, 1000)
+
+
+@pytest.mark.parametrize("name", ["test_van", "test_agent_attention", "test_agent_deit"])
+def test_images_too_small_to_be_made_for(name):
+    least = visionattn.create_model(name).check.size
+    with pytest.raises(VisionattnError, match=f"{name} expects an img_size of at least {least}, got {least - 1}"):
+        visionattn.create_model(name, img_size=least - 1)
+
+
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", TESTS)
 def test_compile(name, backend):

@@ -10,7 +10,7 @@ import visionattn
 from visionattn.layers import ContMix2d, ContMixBlock, DilatedReparamConv2d, dynamic_conv2d
 from visionattn.layers.dilated_reparam import BRANCHES
 from visionattn.models.overlock import RULES
-from visionattn.weights import convert_state_dict
+from visionattn.weights import convert_state_dict, fit_state_dict
 from visionattn.weights.inverse import published_name
 
 # Published arguments; input, parameters, first values, last values, mean of absolute values.
@@ -138,6 +138,8 @@ def test_trained_files_load_into_folded_models():
     assert len(folded.state_dict()) < len(trained.state_dict())
     folded.load_state_dict(convert_state_dict(trained.state_dict(), folded))
     torch.testing.assert_close(folded(x), trained(x), rtol=0, atol=1e-5)
+    _, report = fit_state_dict(trained.state_dict(), folded)
+    assert not any(report.values())  # all of it is in there
     without = {k: v for k, v in trained.state_dict().items() if not k.startswith("aux_")}
     for use_ds in (True, False):
         model = visionattn.create_model("test_overlock", use_ds=use_ds, num_classes=5)

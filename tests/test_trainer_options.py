@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 from timm.optim import list_optimizers
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 import visionattn
 from visionattn.data.config import AugmentConfig, DataConfig
@@ -21,7 +23,8 @@ from visionattn.tasks.classification import ClassificationLoss
 from visionattn.tasks.config import LossConfig
 from visionattn.training.build import freeze
 from visionattn.training.checkpoint import read_saved, save_checkpoint, training_state
-from visionattn.training.config import OptimConfig, ScheduleConfig, TrainConfig, parse_train
+from visionattn.training.config import DistillConfig, OptimConfig, ScheduleConfig, TrainConfig, parse_train
+from visionattn.training.distill import Distillation
 from visionattn.training.guard import Stopped
 from visionattn.training.logging import RunLog
 from visionattn.training.optim import Schedule, make_optimizer
@@ -329,6 +332,33 @@ def test_a_distilled_run_resumes_with_its_projection(tmp_path: Path, teacher: st
     resumed.fit()
     for ours, theirs in zip(resumed.student.parameters(), whole.student.parameters(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("features", [0.0, 0.5])
+@pytest.mark.parametrize("name, options", [("test_moh_vit", {}), ("test_overlock", {"use_ds": True})])
+def test_what_a_paper_adds_to_the_loss_is_added_to_that_of_a_student(name: str, options: dict, features: float):
+    model = visionattn.create_model(name, num_classes=10, **options).train()
+    own, pairs = model.training_loss, []
+
+    def training_loss(loss: Tensor, *args) -> Tensor:
+        pairs.append((loss, own(loss, *args)))
+        return pairs[0][1]
+
+    model.training_loss = training_loss
+    data = DataConfig(mean=(0.5,) * 3, std=(0.5,) * 3)
+    config = TrainConfig(data=data, distill=DistillConfig(model="test_van", features=features))
+    teacher = visionattn.create_model("test_van", num_classes=10).eval()
+    distillation = Distillation(config, teacher, 10, model, Accelerator(cpu=True))
+    images, labels = torch.randn(4, 3, 32, 32), torch.arange(4)
+
+    def criterion(logits: Tensor) -> Tensor:
+        return F.cross_entropy(logits, labels)
+
+    logits = (distillation.student or model)(images)
+    loss = distillation.loss(criterion(logits), images, logits, criterion)
+    assert len(pairs) == 1 and loss == pairs[0][1] > pairs[0][0]
+    loss.backward()
+    assert all(p.grad is not None for p in model.parameters())
 
 
 def test_unfit_teachers_are_refused(tmp_path: Path):

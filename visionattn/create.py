@@ -5,10 +5,11 @@ makes a variant is what timm calls too.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from timm.models import PretrainedCfg, build_model_with_cfg
 from torch import nn
 
@@ -17,6 +18,7 @@ from .backbone import Backbone, Hierarchical
 from .backbone.extractors import extractor_class
 from .errors import UnknownArgumentError, VisionattnError, optional
 from .registry import BUILDER_ARGUMENTS, FEATURE_ARGUMENTS, MODEL_ARGUMENTS, find, list_models, makes_variants, tagged
+from .weights import layouts
 from .weights.description import Described, check_made, describe_place, is_place, load_described
 from .weights.download import find_published
 from .weights.layouts import load_pretrained
@@ -253,12 +255,14 @@ def make_variant(name: str, kwargs: dict[str, Any], pretrained: bool = False, lo
             model = cls(**kwargs)
         model.pretrained_cfg = cfg
         model.check.name = name
+        if size and min(_checked_size(size)) < (least := model.check.size):
+            raise UnknownArgumentError(f"{name} expects an img_size of at least {least}, got {size}")
         if output_stride is not None:
             _dilate(model, output_stride)
         for load in loads:
             load(model)
-        size = overlay.get("input_size") or cfg.get("input_size") or PretrainedCfg.input_size
-        pooled["pool_size"] = model.pool_size(size[1:])
+        prepared = overlay.get("input_size") or cfg.get("input_size") or PretrainedCfg.input_size
+        pooled["pool_size"] = model.pool_size(prepared[1:])
         return model
 
     model = build_model_with_cfg(
@@ -293,6 +297,21 @@ def _checked_size(size: int | tuple[int, int]) -> tuple[int, int]:
     if len(sizes) != 2 or any(not isinstance(s, int) or s < 1 for s in sizes):
         raise UnknownArgumentError(f"expected img_size in pixels, one number or (height, width), got {size!r}")
     return sizes
+
+
+def find_widths(
+    state_dict: Mapping, name: str, model_kwargs: Mapping[str, Any], checkpoint_prefix: str = ""
+) -> dict[str, int]:
+    """The numbers of classes and input channels of a state dict, as arguments of a model, where they are not its own.
+
+    Args:
+        state_dict: tensors by name, possibly wrapped, in any layout of the model's family.
+        name: of the model.
+        model_kwargs: its other arguments.
+        checkpoint_prefix: where in it the weights are, as for `create_model`.
+    """
+    with torch.device("meta"):
+        return layouts.find_widths(state_dict, create_model(name, **model_kwargs), checkpoint_prefix)
 
 
 def _make_maps(

@@ -11,13 +11,13 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from .create import create_model
+from .create import create_model, find_widths
 from .data.preprocessing import model_preprocessing
-from .errors import VisionattnError
+from .errors import VisionattnError, told_of
 from .heads.pyramid import OverBackbone
 from .registry import find, timm_name
 from .weights.description import describe_place, is_place, made_for
-from .weights.files import write_checkpoint, write_file
+from .weights.files import find_file, read_checkpoint, write_checkpoint, write_file
 from .weights.inverse import to_layout
 from .weights.layouts import _targets
 
@@ -54,7 +54,10 @@ def write_layout(
     if there.exists() and not replace:
         raise VisionattnError(f"{there} exists: choose another name, or replace it with --replace")
     if name:
-        model = create_model(name, checkpoint_path=source, **kwargs)
+        prefix = kwargs.pop("checkpoint_prefix", "")
+        with told_of(f"checkpoint {source}"):
+            kwargs = find_widths(read_checkpoint(find_file(source))[0], name, kwargs, prefix) | kwargs
+        model = create_model(name, checkpoint_path=source, checkpoint_prefix=prefix, **kwargs)
     elif is_place(source):
         described = describe_place(source)
         model, name, kwargs = create_model(source), described.name, described.kwargs
@@ -66,8 +69,9 @@ def write_layout(
     if layout == "timm":
         state = timm_state_dict(model, base)
     elif layout not in model.layouts:
-        known = ", ".join(each for each in LAYOUTS if each in model.layouts)
-        raise VisionattnError(f"{base} has no layout {layout}; it was published as {known}")
+        known = [each for each in LAYOUTS if each in model.layouts]
+        published = f"it was published as {', '.join(known)}" if known else "no weights of its family were published"
+        raise VisionattnError(f"{base} has no layout {layout}; {published}")
     else:
         state = to_layout(model.state_dict(), model.layouts[layout])
     if layout != "hf":

@@ -5,17 +5,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from timm.data import ImageNetInfo
 from timm.models import push_to_hf_hub, save_for_hf
 
-from .create import create_described, create_model
+from .create import create_described, create_model, find_widths
 from .data.preprocessing import model_preprocessing
 from .errors import VisionattnError, one_line, told_of
 from .registry import find, model_info, timm_name
 from .weights.description import describe_file, made_for
 from .weights.files import DESCRIPTION, find_file, read_checkpoint, write_checkpoint
-from .weights.layouts import find_widths, fit_state_dict
+from .weights.layouts import fit_state_dict
 
 
 def convert_file(
@@ -51,11 +50,10 @@ def convert_file(
     if Path(out).exists() and not replace:
         raise VisionattnError(f"{out} exists: choose another name, or replace it with --replace")
     content, _ = read_checkpoint(path := str(find_file(path)), digest := hashlib.sha256())
-    with torch.device("meta"):
-        model = create_model(name, **model_kwargs or {})
+    model_kwargs = model_kwargs or {}
     with told_of(f"checkpoint {path}"):
-        widths = find_widths(content, model, checkpoint_prefix)
-        model = create_model(name, **(model_kwargs := widths | (model_kwargs or {})))
+        model_kwargs = find_widths(content, name, model_kwargs, checkpoint_prefix) | model_kwargs
+        model = create_model(name, **model_kwargs)
         tensors, report = fit_state_dict(content, model, made_for(name, model_kwargs), checkpoint_prefix)
     tag, info = find(name)[1], model_info(name)
     published = info.weights.get(tag) or next(iter(info.weights.values()), None)

@@ -110,6 +110,14 @@ class Backbone(Mechanics, nn.Module):
         """Recompute activations in the backward pass instead of keeping them."""
         self.grad_checkpointing = enable
 
+    def merge_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Weights of the model's names, of which it may have several as one.
+
+        Args:
+            state_dict: what a file holds, by the model's names where it has them.
+        """
+        return state_dict
+
     def adapt_state_dict(self, state_dict: dict[str, Tensor], made_for: Mapping[str, Any]) -> dict[str, Tensor]:
         """Last step of a conversion: makes a state dict in our layout fit this model's configuration, where it can.
 

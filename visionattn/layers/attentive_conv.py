@@ -100,8 +100,9 @@ def _convolve(x: Tensor, kernels: Tensor) -> Tensor:
     """Depthwise convolution of (B, C, H, W) by (B, C, K, K), zero-padded."""
     (B, C, H, W), K = x.shape, kernels.shape[-1]
     kernels = kernels.to(x.dtype)
-    if torch.compiler.is_compiling():
-        # A sum that a compiler fuses, where a convolution would make the batch size a constant of the graph.
+    if torch.compiler.is_compiling() or not B:
+        # A sum that a compiler fuses, where a convolution would make the batch size a constant of the graph, and would
+        # refuse one of 0.
         padded = F.pad(x, (K // 2,) * 4)
         taps = [(i, j) for i in range(K) for j in range(K)]
         return sum(kernels[:, :, i, j, None, None] * padded[:, :, i : i + H, j : j + W] for i, j in taps)

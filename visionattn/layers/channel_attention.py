@@ -81,7 +81,7 @@ def _plain(qkv: Tensor, heads: int, version: int) -> Tensor:
     with without_autocast(qkv):
         weights = (first.to(dtype).transpose(2, 3) @ second.to(dtype) * scale).softmax(3)
     out = mixed @ weights.to(mixed.dtype).transpose(2, 3)
-    return out.transpose(1, 2).reshape(*qkv.shape[:-1], -1)
+    return out.transpose(1, 2).reshape(*qkv.shape[:-1], qkv.shape[-1] // 3)
 
 
 class InPlaces(Function):
@@ -102,7 +102,7 @@ class InPlaces(Function):
             torch.bmm(mixed[i], weights[i].transpose(1, 2), out=out[i].transpose(0, 1))
         ctx.save_for_backward(qkv, weights)
         ctx.heads, ctx.version, ctx.scale = heads, version, scale
-        return out.view(*qkv.shape[:-1], -1)
+        return out.view(*qkv.shape[:-1], qkv.shape[-1] // 3)
 
     @staticmethod
     @in_own_precision

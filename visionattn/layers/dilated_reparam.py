@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from .conv_position import ConvPosEnc
 from .depthwise import DepthwiseConv2d, depthwise
 from .direct import is_direct, is_watched
-from .fuse import is_batch_norm, scale_and_shift, scale_output
+from .fuse import is_batch_norm, like, scale_and_shift, scale_output
 from .pointwise import Pointwise2d
 
 BRANCHES: dict[int, Sequence[tuple[int, int]]] = {
@@ -79,8 +79,7 @@ class DilatedReparamConv2d(nn.Module):
     def fuse(self) -> None:
         """Become the one convolution, for inference."""
         if is_batch_norm(self.norm):
-            weight, bias = (nn.Parameter(value.to(self.conv.weight.dtype)) for value in self.merged())
-            self.conv.weight, self.conv.bias = weight, bias
+            self.conv.weight, self.conv.bias = (like(value, self.conv.weight) for value in self.merged())
             self.norm, self.branches = nn.Identity(), nn.ModuleDict()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -112,6 +111,15 @@ class DilatedReparamConv2d(nn.Module):
         module.load_state_dict(tensors, assign=True)
         module.fuse()
         return module.state_dict()
+
+    @staticmethod
+    def fold_all(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A state dict with `fold` of every kernel in it that is in the form that is trained."""
+        state_dict = dict(state_dict)
+        for prefix in sorted({k.partition(".branches.")[0] + "." for k in state_dict if ".branches." in k}):
+            parts = {k.removeprefix(prefix): state_dict.pop(k) for k in list(state_dict) if k.startswith(prefix)}
+            state_dict |= {prefix + k: v for k, v in DilatedReparamConv2d.fold(parts).items()}
+        return state_dict
 
 
 class DilatedBranch(nn.Module):
@@ -158,7 +166,7 @@ class ResidualDepthwise(ConvPosEnc):
             weight = self.proj.weight.detach().clone()
             centre = weight.shape[-1] // 2
             weight[:, :, centre, centre] += 1
-            self.proj.weight = nn.Parameter(weight, self.proj.weight.requires_grad)
+            self.proj.weight = like(weight, self.proj.weight)
             self.residual = False
 
     def forward(self, x: Tensor) -> Tensor:

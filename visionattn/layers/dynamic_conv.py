@@ -1,5 +1,6 @@
 """Convolution by kernels that differ from position to position, in windows that are shifted inwards at borders."""
 
+import math
 from functools import partial
 from typing import NamedTuple
 
@@ -101,7 +102,7 @@ def _windows(rows: Tensor, K: int) -> Tensor:
 
 def _step(weights: Tensor, K: int) -> int:
     """How many of the groups (B G, H, W, K^2) are computed at once."""
-    return max(1, CHUNK // (2 * K * weights[0, :, :, :K].numel() * weights.element_size()))
+    return max(1, CHUNK // (2 * K * K * math.prod(weights.shape[1:3]) * weights.element_size()))
 
 
 def _by_groups(weights: Tensor, value: Tensor, K: int) -> Tensor:

@@ -68,7 +68,7 @@ def _flow_attention(layer: FlowAttention, qkv: Tensor) -> Tensor:
         q, k, v = capacities(layer, qkv)
         taken, given = flows(q, k, layer.eps)
         out = q @ (k.mT @ (given * v)) * taken
-    return out.to(qkv.dtype).transpose(1, 2).reshape(*qkv.shape[:-1], -1)
+    return out.to(qkv.dtype).transpose(1, 2).reshape(*qkv.shape[:-1], qkv.shape[-1] // 3)
 
 
 def capacities(layer: FlowAttention, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:

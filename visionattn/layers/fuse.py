@@ -105,12 +105,12 @@ def scale_output(product: nn.Linear | nn.Conv2d | nn.LayerNorm, scale: Tensor, s
         shift: per output channel, None for none.
     """
     weight, scale = product.weight, scale.double()
-    product.weight = _like(weight.double() * scale.view(-1, *[1] * (weight.ndim - 1)), weight)
+    product.weight = like(weight.double() * scale.view(-1, *[1] * (weight.ndim - 1)), weight)
     bias = product.bias
     if bias is not None:
         shift = bias.double() * scale + (0 if shift is None else shift)
     if shift is not None:
-        product.bias = _like(shift, weight)
+        product.bias = like(shift, weight)
 
 
 @torch.no_grad()
@@ -123,10 +123,11 @@ def scale_input(product: nn.Linear, scale: Tensor | None, shift: Tensor) -> None
         shift: per input channel.
     """
     weight, bias = product.weight.double(), product.bias
-    product.bias = _like(weight @ shift.double() + (0 if bias is None else bias.double()), product.weight)
+    product.bias = like(weight @ shift.double() + (0 if bias is None else bias.double()), product.weight)
     if scale is not None:
-        product.weight = _like(weight * scale.double(), product.weight)
+        product.weight = like(weight * scale.double(), product.weight)
 
 
-def _like(value: Tensor, parameter: nn.Parameter) -> nn.Parameter:
+def like(value: Tensor, parameter: nn.Parameter) -> nn.Parameter:
+    """A parameter of another value and shape, of the same kind and place, and as frozen."""
     return nn.Parameter(value.to(parameter), parameter.requires_grad)

@@ -101,6 +101,8 @@ def _filtered_phases(layer: GlobalLocalFilter, x: Tensor) -> Tensor:
 def _filtered(layer: GlobalLocalFilter, x: Tensor) -> Tensor:
     """(B, C / 2, H, W) times the filter in the spectrum."""
     H, W = x.shape[-2:]
+    if not torch.compiler.is_compiling() and not len(x):  # which MKL refuses
+        return x
     dtype = torch.promote_types(x.dtype, torch.float32)  # there are no transforms of these sizes in half precision
 
     def build() -> Tensor:

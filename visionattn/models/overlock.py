@@ -263,16 +263,13 @@ class OverLoCK(Hierarchical):
             matcher["blocks"] = [*order, *matcher["blocks"], (r"^aux_norm", (99999,))]
         return matcher
 
+    def merge_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Merges large kernels that are stored as several where the model has one."""
+        return DilatedReparamConv2d.fold_all(state_dict) if self.deploy else state_dict
+
     def adapt_state_dict(self, state_dict: dict[str, Tensor], made_for: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Merges large kernels that are stored as several where the model has one, and leaves the second head as it is
-        where there is none in the file."""
+        """Leaves the second head as it is where there is none in the file."""
         state_dict = super().adapt_state_dict(state_dict, made_for)
-        if self.deploy:
-            for prefix in sorted({k.partition(".branches.")[0] + "." for k in state_dict if ".branches." in k}):
-                parts = {k: v for k, v in state_dict.items() if k.startswith(prefix)}
-                folded = DilatedReparamConv2d.fold({k.removeprefix(prefix): v for k, v in parts.items()})
-                state_dict = {k: v for k, v in state_dict.items() if k not in parts}
-                state_dict |= {prefix + k: v for k, v in folded.items()}
         aux = ("aux_norm.", "aux_head.")
         own = {k: v for k, v in self.state_dict().items() if k.startswith(aux)}
         if not own:

@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..backbone.mechanics import Mechanics
 from ..create import create_model
 from ..errors import UnknownModelError, VisionattnError, user_input
 from ..tasks.useless import given, refuse
@@ -89,6 +90,7 @@ class Distillation:
         self, options: TrainConfig, teacher: nn.Module, num_classes: int, model: nn.Module, accelerator: Accelerator
     ) -> None:
         self.config, self.teacher, self.autocast = options.distill, teacher, accelerator.autocast
+        self.own_terms = (model if isinstance(model, Mechanics) else Mechanics()).training_loss
         config, data = options.distill, options.data
         if config.alpha and teacher.num_classes != num_classes:
             raise VisionattnError(
@@ -108,11 +110,14 @@ class Distillation:
         self.student = Student(model, width).to(placement.device) if config.features else None
 
     def loss(self, loss: Tensor, images: Tensor, logits: Tensor, criterion: Callable[[Tensor], Tensor]) -> Tensor:
-        """The loss to minimise, from that of the labels, what the model was called with and what it returned."""
+        """The loss to minimise, from that of the labels, what the model was called with and what it returned.
+
+        What the model's paper adds to the loss is added to this one.
+        """
         config = self.config
         with torch.no_grad(), self.autocast():
-            images = (images * self.std + self.mean - self.teacher_mean) / self.teacher_std
-            taught = self.teacher.forward_features(images)
+            shown = (images * self.std + self.mean - self.teacher_mean) / self.teacher_std
+            taught = self.teacher.forward_features(shown)
             features = self.teacher.forward_head(taught, pre_logits=True).float()
             targets = self.teacher.forward_head(taught).float()
         if config.alpha:
@@ -129,4 +134,4 @@ class Distillation:
             else:
                 error = F.mse_loss(*(F.layer_norm(x, x.shape[-1:]) for x in (projected, features)))
             loss = loss + config.features * error
-        return loss
+        return self.own_terms(loss, images, logits, criterion)

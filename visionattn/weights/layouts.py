@@ -113,6 +113,7 @@ def _convert(
     own = model.state_dict()
     layouts = [[], *getattr(model, "layouts", {}).values()]
     adapt = partial(model.adapt_state_dict, made_for=made_for or {}) if hasattr(model, "adapt_state_dict") else dict
+    merge = getattr(model, "merge_state_dict", dict)
 
     @cache
     def meets(name: str) -> list[bool]:
@@ -122,7 +123,7 @@ def _convert(
         pairs = []
         for rules in layouts:
             with suppress(*MISFITS):
-                found = _apply(rules, source)
+                found = merge(_apply(rules, source))
                 pairs.append((adapt(found), found))
         if not pairs:
             raise VisionattnError(f"state dict does not fit {_name(model)}: its tensors have shapes of no layout")
