@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from .backbone import Stage
 from .create import create_model
 from .layers import (
     AgentAttention,
@@ -302,7 +303,8 @@ def stages(model: nn.Module, input_size: Sequence[int]) -> list[dict[str, Any]]:
 
     def note(module: nn.Module, inputs: Any, output: Any, name: str) -> None:
         output = output if isinstance(output, Tensor) else output[0]
-        shapes[name] = " x ".join(map(str, output.shape[1:]))
+        width = module.dim if isinstance(module, Stage) else output.shape[1]  # of its feature: it may pass on more
+        shapes[name] = " x ".join(map(str, (width, *output.shape[2:])))
 
     handles = []
     for name in parts:
