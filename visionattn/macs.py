@@ -34,9 +34,11 @@ from .layers import (
     NeighborhoodAttention2d,
     NormAwareLinearAttention,
     PartialSelfAttention,
+    PolarizedSelfAttention,
     SelfAttention,
     SelfGuidedAttention,
     StripeAttention2d,
+    SubspaceAttention,
     WindowAttention2d,
 )
 from .layers.aggregated_attention import HIDDEN, distances
@@ -111,6 +113,12 @@ def _attentive_conv(module, inputs):
     return (
         (inputs[0][0].numel() // C - module.kernel_size**2) * C * C
     )  # the published code projects the map before it pools it
+
+
+def _polarized(module, inputs):
+    C, N = inputs[0].shape[1], inputs[0].shape[2:].numel()
+    pooled = 3 if module.order == "parallel" else 2  # of its products, which the published code has of the map
+    return C // 2 * (pooled * C * (N - 1) + 2 * N)
 
 
 def _norm_aware(module, inputs):
@@ -200,7 +208,9 @@ ATTENTION = {
     AttentiveConv2d: _attentive_conv,
     ContMix2d: _contmix,
     ChannelScale: _channel_scale,
+    SubspaceAttention: _channel_scale,
     PartialSelfAttention: _partial,
+    PolarizedSelfAttention: _polarized,
     NormAwareLinearAttention: _norm_aware,
     CosineAttention: _cosine,
     AggregatedAttention: _aggregated,

@@ -10,9 +10,13 @@ from ..layers import (
     LargeKernelAttention,
     PartialChannelAttention,
     PartialSpatialAttention,
+    PolarizedSelfAttention,
     RecursiveGatedConv,
+    SubspaceAttention,
 )
-from .map import GATE, Explained, Map
+from ..layers.polarized_attention import channel_gate, spatial_gate
+from ..layers.subspace_attention import spatial_weights
+from .map import GATE, HEAD_GATE, Explained, Map
 
 
 def focal_modulation(layer: FocalModulation, x: Tensor) -> Explained:
@@ -60,3 +64,16 @@ def partial_spatial_attention(layer: PartialSpatialAttention, x: Tensor) -> Expl
     gated, mixed = x.split(layer.widths, 1)
     gate = F.hardsigmoid(layer.gate(gated))
     return [Map("gate", gate, GATE)], torch.cat([layer.norm1(gated * gate), layer.mix(layer.norm2(mixed))], 1)
+
+
+def polarized_attention(layer: PolarizedSelfAttention, x: Tensor) -> Explained:
+    channel = channel_gate(layer, x)
+    spatial = spatial_gate(layer, x if layer.order == "parallel" else x * channel)
+    maps = [Map("gate", channel.flatten(1), ("batch", "channel"), "channel"), Map("gate", spatial, GATE, "spatial")]
+    return maps, x * (channel + spatial if layer.order == "parallel" else channel * spatial)
+
+
+def subspace_attention(layer: SubspaceAttention, x: Tensor) -> Explained:
+    """A head is a group of channels."""
+    gate = 1 + spatial_weights(layer, x).unflatten(2, x.shape[2:])
+    return [Map("gate", gate, HEAD_GATE)], x * gate.repeat_interleave(x.shape[1] // layer.num_subspaces, 1)

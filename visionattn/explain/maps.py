@@ -33,12 +33,14 @@ from ..layers import (
     PartialChannelAttention,
     PartialSelfAttention,
     PartialSpatialAttention,
+    PolarizedSelfAttention,
     RecursiveGatedConv,
     SelfAttention,
     SelfGuidedAttention,
     ShiftedWindowAttention2d,
     SparseAttention,
     StripeAttention2d,
+    SubspaceAttention,
     TokenAttentiveConv2d,
     TokenFocalModulation,
     TokenNeighborhoodAttention,
@@ -70,7 +72,9 @@ from .gating import (
     large_kernel_attention,
     partial_channel_attention,
     partial_spatial_attention,
+    polarized_attention,
     recursive_gated_conv,
+    subspace_attention,
 )
 from .map import Explained
 from .nearby import (
@@ -170,5 +174,7 @@ LAYERS: dict[type[nn.Module], Callable[..., Explained]] = {
     TokenAttentiveConv2d: _of_tokens(attentive_conv, first=True),
     PartialChannelAttention: partial_channel_attention,
     PartialSpatialAttention: partial_spatial_attention,
+    PolarizedSelfAttention: polarized_attention,
+    SubspaceAttention: subspace_attention,
 }
 """How the maps of a layer are computed: `f(layer, *inputs)` returns them, and the output made of them."""

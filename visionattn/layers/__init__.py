@@ -30,6 +30,7 @@ from .partial_attention import PartialChannelAttention as PartialChannelAttentio
 from .partial_attention import PartialConv2d as PartialConv2d
 from .partial_attention import PartialSelfAttention as PartialSelfAttention
 from .partial_attention import PartialSpatialAttention as PartialSpatialAttention
+from .polarized_attention import PolarizedSelfAttention as PolarizedSelfAttention
 from .recursive_gated_conv import GlobalLocalFilter as GlobalLocalFilter
 from .recursive_gated_conv import RecursiveGatedConv as RecursiveGatedConv
 from .self_attention import SelfAttention as SelfAttention
@@ -39,4 +40,5 @@ from .shifted_window_attention import ShiftedWindowAttention2d as ShiftedWindowA
 from .sparse_attention import ConnectivityPredictor as ConnectivityPredictor
 from .sparse_attention import SparseAttention as SparseAttention
 from .stripe_attention import StripeAttention2d as StripeAttention2d
+from .subspace_attention import SubspaceAttention as SubspaceAttention
 from .window_attention import WindowAttention2d as WindowAttention2d

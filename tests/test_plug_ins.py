@@ -1,0 +1,188 @@
+"""Blocks that belong to no family: each is its equation, written out, and runs wherever a family's block does."""
+
+import copy
+
+import pytest
+import torch
+
+from visionattn.layers import PolarizedSelfAttention, SubspaceAttention
+from visionattn.layers.fuse import fuse_modules
+from visionattn.macs import count_macs, counted_flops
+
+DYNAMIC = torch.export.Dim.DYNAMIC
+LAYERS = {
+    "polarized": (lambda **dd: PolarizedSelfAttention(8, **dd), (3, 8, 5, 7)),
+    "polarized in sequence": (lambda **dd: PolarizedSelfAttention(16, "sequential", **dd), (3, 16, 5, 7)),
+    "subspace": (lambda **dd: SubspaceAttention(8, 2, **dd), (3, 8, 5, 7)),
+}
+
+
+def lively(layer):
+    """In float64, with parameters and statistics that all count."""
+    for p in layer.parameters():
+        torch.nn.init.normal_(p, 0.3 if p.ndim < 2 else 0, 0.5)
+    for p in layer.buffers():
+        if p.is_floating_point():
+            torch.nn.init.uniform_(p, 0.01, 0.5)
+    return layer.double()
+
+
+def polarized(layer, x):
+    """At full resolution, as the published code goes about it."""
+
+    def channels(x):
+        weights = layer.conv_q_right(x).flatten(2).softmax(2)
+        y = (layer.conv_v_right(x).flatten(2) @ weights.mT)[..., None]
+        if layer.order == "parallel":
+            return layer.conv_up(y).sigmoid()
+        y, norm = layer.conv_up[0](y), layer.conv_up[1]
+        y = (y - y.mean(1, keepdim=True)) / (y.var(1, correction=0, keepdim=True) + 1e-5).sqrt()
+        return layer.conv_up[3]((y * norm.weight + norm.bias).relu()).sigmoid()
+
+    def positions(x):
+        query, values = layer.conv_q_left(x).mean((2, 3))[:, None], layer.conv_v_left(x).flatten(2)
+        met = (query @ values).softmax(2) if layer.order == "parallel" else query @ values.softmax(2)
+        return met.sigmoid().unflatten(2, x.shape[2:])
+
+    if layer.order == "parallel":
+        return x * channels(x) + x * positions(x)
+    y = x * channels(x)
+    return y * positions(y)
+
+
+def subspace(layer, x):
+    """One group after the other, and every position looks around itself."""
+
+    def norm(norm, x):
+        mean, var = norm.running_mean, norm.running_var
+        if norm.training:
+            mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)
+        mean, std, weight, bias = (t[:, None, None] for t in (mean, (var + 1e-5).sqrt(), norm.weight, norm.bias))
+        return (x - mean) / std * weight + bias
+
+    z = norm(layer.bn_dws, layer.conv_dws(x)).relu()
+    rows, cols = (
+        (torch.arange(n)[:, None] + torch.arange(-1, 2)).clamp(0, n - 1) for n in z.shape[2:]
+    )  # outside is what is next to it: no more than the maximum without
+    z = z[:, :, rows][..., cols].amax((3, 5))
+    out, size = [], x.shape[1] // layer.num_subspaces
+    y = torch.stack(
+        [(layer.conv_point.weight[i, :, 0, 0, None, None] * part).sum(1) for i, part in enumerate(z.split(size, 1))], 1
+    )
+    logits = norm(layer.bn_point, y + layer.conv_point.bias[:, None, None]).relu()
+    for part, logit in zip(x.split(size, 1), logits.unbind(1), strict=True):
+        weights = logit.exp() / logit.exp().sum((1, 2), keepdim=True)
+        out.append(part + weights[:, None] * part)
+    return torch.cat(out, 1)
+
+
+@pytest.mark.parametrize(
+    "layer, equation, size",
+    [
+        (PolarizedSelfAttention(8), polarized, (2, 8, 5, 7)),
+        (PolarizedSelfAttention(3), polarized, (2, 3, 6, 4)),  # an odd number, of which half is one
+        (PolarizedSelfAttention(16, "sequential"), polarized, (2, 16, 5, 7)),
+        (PolarizedSelfAttention(13, "sequential"), polarized, (1, 13, 1, 1)),  # one channel is normalised to zero
+        (SubspaceAttention(12).eval(), subspace, (2, 12, 5, 7)),
+        (SubspaceAttention(6, 6).eval(), subspace, (2, 6, 1, 2)),
+        (SubspaceAttention(6, 1), subspace, (2, 6, 5, 3)),
+    ],
+)
+def test_a_block_is_its_equation(layer, equation, size):
+    layer, x = lively(layer), torch.randn(size, dtype=torch.float64, requires_grad=True)
+    inputs = [x, *layer.parameters()]
+    found, expected = layer(x), equation(layer, x)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    weight = torch.randn_like(found)
+    ours, theirs = (torch.autograd.grad((out * weight).sum(), inputs, retain_graph=True) for out in (found, expected))
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_block_runs_everywhere(name):
+    make, size = LAYERS[name]
+    layer, x = lively(make()).float().eval(), torch.randn(size)
+    with torch.no_grad():
+        expected = layer(x)
+        torch._dynamo.reset()
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x), expected)
+        half = copy.deepcopy(layer).bfloat16()(x.bfloat16())
+        torch.testing.assert_close(half.float(), expected, rtol=0.1, atol=0.1 * expected.abs().max().item())
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.testing.assert_close(layer(x).float(), expected, rtol=0.05, atol=0.05 * expected.abs().max().item())
+    out = make(device="meta", dtype=torch.float64)(x.double().to("meta"))
+    assert out.shape == expected.shape and out.dtype == torch.float64
+    out = layer.train()(x)
+    out.square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_exported_with_open_sizes(name):
+    make, size = LAYERS[name]
+    layer = lively(make()).float().eval()
+    open_axes = ({axis: DYNAMIC for axis in range(len(size)) if axis != (1 if len(size) == 4 else 2)},)
+    exported = torch.export.export(layer, (torch.randn(size),), dynamic_shapes=open_axes).module()
+    for batch, scale in ((1, 2), (4, 3)):
+        x = torch.randn([batch, *(n * scale if axis in open_axes[0] else n for axis, n in enumerate(size[1:], 1))])
+        torch.testing.assert_close(exported(x), layer(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "layer, size, executed, published",
+    [
+        # Pooled before they are projected, against projected before they are pooled.
+        (PolarizedSelfAttention(16), (16, 5, 7), 3 * 35 * 16 + 2 * 256, 35 * (16 + 3 * 128 + 2 * 8) + 128),
+        (
+            PolarizedSelfAttention(16, "sequential"),
+            (16, 5, 7),
+            35 * (128 + 40) + 19 * 16,
+            35 * (16 + 3 * 128 + 2 * 8) + 8 * 2 + 2 * 16,
+        ),
+        (SubspaceAttention(16), (16, 5, 7), 35 * 16, 2 * 35 * 16),  # one of its two convolutions is elementwise
+    ],
+)
+def test_costs(layer, size, executed, published):
+    """The cost lines of the docstrings, and what the tables of models count."""
+    layer = layer.eval()
+    with counted_flops() as counter, torch.no_grad():
+        layer(torch.randn(1, *size))
+    assert counter.get_total_flops() == 2 * executed
+    if len(size) == 3:
+        assert count_macs(layer.to("meta"), size)[""] == published
+
+
+def test_polarized_details():
+    with pytest.raises(ValueError, match="one of parallel, sequential, got 'both'"):
+        PolarizedSelfAttention(8, "both")
+    with pytest.raises(ValueError, match="dim of at least 8 with order 'sequential', got 7"):
+        PolarizedSelfAttention(7, "sequential")
+    layer = PolarizedSelfAttention(512)
+    for conv in (layer.conv_q_right, layer.conv_v_right, layer.conv_q_left, layer.conv_v_left):
+        assert conv.weight.std().item() == pytest.approx((2 / 512) ** 0.5, rel=0.1)
+    assert layer.conv_up.weight.abs().max() <= 256**-0.5  # as torch draws it
+
+
+def test_subspace_details():
+    with pytest.raises(ValueError, match="dim 10 is not divisible by num_subspaces 4"):
+        SubspaceAttention(10)
+    layer, x = lively(SubspaceAttention(8, 2)), torch.randn(3, 8, 5, 7, dtype=torch.float64)
+    before = layer.bn_dws.running_mean.clone(), layer.bn_point.running_var.clone()
+    layer(x)
+    y = layer.conv_dws(x).mean((0, 2, 3))
+    torch.testing.assert_close(layer.bn_dws.running_mean, 0.1 * before[0] + 0.9 * y)
+    assert layer.bn_point.momentum == 0.9 and not torch.equal(layer.bn_point.running_var, before[1])
+    network = torch.nn.Sequential(copy.deepcopy(layer)).eval()
+    fuse_modules(network)
+    assert not [module for module in network.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    torch.testing.assert_close(network(x), layer.eval()(x))
+
+
+@torch.no_grad()
+def test_spatial_gates_around_a_half_survive_half_precision():
+    """Over 400 positions they lie within 0.0004 of each other, and the numbers of bfloat16 there 0.004 apart."""
+    layer, x = PolarizedSelfAttention(16).bfloat16(), torch.randn(1, 16, 20, 20).bfloat16()
+    exact = copy.deepcopy(layer).float()(x.float())
+    assert (layer(x) == exact.bfloat16()).float().mean() > 0.99
