@@ -30,6 +30,7 @@ from visionattn.layers import (
     NeighborhoodAttention2d,
     NormAwareLinearAttention,
     PolarizedSelfAttention,
+    ReducedAttention,
     ShiftedWindowAttention2d,
     SparseAttention,
     StripeAttention2d,
@@ -71,6 +72,8 @@ BLOCKS = {
     "norm-aware by softmax": (NormAwareLinearAttention(16, 2, "softmax"), (2, 16, 7, 5)),
     "polarized": (PolarizedSelfAttention(8), (2, 8, 5, 7)),
     "polarized in sequence": (PolarizedSelfAttention(16, "sequential"), (2, 16, 5, 7)),
+    "reduced": (ReducedAttention(16, 2), (2, 15, 16), (3, 5)),
+    "reduced, super": (ReducedAttention(16, 2, "super", 15), (2, 15, 16)),
     "relative": (TokenRelPosAttention(16, 2, kernel_size=3), (2, 35, 16), (5, 7)),
     "shifted windows": (ShiftedWindowAttention2d(16, 2, window_size=4, shifted=True), (2, 9, 11, 16)),
     "stripes": (StripeAttention2d(16, 2, 4), (2, 9, 11, 16)),
@@ -99,9 +102,10 @@ def scramble(module: nn.Module) -> None:
 def check(layer: nn.Module, args: tuple, kwargs: dict, out: Tensor) -> None:
     maps, made = layer_maps(layer, *args, **kwargs)
     assert (made - out).abs().max() <= 1e-5 * out.abs().max().clamp(min=1)
+    unnormalised = isinstance(layer, UNNORMALISED) or getattr(layer, "kind", "") == "super"
     for found in maps:
         assert found.values.ndim == len(found.axes)
-        if found.kind in ("attention", "content", "position") and not isinstance(layer, UNNORMALISED):
+        if found.kind in ("attention", "content", "position") and not unnormalised:
             rows = found.values.flatten(-2 if found.axes == ON_MAP else -1).sum(-1)
             rows = rows[:, :, 1:] if found.patches is not None else rows
             assert (((rows - 1).abs() < 1e-5) | (rows == 0)).all() and rows.mean() > 0.5

@@ -35,6 +35,7 @@ from .layers import (
     NormAwareLinearAttention,
     PartialSelfAttention,
     PolarizedSelfAttention,
+    ReducedAttention,
     SelfAttention,
     SelfGuidedAttention,
     StripeAttention2d,
@@ -72,6 +73,11 @@ def _halo(module, inputs):
 def _dense(module, inputs):
     N, C = inputs[0].shape[1:]
     return 2 * N * N * C
+
+
+def _reduced(module, inputs):
+    N, C = inputs[0].shape[1:]
+    return (3 if module.kind == "super" else 2) * N * N * C
 
 
 def _partial(module, inputs):
@@ -199,6 +205,7 @@ ATTENTION = {
     GatedPositionalSelfAttention: _gated_positional,
     HaloAttention2d: _halo,
     SelfAttention: _dense,
+    ReducedAttention: _reduced,
     ConnectivityPredictor: _predictor,
     WindowAttention2d: _window,
     ChannelAttention: _channel,

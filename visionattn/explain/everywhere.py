@@ -15,6 +15,7 @@ from ..layers import (
     MixtureOfHeadAttention,
     NormAwareLinearAttention,
     PartialSelfAttention,
+    ReducedAttention,
     SelfAttention,
     SelfGuidedAttention,
     SparseAttention,
@@ -41,6 +42,14 @@ def self_attention(layer: SelfAttention, x: Tensor, grid: tuple[int, int] | None
     q, k, v = layer.heads(x)
     weights = (q @ k.mT * layer.scale).softmax(-1)
     return [Map("attention", weights, OF_TOKENS)], layer.merge(weights @ v)
+
+
+def reduced_attention(layer: ReducedAttention, x: Tensor, grid: tuple[int, int] | None = None) -> Explained:
+    """The tokens of "super" are mixed first: its weights are the product of both steps, and rows do not sum to 1."""
+    q, k, v = layer.heads(x)
+    weights = (q @ k.mT * q.shape[3] ** -0.5).softmax(-1)
+    of_input = weights if layer.align is None else weights @ layer.align.weight
+    return [Map("attention", of_input, OF_TOKENS)], layer.merge(weights @ v)
 
 
 def mixture_of_head_attention(

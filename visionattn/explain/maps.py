@@ -35,6 +35,7 @@ from ..layers import (
     PartialSpatialAttention,
     PolarizedSelfAttention,
     RecursiveGatedConv,
+    ReducedAttention,
     SelfAttention,
     SelfGuidedAttention,
     ShiftedWindowAttention2d,
@@ -62,6 +63,7 @@ from .everywhere import (
     mixture_of_head_attention,
     norm_aware_attention,
     partial_self_attention,
+    reduced_attention,
     self_attention,
     self_guided_attention,
     sparse_attention,
@@ -141,6 +143,7 @@ def _channels_last(entry: Callable[..., Explained]) -> Callable[..., Explained]:
 
 LAYERS: dict[type[nn.Module], Callable[..., Explained]] = {
     SelfAttention: self_attention,
+    ReducedAttention: reduced_attention,
     MixtureOfHeadAttention: mixture_of_head_attention,
     AgentAttention: agent_attention,
     CausalSelfAttention: causal_attention,

@@ -33,6 +33,7 @@ from .partial_attention import PartialSpatialAttention as PartialSpatialAttentio
 from .polarized_attention import PolarizedSelfAttention as PolarizedSelfAttention
 from .recursive_gated_conv import GlobalLocalFilter as GlobalLocalFilter
 from .recursive_gated_conv import RecursiveGatedConv as RecursiveGatedConv
+from .reduced_attention import ReducedAttention as ReducedAttention
 from .self_attention import SelfAttention as SelfAttention
 from .self_guided_attention import HybridScaleAttention as HybridScaleAttention
 from .self_guided_attention import SelfGuidedAttention as SelfGuidedAttention
