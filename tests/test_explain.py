@@ -31,6 +31,7 @@ from visionattn.layers import (
     NormAwareLinearAttention,
     PolarizedSelfAttention,
     ReducedAttention,
+    ReversedAttention,
     ShiftedWindowAttention2d,
     SparseAttention,
     StripeAttention2d,
@@ -74,6 +75,7 @@ BLOCKS = {
     "polarized in sequence": (PolarizedSelfAttention(16, "sequential"), (2, 16, 5, 7)),
     "reduced": (ReducedAttention(16, 2), (2, 15, 16), (3, 5)),
     "reduced, super": (ReducedAttention(16, 2, "super", 15), (2, 15, 16)),
+    "reversed": (ReversedAttention(16, 2), (2, 15, 16), torch.rand(2, 15)),
     "relative": (TokenRelPosAttention(16, 2, kernel_size=3), (2, 35, 16), (5, 7)),
     "shifted windows": (ShiftedWindowAttention2d(16, 2, window_size=4, shifted=True), (2, 9, 11, 16)),
     "stripes": (StripeAttention2d(16, 2, 4), (2, 9, 11, 16)),
@@ -89,7 +91,7 @@ BLOCKS = {
     "windows": (WindowAttention2d(16, 2, window_size=4), (2, 9, 11, 16)),
 }
 
-UNNORMALISED = CausalSelfAttention, NormAwareLinearAttention
+UNNORMALISED = CausalSelfAttention, NormAwareLinearAttention, ReversedAttention
 
 
 def scramble(module: nn.Module) -> None:
@@ -133,7 +135,8 @@ def test_weights_times_values_are_what_a_block_returns(name):
     layer, shape, *rest = BLOCKS[name]
     scramble(layer.eval())
     x = torch.randn(shape)
-    check(layer, (x, *rest), {}, layer(x, *rest))
+    out = layer(x, *rest)
+    check(layer, (x, *rest), {}, out[0] if isinstance(out, tuple) else out)
 
 
 def test_every_attention_block_has_maps():

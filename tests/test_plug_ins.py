@@ -4,11 +4,31 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from visionattn.layers import PolarizedSelfAttention, ReducedAttention, SubspaceAttention
+from visionattn.layers import (
+    PolarizedSelfAttention,
+    ReducedAttention,
+    ReversedAttention,
+    SubspaceAttention,
+    reversed_attention,
+)
 from visionattn.layers.fuse import fuse_modules
 from visionattn.layers.reduced_attention import resize_token_mixing
 from visionattn.macs import count_macs, counted_flops
+
+
+class Received(torch.nn.Module):
+    """Reversed attention of some message, which is handed on too."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        y, message = self.layer(x, x.mean(2).sigmoid())
+        return torch.cat([y, message[..., None]], 2)
+
 
 MAP, TOKENS = (0, 2, 3), (0, 1)
 LAYERS = {
@@ -18,6 +38,7 @@ LAYERS = {
     "efficient": (lambda **dd: ReducedAttention(8, 2, "efficient", **dd), (3, 11, 8), TOKENS),
     "optimised": (lambda **dd: ReducedAttention(8, 2, bias=False, **dd), (3, 11, 8), TOKENS),
     "super": (lambda **dd: ReducedAttention(8, 2, "super", 11, **dd), (3, 11, 8), (0,)),
+    "reversed": (lambda **dd: Received(ReversedAttention(8, 2, controller_bias=1, **dd)), (3, 11, 8), TOKENS),
 }
 """Makes a block, the shape of an input, and the axes of it that may have any length."""
 
@@ -95,6 +116,21 @@ def reduced(layer, x):
     return layer.proj(torch.cat(out, -1))
 
 
+def reversed_(layer, x):
+    """One child after the other."""
+    layer, message = layer.layer, x.mean(2).sigmoid()
+    (B, N, C), h = x.shape, layer.num_heads
+    q, k, v = layer.qkv(x).view(B, N, 3, h, -1).unbind(2)  # (B, N, h, d)
+    fc1, fc2 = layer.message_controller.fc1.weight, layer.message_controller.fc2.weight
+    message = message * (F.gelu(x @ fc1.T) @ fc2.T + layer.controller_bias).sigmoid()[..., 0]
+    head = (x @ layer.head_selector.weight.T / layer.temperature).softmax(2)
+    out = 0
+    for j in range(N):
+        weights = (torch.einsum("bhd,bihd->bih", q[:, j], k) / (C // h) ** 0.5).softmax(1)
+        out = out + weights[..., None] * (head[:, j] * message[:, j, None])[:, None, :, None] * v[:, j, None]
+    return torch.cat([layer.proj(out.flatten(2)), message[..., None]], 2)
+
+
 @pytest.mark.parametrize(
     "layer, equation, size",
     [
@@ -108,6 +144,8 @@ def reduced(layer, x):
         (ReducedAttention(12, 3), reduced, (2, 7, 12)),
         (ReducedAttention(12, 2, "efficient", bias=False), reduced, (2, 1, 12)),
         (ReducedAttention(12, 1, "super", 9), reduced, (2, 9, 12)),
+        (Received(ReversedAttention(12, 3)), reversed_, (2, 7, 12)),
+        (Received(ReversedAttention(12, 1, False, 0.5, 0.25, 1.5)), reversed_, (2, 8, 12)),
     ],
 )
 def test_a_block_is_its_equation(layer, equation, size):
@@ -167,6 +205,7 @@ def test_exported_with_open_sizes(name):
         (ReducedAttention(16, 2), (35, 16), 35 * 3 * 256 + 2 * 35**2 * 16, None),
         (ReducedAttention(16, 2, "efficient"), (35, 16), 35 * 2 * 256 + 2 * 35**2 * 16, None),
         (ReducedAttention(16, 2, "super", 35), (35, 16), 35 * 2 * 256 + 3 * 35**2 * 16, None),
+        (Received(ReversedAttention(16, 2)), (35, 16), 35 * (9 * 128 + 16 * 2 + 8) + 2 * 35**2 * 16, None),
     ],
 )
 def test_costs(layer, size, executed, published):
@@ -238,6 +277,45 @@ def test_token_mixing_follows_the_size(new):
     rows = mixed[1:-1].view(new)
     torch.testing.assert_close(rows, rows[:, :1].expand(new))
     assert (rows[:, 0].diff() > 0).all() and rows.mean().item() == pytest.approx(1.5)
+
+
+def test_reversed_attention_by_block(monkeypatch):
+    layer, x = lively(Received(ReversedAttention(12, 3))), torch.randn(2, 10, 12, dtype=torch.float64)
+    inputs = [x.requires_grad_(), *layer.parameters()]
+    expected = layer(x)
+    weight = torch.randn_like(expected)
+    gradients = torch.autograd.grad((expected * weight).sum(), inputs)
+    monkeypatch.setattr(reversed_attention, "SENDERS", 4)
+    for kept in (10, 9):  # and computed again for the gradients
+        monkeypatch.setattr(reversed_attention, "MAX_KEPT", kept)
+        torch._dynamo.reset()
+        for run in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
+            found = run(x)
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+            for one, other in zip(torch.autograd.grad((found * weight).sum(), inputs), gradients, strict=True):
+                torch.testing.assert_close(one, other, rtol=0, atol=1e-11)
+    found = torch.export.export(layer.eval(), (x.detach(),)).module()(x)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+def test_reversed_details():
+    with pytest.raises(ValueError, match="dim 8 is not divisible by num_heads 3"):
+        ReversedAttention(8, 3)
+    layer, x = ReversedAttention(8, 1, attn_drop=0.5), torch.randn(2, 9, 8)
+    y, message, dropped = layer(x, return_dependency=True)
+    expected, _, dependency = layer.eval()(x, grid=(3, 3), return_dependency=True)
+    kept = dropped / dependency
+    assert ((kept == 0) | ((kept - 2).abs() < 1e-5)).all() and 0.3 < kept.mean() / 2 < 0.7
+    torch.testing.assert_close(y, layer.proj(dropped @ layer.qkv(x)[..., 16:]))  # of one head
+    torch.testing.assert_close(expected, layer(x)[0])
+    # A child gives away what it still has to say, no more and no less; without a message it is silent.
+    torch.testing.assert_close(dependency.sum(1), message)
+    assert not layer(x, torch.zeros(2, 9), return_dependency=True)[2].any()
+    # As initialised: no bias without one, a half of every message is left; 0.98 of it with 4.
+    assert not layer.qkv.bias.any() and layer.head_selector.bias is None
+    assert (message - 0.5).abs().max() < 0.01
+    message = ReversedAttention(8, 1, controller_bias=4)(x)[1]
+    torch.testing.assert_close(message, torch.full((2, 9), 4.0).sigmoid())
 
 
 @torch.no_grad()

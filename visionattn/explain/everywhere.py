@@ -16,6 +16,7 @@ from ..layers import (
     NormAwareLinearAttention,
     PartialSelfAttention,
     ReducedAttention,
+    ReversedAttention,
     SelfAttention,
     SelfGuidedAttention,
     SparseAttention,
@@ -28,6 +29,7 @@ from ..layers.heads import split_heads
 from ..layers.mixture_of_head import head_gates
 from ..layers.norm_aware_attention import turned_heads
 from ..layers.partial_attention import distance_buckets
+from ..layers.reversed_attention import gates as reversed_gates
 from ..layers.self_guided_attention import (
     GlobalEnhancedAttention,
     guided_heads,
@@ -50,6 +52,20 @@ def reduced_attention(layer: ReducedAttention, x: Tensor, grid: tuple[int, int] 
     weights = (q @ k.mT * q.shape[3] ** -0.5).softmax(-1)
     of_input = weights if layer.align is None else weights @ layer.align.weight
     return [Map("attention", of_input, OF_TOKENS)], layer.merge(weights @ v)
+
+
+def reversed_attention(
+    layer: ReversedAttention,
+    x: Tensor,
+    message: Tensor | None = None,
+    grid: tuple[int, int] | None = None,
+    return_dependency: bool = False,
+) -> Explained:
+    """A query is who receives; what a key has to say sums to its message over all queries and heads."""
+    q, k, v = layer.heads(x)
+    gate, _ = reversed_gates(layer, x, message)
+    weights = (gate * layer.weights(q, k)).mT
+    return [Map("attention", weights, OF_TOKENS)], layer.merge(weights @ v)
 
 
 def mixture_of_head_attention(

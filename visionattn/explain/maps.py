@@ -36,6 +36,7 @@ from ..layers import (
     PolarizedSelfAttention,
     RecursiveGatedConv,
     ReducedAttention,
+    ReversedAttention,
     SelfAttention,
     SelfGuidedAttention,
     ShiftedWindowAttention2d,
@@ -64,6 +65,7 @@ from .everywhere import (
     norm_aware_attention,
     partial_self_attention,
     reduced_attention,
+    reversed_attention,
     self_attention,
     self_guided_attention,
     sparse_attention,
@@ -144,6 +146,7 @@ def _channels_last(entry: Callable[..., Explained]) -> Callable[..., Explained]:
 LAYERS: dict[type[nn.Module], Callable[..., Explained]] = {
     SelfAttention: self_attention,
     ReducedAttention: reduced_attention,
+    ReversedAttention: reversed_attention,
     MixtureOfHeadAttention: mixture_of_head_attention,
     AgentAttention: agent_attention,
     CausalSelfAttention: causal_attention,
