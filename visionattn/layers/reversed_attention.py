@@ -31,9 +31,9 @@ class ReversedAttention(SelfAttention):
         D_ij = sum_h F_ji P_j M_j                        who depends on whom
 
     A row of F sums to one over those who receive: a parent may get everybody's message, or none. As a child's row is
-    complete by itself, children are taken block by block, whose weights are all that is in memory. The same by fused
-    attention, with roles swapped and the logarithms of both sums in its place, has to compute all products three times,
-    as torch's fused attention keeps these logarithms to itself.
+    complete by itself, children are taken block by block, and memory grows with N alone. Fused attention of parents to
+    children would need the log-sum-exp of every row of F and of every column, which torch's does not return: by two
+    more passes over all pairs it takes several times as long on CPUs.
 
     Cost: 4.5 N C^2 + 2 N^2 C + N C (h + 0.5) multiply-adds for N tokens, C channels and `controller_ratio` 0.5.
 
