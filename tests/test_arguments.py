@@ -8,7 +8,9 @@ import timm
 import torch
 
 import visionattn
+from visionattn.backbone import Hierarchical
 from visionattn.errors import UnknownArgumentError, VisionattnError
+from visionattn.registry import find
 from visionattn.tasks import make_task
 from visionattn.training.config import parse_train, parse_validate
 from visionattn.training.evaluation import options_of, validate
@@ -22,7 +24,7 @@ from visionattn.weights.files import DESCRIPTION, write_checkpoint
         ("test_dinat", {"num_heads": None}),
         ("test_halonet", {"num_heads": 0}),
         ("test_van", {"embed_dims": (0, 0, 0, 0)}),
-        ("test_davit", {"embed_dims": (8, 8)}),
+        ("test_davit", {"embed_dims": (8, 8, 8, 7)}),
         ("test_illama", {"num_heads": 5}),
         ("test_convit", {"patch_size": 0}),
         ("test_hornet", {"base_dim": -8}),
@@ -34,6 +36,19 @@ def test_arguments_that_do_not_go_together(name, kwargs):
         visionattn.create_model(name, **kwargs, num_classes=3)
     with pytest.raises(VisionattnError, match=rf"^{name} cannot be made with {key}="):
         visionattn.create_detector(name, "fcos", 3, backbone_kwargs=kwargs)
+
+
+@pytest.mark.parametrize("name", visionattn.list_models("test_*"))
+def test_numbers_of_stages(name):
+    """A list of one more stage than the others, or one less, is told of in words."""
+    _, _, entry = find(name)
+    lists = {key: tuple(value) for key, value in entry.variant.kwargs.items() if isinstance(value, tuple | list)}
+    if not issubclass(entry.takes, Hierarchical) or len(lists) < 2:  # one list may be as long as one likes
+        return
+    for key, value in lists.items():
+        for other in (value[:-1], value + value[-1:]):
+            with torch.device("meta"), pytest.raises(VisionattnError, match="of one length|of (the )?. stages"):
+                visionattn.create_model(name, **{key: other})
 
 
 @pytest.mark.parametrize("head", ["fcos", "faster_rcnn"])

@@ -11,5 +11,6 @@ from .base import check_output_format as check_output_format
 from .hierarchical import POOLS as POOLS
 from .hierarchical import Hierarchical as Hierarchical
 from .hierarchical import Stage as Stage
+from .hierarchical import check_lengths as check_lengths
 from .isotropic import Isotropic as Isotropic
 from .mechanics import Mechanics as Mechanics

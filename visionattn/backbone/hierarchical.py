@@ -21,6 +21,18 @@ def first_channels(x: Tensor, count: int) -> Tensor:
     return x if x.shape[1] == count else x[:, :count]
 
 
+def check_lengths(**values: Sequence | None) -> None:
+    """Refuse arguments of stages, by name, that are not of one length. None is no argument.
+
+    Raises:
+        VisionattnError: says how long each is.
+    """
+    lengths = {name: len(value) for name, value in values.items() if value is not None}
+    if len(set(lengths.values())) > 1:
+        names, numbers = ", ".join(lengths), ", ".join(map(str, lengths.values()))
+        raise VisionattnError(f"expected {names} of one length, got {numbers}")
+
+
 class Stage(nn.Module):
     """One resolution of a hierarchical backbone.
 

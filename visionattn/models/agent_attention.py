@@ -12,7 +12,7 @@ import torch
 from timm.layers import LayerNorm2d, PatchEmbed, calculate_drop_path_rates, to_2tuple
 from torch import Tensor, nn
 
-from ..backbone import Isotropic
+from ..backbone import Isotropic, check_lengths
 from ..layers import AgentAttention, SelfAttention
 from ..layers.agent_attention import resize_axis_tables
 from ..layers.block import Block
@@ -191,6 +191,10 @@ class AgentPVT(AgentPyramid):
         device=None,
         dtype=None,
     ) -> None:
+        check_lengths(
+            embed_dims=embed_dims, depths=depths, num_heads=num_heads, mlp_ratios=mlp_ratios, agent_num=agent_num,
+            agent_shapes=agent_shapes,
+        )  # fmt: skip
         dd, shapes = {"device": device, "dtype": dtype}, agent_shapes or (None,) * 4
         grids = [tuple(length // 2 ** (i + 2) for length in to_2tuple(img_size)) for i in range(4)]
 

@@ -9,7 +9,7 @@ from typing import Any
 from timm.layers import LayerNorm2d, calculate_drop_path_rates, to_2tuple
 from torch import Tensor, nn
 
-from ..backbone import Hierarchical, Stage
+from ..backbone import Hierarchical, Stage, check_lengths
 from ..errors import VisionattnError
 from ..layers import AgentAttention, ShiftedWindowAttention2d, StripeAttention2d
 from ..layers.agent_attention import resize_axis_tables
@@ -190,6 +190,7 @@ class AgentSwin(AgentPyramid):
         device=None,
         dtype=None,
     ) -> None:
+        check_lengths(depths=depths, num_heads=num_heads, agent_num=agent_num, agent_shapes=agent_shapes)
         dd, types = {"device": device, "dtype": dtype}, re.fullmatch(r"([ABM]{4})(\d*)", attn_type)
         if types is None or ("M" in attn_type) != bool(types[2]):
             raise VisionattnError(
@@ -273,6 +274,7 @@ class AgentCSwin(AgentPyramid):
         device=None,
         dtype=None,
     ) -> None:
+        check_lengths(depths=depths, num_heads=num_heads, agent_num=agent_num, agent_shapes=agent_shapes)
         dd = {"device": device, "dtype": dtype}
         dims, first = [embed_dim * 2**i for i in range(4)], tuple(-(-length // 4) for length in to_2tuple(img_size))
         shapes, stripe = agent_shapes or (None,) * 4, max(1, min(to_2tuple(img_size)) // 32)

@@ -11,7 +11,7 @@ import torch
 from timm.layers import LayerNorm2d, calculate_drop_path_rates
 from torch import Tensor, nn
 
-from ..backbone import Hierarchical, Stage
+from ..backbone import Hierarchical, Stage, check_lengths
 from ..layers import AttentiveConv2d
 from ..layers.block import Block
 from ..layers.conv_norm import ConvNorm
@@ -95,6 +95,14 @@ class AttNet(Hierarchical):
         dtype=None,
     ) -> None:
         dd = {"device": device, "dtype": dtype}
+        check_lengths(
+            depths=depths,
+            dims=dims,
+            exp_rates=exp_rates,
+            kernel_sizes=kernel_sizes,
+            glu_dconv=glu_dconv,
+            glu_norm=glu_norm,
+        )
         rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         stages = []
         for i, dim in enumerate(dims):

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from timm.layers import DropPath, LayerNorm2d, calculate_drop_path_rates
 from torch import Tensor, nn
 
-from ..backbone import Hierarchical, Stage
+from ..backbone import Hierarchical, Stage, check_lengths
 from ..errors import VisionattnError
 from ..layers import ChannelAttention, ConvPosEnc, WindowAttention2d
 from ..layers.init import init_weights
@@ -210,6 +210,7 @@ class DaViT(Hierarchical):
                 return WindowAttention2d(dim, heads, window_size, qkv_bias, **dd)
             return ChannelAttention(dim, heads, qkv_bias, 2 if channel_attn_v2 else 1, **dd)
 
+        check_lengths(depths=depths, embed_dims=embed_dims, num_heads=num_heads)
         rates = calculate_drop_path_rates(drop_path_rate, [len(attention_types) * n for n in depths], stagewise=True)
         stages = []
         for i, (depth, dim, heads) in enumerate(zip(depths, embed_dims, num_heads, strict=True)):

@@ -12,7 +12,7 @@ from functools import partial
 from timm.layers import LayerNorm2d, PatchEmbed, calculate_drop_path_rates
 from torch import Tensor, nn
 
-from ..backbone import Hierarchical, Isotropic, Stage
+from ..backbone import Hierarchical, Isotropic, Stage, check_lengths
 from ..layers import NeighborhoodAttention2d, TokenNeighborhoodAttention, TokenRelPosAttention
 from ..layers.block import Block
 from ..layers.init import init_weights
@@ -127,6 +127,7 @@ class DiNAT(Hierarchical):
         dtype=None,
     ) -> None:
         dd = {"device": device, "dtype": dtype}
+        check_lengths(depths=depths, num_heads=num_heads, dilations=dilations)
         rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         stages = []
         for i, depth in enumerate(depths):

@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from timm.layers import LayerNorm2d, LayerScale, calculate_drop_path_rates, to_2tuple
 from torch import Tensor, nn
 
-from ..backbone import Hierarchical, Stage
-from ..errors import VisionattnError
+from ..backbone import Hierarchical, Stage, check_lengths
 from ..layers import FlowAttention
 from ..layers.block import Block
 from ..layers.init import init_weights
@@ -126,10 +125,7 @@ class Flowformer(Hierarchical):
         dtype=None,
     ) -> None:
         dd = {"device": device, "dtype": dtype}
-        if len(depths) != len(embed_dims):
-            raise VisionattnError(
-                f"expected embed_dims and depths of one length, got {len(embed_dims)} and {len(depths)}"
-            )
+        check_lengths(embed_dims=embed_dims, depths=depths)
         rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         stages = []
         for i, dim in enumerate(embed_dims):

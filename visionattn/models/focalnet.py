@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from timm.layers import LayerNorm2d, calculate_drop_path_rates
 from torch import Tensor, nn
 
-from ..backbone import Hierarchical, Isotropic, Stage
+from ..backbone import Hierarchical, Isotropic, Stage, check_lengths
 from ..layers import FocalModulation, TokenFocalModulation
 from ..layers.block import Block
 from ..layers.focal_modulation import fit_tensor
@@ -185,6 +185,7 @@ class FocalNet(Hierarchical):
         }  # fmt: skip
         patch_size = 4 if use_conv_embed else patch_size
         levels, windows = ([n] * len(depths) if isinstance(n, int) else n for n in (focal_levels, focal_windows))
+        check_lengths(depths=depths, focal_levels=levels, focal_windows=windows)
         rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         dims = [embed_dim * 2**i for i in range(len(depths))]
         stages = []

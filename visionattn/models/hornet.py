@@ -12,7 +12,7 @@ import torch
 from timm.layers import LayerNorm2d, calculate_drop_path_rates
 from torch import Tensor, nn
 
-from ..backbone import Hierarchical, Stage
+from ..backbone import Hierarchical, Stage, check_lengths
 from ..errors import VisionattnError
 from ..layers import RecursiveGatedConv
 from ..layers.block import Block
@@ -96,11 +96,7 @@ class HorNet(Hierarchical):
     ) -> None:
         dd = {"device": device, "dtype": dtype}
         filter_hw = filter_hw or (None,) * len(depths)
-        if not len(depths) == len(orders) == len(gflayer) == len(filter_hw):
-            raise VisionattnError(
-                f"expected depths, orders, gflayer and filter_hw of one length, "
-                f"got {len(depths)}, {len(orders)}, {len(gflayer)} and {len(filter_hw)}"
-            )
+        check_lengths(depths=depths, orders=orders, gflayer=gflayer, filter_hw=filter_hw)
         rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         stages = []
         for i, (order, is_global, size) in enumerate(zip(orders, gflayer, filter_hw, strict=True)):

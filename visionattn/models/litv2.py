@@ -14,8 +14,7 @@ from timm.layers import DropPath, LayerNorm2d, calculate_drop_path_rates
 from torch import Tensor, nn
 from torchvision.ops import deform_conv2d
 
-from ..backbone import Hierarchical, Stage
-from ..errors import VisionattnError
+from ..backbone import Hierarchical, Stage, check_lengths
 from ..layers import HiLoAttention
 from ..layers.block import Block
 from ..layers.deformable import deformed_patches
@@ -158,11 +157,7 @@ class LITv2(Hierarchical):
         dtype=None,
     ) -> None:
         dd = {"device": device, "dtype": dtype}
-        if not len(depths) == len(num_heads) == len(has_msa) == len(local_ws):
-            raise VisionattnError(
-                f"expected depths, num_heads, has_msa and local_ws of one length, "
-                f"got {len(depths)}, {len(num_heads)}, {len(has_msa)} and {len(local_ws)}"
-            )
+        check_lengths(depths=depths, num_heads=num_heads, has_msa=has_msa, local_ws=local_ws)
         rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         stages = []
         for i, (heads, attends, window) in enumerate(zip(num_heads, has_msa, local_ws, strict=True)):

@@ -13,9 +13,8 @@ import torch
 from timm.layers import LayerNorm2d, calculate_drop_path_rates, to_2tuple
 from torch import Tensor, nn
 
-from ..backbone import Hierarchical, Stage
+from ..backbone import Hierarchical, Stage, check_lengths
 from ..backbone.base import recomputed
-from ..errors import VisionattnError
 from ..layers import AggregatedAttention, CosineAttention, HeadRouter
 from ..layers.block import Block
 from ..layers.gated_mlp import GatedMlp
@@ -150,9 +149,7 @@ class MoHViT(Hierarchical):
             "embed_dims": embed_dims, "num_heads": num_heads, "depths": depths, "mlp_ratios": mlp_ratios,
             "sr_ratios": sr_ratios, "shared": shared or num_heads, "top_k": top_k,
         }  # fmt: skip
-        if len({len(values) for values in of_stages.values()}) > 1:
-            lengths = ", ".join(f"{len(values)} of {name}" for name, values in of_stages.items())
-            raise VisionattnError(f"expected one value for each stage, got {lengths}")
+        check_lengths(**of_stages)
         dd = {"device": device, "dtype": dtype}
         router = None if shared is None else HeadRouter
         rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)

@@ -12,7 +12,7 @@ from itertools import pairwise
 from timm.layers import LayerNorm2d, calculate_drop_path_rates
 from torch import Tensor, nn
 
-from ..backbone import Hierarchical, Stage
+from ..backbone import Hierarchical, Stage, check_lengths
 from ..layers import ConvPosEnc, NormAwareLinearAttention
 from ..layers.block import Block
 from ..layers.conv_norm import ConvNorm
@@ -114,6 +114,9 @@ class NaLaFormer(Hierarchical):
         dtype=None,
     ) -> None:
         dd, stages = {"device": device, "dtype": dtype}, []
+        check_lengths(
+            embed_dims=embed_dims, depths=depths, num_heads=num_heads, layer_scales=layer_scales, kernels=kernels
+        )
         rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         per_stage = zip(embed_dims, num_heads, layer_scales, kernels, rates, strict=True)
         for i, (dim, heads, scale, kernel, drop_paths) in enumerate(per_stage):

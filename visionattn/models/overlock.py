@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from timm.layers import calculate_drop_path_rates
 from torch import Tensor, nn
 
-from ..backbone import Backbone, Hierarchical, Stage
+from ..backbone import Backbone, Hierarchical, Stage, check_lengths
 from ..backbone.base import recomputed
 from ..layers.conv_norm import ConvNorm
 from ..layers.dilated_reparam import DilatedReparamConv2d
@@ -192,6 +192,10 @@ class OverLoCK(Hierarchical):
         overview_feature: bool = False, drop_rate: float = 0.0, drop_path_rate: float = 0.0, device=None, dtype=None,
     ) -> None:  # fmt: skip
         dd = {"device": device, "dtype": dtype}
+        check_lengths(
+            embed_dim=embed_dim, depth=depth, kernel_size=kernel_size, mlp_ratio=mlp_ratio, ls_init_value=ls_init_value
+        )
+        check_lengths(sub_depth=sub_depth, sub_mlp_ratio=sub_mlp_ratio, sub_num_heads=sub_num_heads)
         dims, context_dim = embed_dim, embed_dim[3] // 4
         rates = calculate_drop_path_rates(drop_path_rate, [*depth, *sub_depth], stagewise=True)
 

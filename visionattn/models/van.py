@@ -6,7 +6,7 @@ import torch
 from timm.layers import LayerNorm2d, LayerScale2d, calculate_drop_path_rates
 from torch import Tensor, nn
 
-from ..backbone import Hierarchical, Stage
+from ..backbone import Hierarchical, Stage, check_lengths
 from ..layers import VanAttention
 from ..layers.block import Block
 from ..layers.conv_norm import ConvNorm
@@ -133,6 +133,7 @@ class VAN(Hierarchical):
         dtype=None,
     ) -> None:
         dd = {"device": device, "dtype": dtype}
+        check_lengths(embed_dims=embed_dims, depths=depths, mlp_ratios=mlp_ratios)
         rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         stages = []
         for i, (dim, ratio) in enumerate(zip(embed_dims, mlp_ratios, strict=True)):
