@@ -103,6 +103,8 @@ LAYERS = {
     "halo": lambda: layers.HaloAttention2d(16, stride=2, num_heads=2, block_size=6, halo_size=2, mask="all"),
     "distances": lambda: layers.PartialSelfAttention(24, num_heads=2, rpe=(3, 5, 9)),
     "channels": lambda: Last(layers.ChannelAttention(16, 2, version=2)),
+    "selective": lambda: Tokens(layers.SelectiveSelfAttention(16, 2)),
+    "selective by index": lambda: Tokens(layers.SelectiveSelfAttention(16, 2, token="mlp", position="index")),
     "threshold": lambda: Tokens(
         layers.SparseAttention(16, 65, 2, attn_score_topk=False, basis_coef_topk=None), class_token=True
     ),

@@ -36,6 +36,7 @@ from .layers import (
     PartialSelfAttention,
     PolarizedSelfAttention,
     ReducedAttention,
+    SelectiveSelfAttention,
     SelfAttention,
     SelfGuidedAttention,
     StripeAttention2d,
@@ -78,6 +79,8 @@ def _dense(module, inputs):
 def _reduced(module, inputs):
     N, C = inputs[0].shape[1:]
     return (3 if module.kind == "super" else 2) * N * N * C
+def _temperatures(module, inputs):
+    return len(module.on) * inputs[0].shape[1:].numel() * (module.token == "shared")
 
 
 def _partial(module, inputs):
@@ -206,6 +209,7 @@ ATTENTION = {
     HaloAttention2d: _halo,
     SelfAttention: _dense,
     ReducedAttention: _reduced,
+    SelectiveSelfAttention: _temperatures,  # besides what it counts as a SelfAttention
     ConnectivityPredictor: _predictor,
     WindowAttention2d: _window,
     ChannelAttention: _channel,

@@ -35,6 +35,7 @@ from .recursive_gated_conv import GlobalLocalFilter as GlobalLocalFilter
 from .recursive_gated_conv import RecursiveGatedConv as RecursiveGatedConv
 from .reduced_attention import ReducedAttention as ReducedAttention
 from .reversed_attention import ReversedAttention as ReversedAttention
+from .selective_attention import SelectiveSelfAttention as SelectiveSelfAttention
 from .self_attention import SelfAttention as SelfAttention
 from .self_guided_attention import HybridScaleAttention as HybridScaleAttention
 from .self_guided_attention import SelfGuidedAttention as SelfGuidedAttention
