@@ -21,6 +21,7 @@ from visionattn.layers import (
     AggregatedAttention,
     AttentiveConv2d,
     CausalSelfAttention,
+    CogAttention,
     ContMix2d,
     CosineAttention,
     FlowAttention,
@@ -53,6 +54,7 @@ BLOCKS = {
     "attentive": (AttentiveConv2d(8), (2, 8, 9, 7)),
     "attentive tokens": (TokenAttentiveConv2d(8), (2, 15, 8), (3, 5)),
     "causal": (CausalSelfAttention(16, 2), (2, 11, 16), None, 0.4),
+    "cog": (CogAttention(16, 2, qkv_bias=True), (2, 15, 16), (3, 5)),
     "cosine": (CosineAttention(16, 4, shared=0, top_k=2), (2, 5, 7, 16)),
     "contmix": (ContMix2d(16, 2, kernel_size=7), (2, 16, 9, 13)),
     "contmix small map": (ContMix2d(16, 2, 7, context_dim=3), (2, 16, 4, 6), torch.randn(2, 3, 4, 6)),
@@ -94,6 +96,7 @@ BLOCKS = {
 }
 
 UNNORMALISED = CausalSelfAttention, NormAwareLinearAttention, ReversedAttention
+UNNORMALISED = CausalSelfAttention, CogAttention, NormAwareLinearAttention
 
 
 def scramble(module: nn.Module) -> None:

@@ -105,6 +105,7 @@ LAYERS = {
     "channels": lambda: Last(layers.ChannelAttention(16, 2, version=2)),
     "selective": lambda: Tokens(layers.SelectiveSelfAttention(16, 2)),
     "selective by index": lambda: Tokens(layers.SelectiveSelfAttention(16, 2, token="mlp", position="index")),
+    "cog": lambda: Tokens(layers.CogAttention(16, 2)),
     "threshold": lambda: Tokens(
         layers.SparseAttention(16, 65, 2, attn_score_topk=False, basis_coef_topk=None), class_token=True
     ),

@@ -20,10 +20,10 @@ class Map:
     """What a layer weighs by.
 
     Args:
-        kind: "attention", of which rows sum to 1 unless it is linear or a mask follows; "content" and "position", the
-            two that ConViT's is mixed of; "collect", from agents to keys, and "spread", from queries to agents, of
-            which theirs is the product; "mask", where attention may go; "gate" and "modulator", which multiply;
-            "kernel", which convolves.
+        kind: "attention", of which rows sum to 1 unless it is linear, of two signs, or a mask follows; "content" and
+            "position", the two that ConViT's is mixed of; "collect", from agents to keys, and "spread", from queries to
+            agents, of which theirs is the product; "mask", where attention may go; "gate" and "modulator", which
+            multiply; "kernel", which convolves.
         values: the weights.
         axes: a name for each dimension of `values`. Attention is over `ON_MAP`; or over `IN_WINDOWS`, where `keys` says
             which they are; or over `OF_TOKENS`, of which one may be the class token.

@@ -18,6 +18,7 @@ from ..layers import (
     AttentiveConv2d,
     CausalSelfAttention,
     ChannelAttention,
+    CogAttention,
     ContMix2d,
     CosineAttention,
     FlowAttention,
@@ -93,6 +94,7 @@ from .nearby import (
     stripe_attention,
     window_attention,
 )
+from .other_weights import cog_attention
 
 
 def layer_maps(layer: nn.Module, *args: Any, **kwargs: Any) -> Explained:
@@ -147,6 +149,7 @@ LAYERS: dict[type[nn.Module], Callable[..., Explained]] = {
     SelfAttention: self_attention,
     ReducedAttention: reduced_attention,
     ReversedAttention: reversed_attention,
+    CogAttention: cog_attention,
     MixtureOfHeadAttention: mixture_of_head_attention,
     AgentAttention: agent_attention,
     CausalSelfAttention: causal_attention,

@@ -140,7 +140,8 @@ class SelectiveSelfAttention(SelfAttention):
 
     def heads(self, x: Tensor) -> list[Tensor]:
         """Queries, keys and values (B, heads, N, d), scaled."""
-        parts = zip("qkv", super().heads(x), strict=True)
+        q, k, v = super().heads(x)
+        parts = ("q", q), ("k", k), ("v", v)
         return [r * self.temperature(part, r, x).to(r.dtype) if part in self.on else r for part, r in parts]
 
     def temperature(self, part: str, r: Tensor, x: Tensor) -> Tensor:
