@@ -27,6 +27,7 @@ from visionattn.layers import (
     FlowAttention,
     HaloAttention2d,
     HiLoAttention,
+    LinearLogNormalAttention,
     MixtureOfHeadAttention,
     NeighborhoodAttention2d,
     NormAwareLinearAttention,
@@ -65,6 +66,13 @@ BLOCKS = {
     "halo strided": (HaloAttention2d(8, stride=2, num_heads=2, block_size=4, scale_pos_embed=True), (2, 8, 9, 11)),
     "halo pooled": (HaloAttention2d(8, stride=2, num_heads=2, avg_down=True), (2, 8, 9, 11)),
     "hilo": (HiLoAttention(16, 4, window_size=2, alpha=0.25), (2, 7, 5, 16)),
+    "log-normal": (LinearLogNormalAttention(16, 2), (2, 15, 16), (3, 5)),
+    "log-normal in windows": (
+        LinearLogNormalAttention(16, 2, "learnable_scale", window_size=2, per_sample=True),
+        (2, 15, 16),
+        (3, 5),
+    ),
+    "log-normal everywhere": (LinearLogNormalAttention(16, 2, block_diagonal=False), (2, 15, 16), (3, 5)),
     "mixture of heads": (MixtureOfHeadAttention(16, 4, 1, 2), (2, 15, 16), (3, 5)),
     "neighbourhood": (NeighborhoodAttention2d(16, 2, kernel_size=(3, 5), stride=(1, 2)), (2, 9, 13, 16)),
     "neighbourhood dilated": (NeighborhoodAttention2d(16, 2, kernel_size=3, dilation=(2, 3)), (2, 11, 14, 16)),
@@ -97,6 +105,7 @@ BLOCKS = {
 
 UNNORMALISED = CausalSelfAttention, NormAwareLinearAttention, ReversedAttention
 UNNORMALISED = CausalSelfAttention, CogAttention, NormAwareLinearAttention
+UNNORMALISED = CausalSelfAttention, CogAttention, LinearLogNormalAttention, NormAwareLinearAttention
 
 
 def scramble(module: nn.Module) -> None:

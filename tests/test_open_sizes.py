@@ -106,6 +106,10 @@ LAYERS = {
     "selective": lambda: Tokens(layers.SelectiveSelfAttention(16, 2)),
     "selective by index": lambda: Tokens(layers.SelectiveSelfAttention(16, 2, token="mlp", position="index")),
     "cog": lambda: Tokens(layers.CogAttention(16, 2)),
+    "log-normal": lambda: Tokens(layers.LinearLogNormalAttention(16, 2)),
+    "log-normal in windows": lambda: Tokens(
+        layers.LinearLogNormalAttention(16, 2, "learnable_ratio", per_sample=True, window_size=5)
+    ),
     "threshold": lambda: Tokens(
         layers.SparseAttention(16, 65, 2, attn_score_topk=False, basis_coef_topk=None), class_token=True
     ),

@@ -31,6 +31,7 @@ from .layers import (
     HaloAttention2d,
     HiLoAttention,
     HybridScaleAttention,
+    LinearLogNormalAttention,
     NeighborhoodAttention2d,
     NormAwareLinearAttention,
     PartialSelfAttention,
@@ -115,6 +116,13 @@ def _stripe(module, inputs):
 def _channel(module, inputs):
     C = inputs[0].shape[-1]
     return 2 * inputs[0].shape[1:].numel() * C // module.num_heads
+
+
+def _log_normal(module, inputs):
+    N, C = inputs[0].shape[1:]
+    width = C // module.num_heads
+    block = prod(module.blocks(N, inputs[1] if len(inputs) > 1 else None)[1]) if module.block_diagonal else 0
+    return 2 * N * C * (width + block)
 
 
 def _attentive_conv(module, inputs):
@@ -214,6 +222,7 @@ ATTENTION = {
     WindowAttention2d: _window,
     ChannelAttention: _channel,
     FlowAttention: _channel,  # its product of keys and values is between channels too
+    LinearLogNormalAttention: _log_normal,
     HiLoAttention: _hilo,
     DeformableMerging: _deformable,
     AttentiveConv2d: _attentive_conv,

@@ -27,7 +27,8 @@ class Map:
         values: the weights.
         axes: a name for each dimension of `values`. Attention is over `ON_MAP`; or over `IN_WINDOWS`, where `keys` says
             which they are; or over `OF_TOKENS`, of which one may be the class token.
-        part: which of several maps of a layer it is: "high" and "low" of HiLo, the number of a gate.
+        part: which of several maps of a layer it is: "high" and "low" of HiLo, "linear" and "blocks" of
+            log-normal attention, the number of a gate.
         layer: name of the layer in its model.
         keys: (query_row, query_col, key, 2), row and column of each key. Those outside `key_grid` are padding, which
             takes part with a weight of its own; those that are masked are at `NOWHERE`.

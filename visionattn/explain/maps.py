@@ -28,6 +28,7 @@ from ..layers import (
     HiLoAttention,
     HybridScaleAttention,
     LargeKernelAttention,
+    LinearLogNormalAttention,
     MixtureOfHeadAttention,
     NeighborhoodAttention2d,
     NormAwareLinearAttention,
@@ -94,7 +95,7 @@ from .nearby import (
     stripe_attention,
     window_attention,
 )
-from .other_weights import cog_attention
+from .other_weights import cog_attention, log_normal_attention
 
 
 def layer_maps(layer: nn.Module, *args: Any, **kwargs: Any) -> Explained:
@@ -150,6 +151,7 @@ LAYERS: dict[type[nn.Module], Callable[..., Explained]] = {
     ReducedAttention: reduced_attention,
     ReversedAttention: reversed_attention,
     CogAttention: cog_attention,
+    LinearLogNormalAttention: log_normal_attention,
     MixtureOfHeadAttention: mixture_of_head_attention,
     AgentAttention: agent_attention,
     CausalSelfAttention: causal_attention,

@@ -1,9 +1,11 @@
 """Attention of all tokens to all by weights that are no softmax of queries and keys alone."""
 
+import torch
 from torch import Tensor
 
-from ..layers import CogAttention
+from ..layers import CogAttention, LinearLogNormalAttention
 from ..layers.cog_attention import signed_softmax
+from ..layers.log_normal_attention import features
 from .map import OF_TOKENS, Explained, Map
 
 
@@ -14,3 +16,19 @@ def cog_attention(
     q, k, v = layer.heads(x)
     weights = signed_softmax(q @ k.mT * layer.scale, mask)
     return [Map("attention", weights, OF_TOKENS)], layer.merge(weights @ v)
+
+
+def log_normal_attention(layer: LinearLogNormalAttention, x: Tensor, grid: tuple[int, int] | None = None) -> Explained:
+    """Of all tokens and inside blocks, by maps of their own: what is learned adds them channel by channel."""
+    q, k, v = layer.heads(x)
+    queries, keys = features(layer, q, k)
+    weights = queries @ keys.mT
+    weights = weights / (weights.sum(-1, keepdim=True) + layer.eps)
+    if not layer.block_diagonal:
+        return [Map("attention", weights, OF_TOKENS)], layer.proj((weights @ v).transpose(1, 2).flatten(2))
+    (_, W), (height, width) = layer.blocks(x.shape[1], grid)
+    place = torch.arange(x.shape[1], device=x.device)
+    block = place // W // height * W + place % W // width
+    near = (q @ k.mT * q.shape[3] ** -0.5).masked_fill(block[:, None] != block, -torch.inf).softmax(-1)
+    maps = [Map("attention", each, OF_TOKENS, part) for each, part in ((weights, "linear"), (near, "blocks"))]
+    return maps, layer.proj(layer.combine(weights @ v, near @ v).transpose(1, 2).flatten(2))

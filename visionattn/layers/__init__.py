@@ -21,6 +21,7 @@ from .halo_attention import HaloAttention2d as HaloAttention2d
 from .hilo_attention import HiLoAttention as HiLoAttention
 from .large_kernel_attention import LargeKernelAttention as LargeKernelAttention
 from .large_kernel_attention import VanAttention as VanAttention
+from .log_normal_attention import LinearLogNormalAttention as LinearLogNormalAttention
 from .mixture_of_head import HeadRouter as HeadRouter
 from .mixture_of_head import MixtureOfHeadAttention as MixtureOfHeadAttention
 from .neighborhood_attention import NeighborhoodAttention2d as NeighborhoodAttention2d
