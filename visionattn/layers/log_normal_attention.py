@@ -158,25 +158,27 @@ def _in_blocks(qkv: Tensor, size: tuple[Size, Size], block: tuple[int, int]) -> 
         block: those of a block.
     """
     (H, W), (rows, cols) = size, [ceil_div(n, side) for n, side in zip(size, block, strict=True)]
-    heads, mask, places = qkv.shape[2], None, None
-    rest = 0, 0, 0, cols * block[1] - W, 0, rows * block[0] - H
-    qkv = qkv.unflatten(3, (H, W))
+    B, mask, places = qkv.shape[1], None, None
+    rest = cols * block[1] - W, 0, rows * block[0] - H
+    x = qkv.permute(1, 3, 0, 2, 4).unflatten(1, (H, W))  # as the projection wrote it
     if is_symbolic(H, W) or any(rest):
-        mask, places = _on_map(H, W, *block, heads, qkv.device)
-        qkv = F.pad(qkv, rest)
-    qkv = qkv.unflatten(4, (cols, block[1])).unflatten(3, (rows, block[0])).transpose(4, 5)
-    q, k, v = qkv.flatten(5, 6).flatten(2, 4)  # (3, B, heads * blocks, tokens, d)
-    out = F.scaled_dot_product_attention(q, k, v, None if mask is None else for_batch(mask, q))
-    out = out.unflatten(2, block).unflatten(1, (heads, rows, cols)).transpose(3, 4)  # (B, heads, rows, y, cols, x, d)
-    out = out.flatten(4, 5).flatten(2, 3).flatten(2, 3)
-    return out if places is None else out.index_select(2, places)
+        inside, places = _on_map(H, W, *block, qkv.device)
+        mask = inside.repeat(B, 1)[:, None, None]
+        x = F.pad(x, (0, 0, 0, 0, 0, 0, 0, *rest))
+    x = x.unflatten(2, (cols, block[1])).unflatten(1, (rows, block[0])).transpose(2, 3)
+    q, k, v = x.flatten(3, 4).flatten(0, 2).permute(2, 0, 3, 1, 4)  # (B * blocks, heads, tokens, d)
+    out = F.scaled_dot_product_attention(q, k, v, None if mask is None else for_batch(mask, q)).transpose(1, 2)
+    out = (
+        out.unflatten(1, block).unflatten(0, (B, rows, cols)).transpose(2, 3).flatten(3, 4).flatten(1, 2).flatten(1, 2)
+    )
+    return (out if places is None else out.index_select(1, places)).transpose(1, 2)
 
 
 @size_constant
-def _on_map(H: Size, W: Size, height: int, width: int, heads: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _on_map(H: Size, W: Size, height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Of a map H x W that is padded to blocks of height x width: which tokens of a block are on the map
-    (1, heads * blocks, 1, tokens), and the places (H W,) of these among all."""
+    (blocks, tokens), and the places (H W,) of these among all."""
     rows, cols = (torch.arange(ceil_div(n, side) * side, device=device) for n, side in ((H, height), (W, width)))
     y, x = (rows < H).unflatten(0, (-1, height)), (cols < W).unflatten(0, (-1, width))
-    inside = (y[:, None, :, None] & x[None, :, None, :]).flatten(2).flatten(0, 1)
-    return inside[:, None].repeat(heads, 1, 1)[None], (rows[:H, None] * cols.shape[0] + cols[:W]).flatten()
+    inside = y[:, None, :, None] & x[None, :, None, :]
+    return inside.flatten(2).flatten(0, 1), (rows[:H, None] * cols.shape[0] + cols[:W]).flatten()
