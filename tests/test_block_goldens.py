@@ -18,6 +18,18 @@ MORE: dict[str, Callable[[nn.Module, Tensor, dict], dict[str, Tensor]]] = {
         zip(("output", "message_out", "dependency"), layer(x, return_dependency=True), strict=True)
     )
 }
+
+
+def _key_driven(layer: layers.KeyDrivenGQA, x: Tensor, given: dict[str, Tensor]) -> dict[str, Tensor]:
+    found = {"output": layer(x, noise=given.get("noise"))}
+    if layer.kind == "kdgqa":
+        found["allocation"] = layer.allocate(layer.heads(x)[1])[0]
+    elif "cache_out" in given:
+        found |= {"allocation": layer.allocation, "cache_out": layer.cache}
+    return found
+
+
+MORE: dict[str, Callable[[nn.Module, Tensor, dict], dict[str, Tensor]]] = {"KeyDrivenGQA": _key_driven}
 """By a block's class: what it gives besides its output, by the names of a file's arrays, from the block, its input and
 these arrays as tensors; a block that takes one of them returns its output here as "output"."""
 

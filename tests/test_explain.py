@@ -27,6 +27,7 @@ from visionattn.layers import (
     FlowAttention,
     HaloAttention2d,
     HiLoAttention,
+    KeyDrivenGQA,
     LinearLogNormalAttention,
     MixtureOfHeadAttention,
     NeighborhoodAttention2d,
@@ -66,6 +67,10 @@ BLOCKS = {
     "halo strided": (HaloAttention2d(8, stride=2, num_heads=2, block_size=4, scale_pos_embed=True), (2, 8, 9, 11)),
     "halo pooled": (HaloAttention2d(8, stride=2, num_heads=2, avg_down=True), (2, 8, 9, 11)),
     "hilo": (HiLoAttention(16, 4, window_size=2, alpha=0.25), (2, 7, 5, 16)),
+    "key-driven": (KeyDrivenGQA(16, 8, 3, "kdgqa"), (2, 15, 16), (3, 5)),
+    "key-driven by samples": (KeyDrivenGQA(16, 8, kind="kdgqa", per_sample=True), (2, 15, 16), (3, 5)),
+    "key-driven over time": (KeyDrivenGQA(16, 8, kind="dgqa_ema"), (2, 15, 16), (3, 5)),
+    "grouped queries less noise": (KeyDrivenGQA(16, 8, kind="pgqa"), (2, 15, 16), None, torch.rand(4, 2, 30)),
     "log-normal": (LinearLogNormalAttention(16, 2), (2, 15, 16), (3, 5)),
     "log-normal in windows": (
         LinearLogNormalAttention(16, 2, "learnable_scale", window_size=2, per_sample=True),

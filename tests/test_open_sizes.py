@@ -106,6 +106,7 @@ LAYERS = {
     "selective": lambda: Tokens(layers.SelectiveSelfAttention(16, 2)),
     "selective by index": lambda: Tokens(layers.SelectiveSelfAttention(16, 2, token="mlp", position="index")),
     "cog": lambda: Tokens(layers.CogAttention(16, 2)),
+    "key-driven": lambda: Tokens(layers.KeyDrivenGQA(16, 8, 3, "kdgqa", per_sample=True)),
     "log-normal": lambda: Tokens(layers.LinearLogNormalAttention(16, 2)),
     "log-normal in windows": lambda: Tokens(
         layers.LinearLogNormalAttention(16, 2, "learnable_ratio", per_sample=True, window_size=5)

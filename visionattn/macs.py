@@ -31,6 +31,7 @@ from .layers import (
     HaloAttention2d,
     HiLoAttention,
     HybridScaleAttention,
+    KeyDrivenGQA,
     LinearLogNormalAttention,
     NeighborhoodAttention2d,
     NormAwareLinearAttention,
@@ -217,6 +218,7 @@ ATTENTION = {
     HaloAttention2d: _halo,
     SelfAttention: _dense,
     ReducedAttention: _reduced,
+    KeyDrivenGQA: _dense,
     SelectiveSelfAttention: _temperatures,  # besides what it counts as a SelfAttention
     ConnectivityPredictor: _predictor,
     WindowAttention2d: _window,

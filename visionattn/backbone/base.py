@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from ..errors import VisionattnError
 from ..layers.direct import is_direct, is_watched
 from ..layers.fuse import fuse_modules
+from ..layers.key_driven_gqa import KeyDrivenGQA
 from ..layers.position import resize_table
 from .mechanics import Mechanics
 
@@ -154,8 +155,10 @@ class Backbone(Mechanics, nn.Module):
 
 
 def recomputed(block: nn.Module, *args) -> Tensor:
-    """`block(*args)` with activations recomputed in the backward pass, which must not count for batch norm twice."""
+    """`block(*args)` with activations recomputed in the backward pass, which must not count twice for batch norm,
+    nor for attention that allots its heads over time."""
     norms = [m for m in block.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    allotting = [m for m in block.modules() if isinstance(m, KeyDrivenGQA) and m.keeps and not m.frozen]
 
     @contextmanager
     def frozen_statistics() -> Iterator[None]:
@@ -163,14 +166,18 @@ def recomputed(block: nn.Module, *args) -> Tensor:
         for norm in norms:
             norm.momentum = None if norm.momentum is None else 0.0  # None takes 0 where no batches are counted
             norm.num_batches_tracked = None
+        for layer in allotting:
+            layer.frozen = True
         try:
             yield
         finally:
             for norm, momentum, count in zip(norms, momenta, counts, strict=True):
                 norm.momentum, norm.num_batches_tracked = momentum, count
+            for layer in allotting:
+                layer.frozen = False
 
     # Compiled graphs write to buffers once, at the end of the forward pass, whatever is recomputed.
-    if norms and block.training and not torch.compiler.is_compiling():
+    if (norms or allotting) and block.training and not torch.compiler.is_compiling():
         return checkpoint(block, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), frozen_statistics()))
     return checkpoint(block, *args, use_reentrant=False)
 

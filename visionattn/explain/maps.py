@@ -27,6 +27,7 @@ from ..layers import (
     HaloAttention2d,
     HiLoAttention,
     HybridScaleAttention,
+    KeyDrivenGQA,
     LargeKernelAttention,
     LinearLogNormalAttention,
     MixtureOfHeadAttention,
@@ -95,7 +96,7 @@ from .nearby import (
     stripe_attention,
     window_attention,
 )
-from .other_weights import cog_attention, log_normal_attention
+from .other_weights import cog_attention, key_driven_gqa, log_normal_attention
 
 
 def layer_maps(layer: nn.Module, *args: Any, **kwargs: Any) -> Explained:
@@ -151,6 +152,7 @@ LAYERS: dict[type[nn.Module], Callable[..., Explained]] = {
     ReducedAttention: reduced_attention,
     ReversedAttention: reversed_attention,
     CogAttention: cog_attention,
+    KeyDrivenGQA: key_driven_gqa,
     LinearLogNormalAttention: log_normal_attention,
     MixtureOfHeadAttention: mixture_of_head_attention,
     AgentAttention: agent_attention,

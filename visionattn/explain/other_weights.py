@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from ..layers import CogAttention, LinearLogNormalAttention
+from ..layers import CogAttention, KeyDrivenGQA, LinearLogNormalAttention
 from ..layers.cog_attention import signed_softmax
+from ..layers.key_driven_gqa import owners
 from ..layers.log_normal_attention import features
 from .map import OF_TOKENS, Explained, Map
 
@@ -32,3 +33,19 @@ def log_normal_attention(layer: LinearLogNormalAttention, x: Tensor, grid: tuple
     near = (q @ k.mT * q.shape[3] ** -0.5).masked_fill(block[:, None] != block, -torch.inf).softmax(-1)
     maps = [Map("attention", each, OF_TOKENS, part) for each, part in ((weights, "linear"), (near, "blocks"))]
     return maps, layer.proj(layer.combine(weights @ v, near @ v).transpose(1, 2).flatten(2))
+
+
+def key_driven_gqa(
+    layer: KeyDrivenGQA, x: Tensor, grid: tuple[int, int] | None = None, noise: Tensor | None = None
+) -> Explained:
+    """By the keys that heads share; of a layer that keeps who shares them, as it was last."""
+    q, k, v = layer.heads(x)
+    K, h = layer.num_kv_heads, layer.num_heads
+    if layer.kind == "kdgqa":
+        runs = layer.allocate(k)
+    else:
+        runs = layer.allocation[None] if layer.keeps else torch.full((1, K), h // K, device=x.device)
+    owner = owners(runs, h).expand(len(x), -1)
+    sample = torch.arange(len(x), device=x.device)[:, None]
+    weights = (q @ k[sample, owner].mT * q.shape[3] ** -0.5).softmax(-1)
+    return [Map("attention", weights, OF_TOKENS)], layer.merge(weights @ v[sample, owner], noise)

@@ -19,6 +19,7 @@ from .focal_modulation import TokenFocalModulation as TokenFocalModulation
 from .gated_positional_attention import GatedPositionalSelfAttention as GatedPositionalSelfAttention
 from .halo_attention import HaloAttention2d as HaloAttention2d
 from .hilo_attention import HiLoAttention as HiLoAttention
+from .key_driven_gqa import KeyDrivenGQA as KeyDrivenGQA
 from .large_kernel_attention import LargeKernelAttention as LargeKernelAttention
 from .large_kernel_attention import VanAttention as VanAttention
 from .log_normal_attention import LinearLogNormalAttention as LinearLogNormalAttention

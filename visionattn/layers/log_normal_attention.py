@@ -168,9 +168,8 @@ def _in_blocks(qkv: Tensor, size: tuple[Size, Size], block: tuple[int, int]) -> 
     x = x.unflatten(2, (cols, block[1])).unflatten(1, (rows, block[0])).transpose(2, 3)
     q, k, v = x.flatten(3, 4).flatten(0, 2).permute(2, 0, 3, 1, 4)  # (B * blocks, heads, tokens, d)
     out = F.scaled_dot_product_attention(q, k, v, None if mask is None else for_batch(mask, q)).transpose(1, 2)
-    out = (
-        out.unflatten(1, block).unflatten(0, (B, rows, cols)).transpose(2, 3).flatten(3, 4).flatten(1, 2).flatten(1, 2)
-    )
+    out = out.unflatten(1, block).unflatten(0, (B, rows, cols)).transpose(2, 3)  # (B, rows, y, cols, x, heads, d)
+    out = out.flatten(3, 4).flatten(1, 3)
     return (out if places is None else out.index_select(1, places)).transpose(1, 2)
 
 
