@@ -7,7 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from visionattn.layers import SelectiveSelfAttention, SelfAttention
+from visionattn.layers import (
+    CogAttention,
+    KeyDrivenGQA,
+    LinearLogNormalAttention,
+    SelectiveSelfAttention,
+    SelfAttention,
+)
 from visionattn.macs import count_macs
 from visionattn.weights import convert_state_dict
 
@@ -91,17 +97,33 @@ def test_weights_of_language_models(conv):
     torch.testing.assert_close(layer(x)[:, -1], expected[:, -1], rtol=0, atol=1e-12)
 
 
+N, C = 15, 16
+
+
+@pytest.mark.parametrize(
+    "make, macs",
+    [
+        (lambda: SelectiveSelfAttention(C, 2), 4 * N * C**2 + 2 * N**2 * C + 2 * N * C),
+        (lambda: SelectiveSelfAttention(C, 2, token="mlp"), 4 * N * C**2 + 2 * N**2 * C + 2 * N * (C * 4 + 4 * 2)),
+        (lambda: CogAttention(C, 2), 4 * N * C**2 + 2 * N**2 * C),
+        (lambda: KeyDrivenGQA(C, 8, 2, "dgqa_ema"), 2.5 * N * C**2 + 2 * N**2 * C),
+        (lambda: LinearLogNormalAttention(C, 2), 4 * N * C**2 + 4 * N * C * 8),
+        (lambda: LinearLogNormalAttention(C, 2, window_size=3), 4 * N * C**2 + 2 * N * C * (8 + 9)),
+        (lambda: LinearLogNormalAttention(C, 2, block_diagonal=False), 4 * N * C**2 + 2 * N * C * 8),
+    ],
+)
+def test_multiply_adds_of_blocks_of_no_family(make, macs):
+    with torch.device("meta"):
+        layer = make()
+    assert count_macs(Flat(layer), (C, 3, 5))[""] == macs
+
+
 def test_details():
     for arguments, told in (({"token": "one"}, "token one of shared, mlp, None, got 'one'"),
                             ({"position": 3}, "position one of length, index, None, got 3"),
                             ({"on": "qx"}, "letters q, k and v, got 'qx'")):  # fmt: skip
         with pytest.raises(ValueError, match=told):
             SelectiveSelfAttention(12, 3, **arguments)
-    N, C = 15, 16
-    for token, more in (("shared", 2 * N * C), ("mlp", 2 * (N * C * 4 + N * 4 * 2))):
-        with torch.device("meta"):
-            layer = SelectiveSelfAttention(C, 2, token=token)
-        assert count_macs(Flat(layer), (C, 3, 5))[""] == 4 * N * C**2 + 2 * N**2 * C + more
     layer, x = SelectiveSelfAttention(C, 2), torch.randn(2, N, C)
     with torch.autocast("cpu", torch.bfloat16):
         layer(x).sum().backward()
@@ -116,4 +138,4 @@ class Flat(nn.Module):
         self.layer = layer
 
     def forward(self, x):
-        return self.layer(x.flatten(2).mT)
+        return self.layer(x.flatten(2).mT, x.shape[2:])

@@ -122,8 +122,8 @@ def _channel(module, inputs):
 def _log_normal(module, inputs):
     N, C = inputs[0].shape[1:]
     width = C // module.num_heads
-    block = prod(module.blocks(N, inputs[1] if len(inputs) > 1 else None)[1]) if module.block_diagonal else 0
-    return 2 * N * C * (width + block)
+    block = module.window_size**2 if module.window_size else width
+    return 2 * N * C * (width + module.block_diagonal * block)
 
 
 def _attentive_conv(module, inputs):
