@@ -115,6 +115,9 @@ def test_keys_that_weigh_the_same():
             layer.k.weight.zero_()
             x = torch.randn(2, 5, 16)
             assert layer.allocate(layer.heads(x)[1]).tolist() == [expected] and layer(x).isfinite().all()
+            x[0, 0, 0] = torch.nan
+            out = layer(x)
+            assert out[0].isnan().all() and out[1].isfinite().all()
 
 
 @torch.no_grad()

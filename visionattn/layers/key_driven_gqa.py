@@ -26,8 +26,8 @@ class KeyDrivenGQA(nn.Module):
         pgqa       all alike, and noise is subtracted from what a head returns, by its mean and standard deviation
 
     Shares are rounded, half to even; while there are too many heads the first of the longest runs loses one, while
-    there are too few the first of the shortest gets one. Where no share is larger than 0 all are alike, so that one key
-    head has all queries; of two, kdgqa gives all to the heavier one.
+    there are too few the first of the shortest gets one. Where no share is larger than 0, or one is not finite, all
+    are alike, so that one key head has all queries; of two, kdgqa gives all to the heavier one.
 
     With kdgqa and dgqa what a sample gets depends on those beside it. `per_sample` has runs for every sample of kdgqa.
     The runs of dgqa are kept, as `allocation`, and stay so while `frozen` is true. Otherwise evaluation finds new ones
@@ -173,7 +173,8 @@ def shared_out(shares: Tensor, heads: int) -> Tensor:
     Without a branch, as a graph of a GPU wants it: rounding is off by half a head for each share, at most.
     """
     total = shares.sum(-1, keepdim=True)
-    n = (heads * torch.where(total > 0, shares / total, 1 / shares.shape[-1])).round().long()
+    known = (total > 0) & total.isfinite()  # or there would be no number to round
+    n = (heads * torch.where(known, shares / total, 1 / shares.shape[-1])).round().long()
     for _ in range(shares.shape[-1] // 2):
         excess = n.sum(-1, keepdim=True) - heads
         n = n + (excess < 0).long() * _first(n == n.amin(-1, keepdim=True))
