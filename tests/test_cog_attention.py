@@ -39,8 +39,10 @@ def test_layer_is_its_equation(tokens, heads, scale, monkeypatch):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
     for pairs in (1, 8 * tokens, 3 * tokens**2, 2**18):  # some queries of a head, or some heads, at a time
         monkeypatch.setattr(cog_attention, "PAIRS", pairs)
-        with torch.no_grad():
-            torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-12)
+        for out in (layer(x), torch.no_grad()(layer)(x)):
+            torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+        for a, b in zip(torch.autograd.grad((layer(x) * weight).sum(), inputs), theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
 
 
 def test_tokens_of_zeros_have_no_weight_but_a_share():

@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.nn.utils import parametrizations
 
 import visionattn
-from visionattn.layers import ChannelAttention, NeighborhoodAttention2d, direct
+from visionattn.layers import ChannelAttention, CogAttention, NeighborhoodAttention2d, direct
 from visionattn.layers.covariance_norm import normed_sum
 from visionattn.layers.depthwise_mlp import DepthwiseMlp
 from visionattn.layers.gated_mlp import GatedMlp
@@ -23,6 +23,7 @@ LAYERS = {
     "depthwise mlp": (lambda: DepthwiseMlp(8, 16), (2, 8, 5, 4)),
     "gated mlp": (lambda: GatedMlp(8, 16), (2, 8, 5, 4)),
     "norm": (lambda: RmsNorm(8), (2, 5, 8)),
+    "cog attention": (lambda: CogAttention(8, 2), (2, 5, 8)),
     "channel attention": (lambda: ChannelAttention(8, 2), (2, 5, 4, 8)),
     "neighbourhood attention": (lambda: NeighborhoodAttention2d(8, 2, 3), (2, 5, 4, 8)),
 }
