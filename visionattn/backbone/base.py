@@ -13,7 +13,6 @@ from torch.utils.checkpoint import checkpoint
 from ..errors import VisionattnError
 from ..layers.direct import is_direct, is_watched
 from ..layers.fuse import fuse_modules
-from ..layers.key_driven_gqa import KeyDrivenGQA
 from ..layers.position import resize_table
 from .mechanics import Mechanics
 
@@ -156,9 +155,9 @@ class Backbone(Mechanics, nn.Module):
 
 def recomputed(block: nn.Module, *args) -> Tensor:
     """`block(*args)` with activations recomputed in the backward pass, which must not count twice for batch norm,
-    nor for attention that allots its heads over time."""
+    nor for attention that allots its heads over time, as long as it is not `frozen`."""
     norms = [m for m in block.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
-    allotting = [m for m in block.modules() if isinstance(m, KeyDrivenGQA) and m.keeps and not m.frozen]
+    allotting = [m for m in block.modules() if getattr(m, "frozen", True) is False]
 
     @contextmanager
     def frozen_statistics() -> Iterator[None]:
