@@ -13,11 +13,10 @@ from visionattn import layers
 from visionattn.weights import convert_state_dict
 
 GOLDENS = sorted((Path(__file__).parent / "goldens" / "mixers").glob("*.npz"))
-MORE: dict[str, Callable[[nn.Module, Tensor, dict], dict[str, Tensor]]] = {
-    "ReversedAttention": lambda layer, x, given: dict(
-        zip(("output", "message_out", "dependency"), layer(x, return_dependency=True), strict=True)
-    )
-}
+
+
+def _reversed(layer: layers.ReversedAttention, x: Tensor, given: dict[str, Tensor]) -> dict[str, Tensor]:
+    return dict(zip(("output", "message_out", "dependency"), layer(x, return_dependency=True), strict=True))
 
 
 def _key_driven(layer: layers.KeyDrivenGQA, x: Tensor, given: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -29,7 +28,10 @@ def _key_driven(layer: layers.KeyDrivenGQA, x: Tensor, given: dict[str, Tensor])
     return found
 
 
-MORE: dict[str, Callable[[nn.Module, Tensor, dict], dict[str, Tensor]]] = {"KeyDrivenGQA": _key_driven}
+MORE: dict[str, Callable[[nn.Module, Tensor, dict], dict[str, Tensor]]] = {
+    "KeyDrivenGQA": _key_driven,
+    "ReversedAttention": _reversed,
+}
 """By a block's class: what it gives besides its output, by the names of a file's arrays, from the block, its input and
 these arrays as tensors; a block that takes one of them returns its output here as "output"."""
 
