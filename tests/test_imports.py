@@ -8,7 +8,17 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent / "visionattn"
 ORDER = (
     *("errors", "progress measure", "layers data", "arguments", "backbone", "registry quantize", "recipes", "weights"),
-    *("models", "heads", "create", "macs", "publish explain outward", "export tasks", "reports", "training", "demo"),
+    *(
+        "models",
+        "heads",
+        "create",
+        "macs",
+        "publish explain outward",
+        "export probes tasks",
+        "reports",
+        "training",
+        "demo",
+    ),
     *("cli", "moved", "visionattn"),
 )
 """Each imports what is before it and its own folder; those on one place know nothing of each other."""

@@ -32,9 +32,12 @@ def validate(argv: list[str]) -> None:
 
     argv = _without_quiet(argv)
     config = parse_validate(argv, lambda checkpoint: {})
-    from ..training.evaluation import validate_all
+    from ..training.evaluation import validate, validate_all
 
-    validate_all(config, argv)
+    one = validate
+    if config.probe:
+        from ..training.probing import probe as one
+    validate_all(config, argv, one)
 
 
 def _without_quiet(argv: list[str]) -> list[str]:

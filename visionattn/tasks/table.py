@@ -4,7 +4,7 @@ from typing import Literal, NamedTuple
 
 AUGMENTATION = ("augment", "data.img_size", "data.eval_img_size", "data.interpolation", "data.crop_mode")
 """What images with a class have where those with annotations have joint."""
-ANNOTATED = ("data.labels", "data.crop_pct", "data.download", *AUGMENTATION)
+ANNOTATED = ("probe", "probing", "data.labels", "data.crop_pct", "data.download", *AUGMENTATION)
 OF_OTHERS = {"class": ("annotations", "joint"), "objects": ANNOTATED, "map": ANNOTATED}
 """Options of other samples."""
 

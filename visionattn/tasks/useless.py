@@ -29,6 +29,10 @@ def _trains(config: TaskConfig) -> bool:
     return hasattr(config, "optim")
 
 
+def _probe(config: TaskConfig) -> str | None:
+    return getattr(config, "probe", None)
+
+
 def _kind(config: TaskConfig) -> str:
     made = "digits" if TASKS[config.task].sample == "class" else "scenes"
     return (config.data.name or ("folder" if config.data.root is not None else made)).partition("/")[0].lower()
@@ -111,6 +115,11 @@ RULES = (
     ),
     Rule(("data.img_size",), lambda c: not _trains(c) and bool(c.data.eval_img_size), "beside data.eval_img_size"),
     Rule(("joint.min_size",), lambda c: not _trains(c) and bool(c.joint.eval_size), "beside joint.eval_size"),
+    Rule(("tta", "compile", "fuse", "int8"), lambda c: _probe(c) is not None, "to a probe"),
+    Rule(("probing",), lambda c: not _probe(c), "without probe"),
+    Rule(("probing.queries",), lambda c: _probe(c) != "attentive", "to this probe"),
+    Rule(("probing.epochs", "probing.lr", "probing.batch_size"), lambda c: _probe(c) == "knn", "to nearest neighbours"),
+    Rule(("probing.k", "probing.temperature"), lambda c: _probe(c) != "knn", "to this probe"),
     # Of train.py.
     Rule(
         ("augment.color_jitter", "augment.color_jitter_prob"),

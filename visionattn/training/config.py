@@ -190,6 +190,34 @@ class TrainConfig(TaskConfig):
 
 
 @dataclass
+class ProbingConfig:
+    """Probe of frozen features"""
+
+    epochs: PositiveInt = 90
+    """Passes over the features, of linear and attentive; what is told is of the best one."""
+    lr: PositiveFloat = 0.1
+    """Peak learning rate for 256 images, to which that of a batch is in proportion; small data wants more."""
+    batch_size: PositiveInt = 256
+    """Features of an update."""
+    queries: PositiveInt = 32
+    """Queries of attentive; must divide the channels."""
+    tokens: Literal["auto", "class", "mean", "patches", "all"] = "auto"
+    """Features of the last block: the class token or the mean, for knn and linear; the patches, or all with the class
+    token, for attentive. auto: the class token where there is one, else the mean; the patches."""
+    k: tuple[PositiveInt, ...] = (5, 10, 15, 20, 50, 100, 200)
+    """Neighbours that vote in knn; each is tried, with each temperature."""
+    temperature: tuple[PositiveFloat, ...] = (0.07, 0.1, 0.2)
+    """Temperatures of the weight of a vote in knn."""
+    folder: str = "runs/probes"
+    """Where features are kept, for the next probe of the same weights and images, and trained probes are saved."""
+
+    def __post_init__(self) -> None:
+        for name in ("k", "temperature"):
+            if not getattr(self, name):
+                raise VisionattnError(f"probing.{name} is empty: give at least one")
+
+
+@dataclass
 class ValidateConfig(TaskConfig):
     """Model and output"""
 
@@ -206,10 +234,15 @@ class ValidateConfig(TaskConfig):
     """Merge batch norms into their neighbours first."""
     int8: bool = False
     """Run with int8 weights, on a CPU, see quantize."""
+    probe: Literal["knn", "linear", "attentive"] | None = None
+    """Judge the features of the model, whose own classifier is left out, by a probe that learns from the training
+    images: k nearest neighbours, a linear classifier, or one of attentive pooling. Takes models of timm too, as
+    timm/<name>. Where data bring no images to validate on, data.val_fraction 1 counts as 0.2."""
     output: str = ""
     """Also write the results to this file: .json holds those of this command, with each class's accuracy; to a .csv
     every model adds a row."""
     tta: TtaConfig = field(default_factory=TtaConfig)
+    probing: ProbingConfig = field(default_factory=ProbingConfig)
 
 
 FIXED = ("task", "model", "head", "pretrained", "checkpoint", "loss.multi_label", "output", "name")

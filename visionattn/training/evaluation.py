@@ -5,11 +5,10 @@ import fnmatch
 import glob
 import io
 import json
-import os
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -32,7 +31,7 @@ from ..tasks.task import Metrics, image_mode
 from ..tasks.useless import refuse, useless
 from ..weights import load_checkpoint
 from ..weights.description import describe_place, is_place, read_described
-from ..weights.files import write_file
+from ..weights.files import locked, write_file
 from .checkpoint import without_nan
 from .config import ValidateConfig, options_of, parse_validate
 
@@ -80,26 +79,27 @@ def make_accelerator(precision: str, **kwargs: Any) -> Accelerator:
         return Accelerator(mixed_precision=precision, **kwargs)
 
 
-def validate_all(config: ValidateConfig, argv: list[str]) -> None:
+def validate_all(config: ValidateConfig, argv: list[str], one: Callable | None = None) -> None:
     """Run validate.py: for each model that the options name; one that fails does not stop the others.
 
     Args:
         config: the options without those that checkpoints bring.
         argv: the command line.
+        one: does it for one model, called as `validate`, which is the default.
 
     Raises:
         VisionattnError: if there is nothing to validate, or at the end if a model failed.
     """
-    choices, held = _choices(config), {}
+    one, choices, held = one or validate, _choices(config), {}
     options_held = partial(options_of, read=lambda path: held.setdefault(path, read_described(path)))
     if choices is None:
-        validate(parse_validate(argv, options_held), None, held.pop)
+        one(parse_validate(argv, options_held), None, held.pop)
         return
     output = ResultFile(config.output, many=True) if config.output else None
     main, failed = make_accelerator("no").is_main_process, 0
     for choice in choices:
         try:
-            validate(parse_validate([*argv, f"--{choice}"], options_held), output, held.pop)
+            one(parse_validate([*argv, f"--{choice}"], options_held), output, held.pop)
             if main:
                 print(flush=True)
         except Exception as error:  # whatever a model, a file or the device raises is the failure of that model
@@ -123,14 +123,7 @@ def validate(
     Returns:
         the metrics that training records.
     """
-    if not config.model:
-        told = f"{config.checkpoint} does not say which model it belongs to: add" if config.checkpoint else "give"
-        raise VisionattnError(
-            f"nothing to validate: {told} --model" + ("" if config.checkpoint else " or --checkpoint")
-        )
-    description, content = read(config.checkpoint) if config.checkpoint else ({}, {})
-    own = [f"--checkpoint={config.checkpoint}"] if config.checkpoint else []
-    refuse(useless(config, parse_validate(own, partial(options_of, read=lambda _: (description, {})))))
+    description, content = read_checked(config, read)
     if output is None and config.output:
         output = ResultFile(config.output)
     classes = description.get("classes")
@@ -176,7 +169,7 @@ def validate(
     record = {
         "model": task.made[0],
         **({"head": config.head} if config.head else {}),
-        "weights": config.checkpoint or _weights(config),
+        "weights": weights_of(config),
         "parameters": parameters,
         "data": images.name,
         "images": len(images),
@@ -188,7 +181,7 @@ def validate(
         "per_class": per_class,
     }
     is_part = of_images and len(images) < len(images.source)
-    _print(
+    print_record(
         record, f" of {len(images.source)} (data.val_fraction)" if is_part else "", validation.lines(figures, per_class)
     )
     if output:
@@ -196,7 +189,28 @@ def validate(
     return results
 
 
-def _weights(config: ValidateConfig) -> str:
+def read_checked(config: ValidateConfig, read: Callable) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the checkpoint says of its model and what it holds; refuses options that name no model or have no effect.
+
+    Args:
+        config: the options, with those that the checkpoint brings.
+        read: as for `validate`.
+    """
+    if not config.model:
+        told = f"{config.checkpoint} does not say which model it belongs to: add" if config.checkpoint else "give"
+        raise VisionattnError(
+            f"nothing to validate: {told} --model" + ("" if config.checkpoint else " or --checkpoint")
+        )
+    description, content = read(config.checkpoint) if config.checkpoint else ({}, {})
+    own = [f"--checkpoint={config.checkpoint}"] if config.checkpoint else []
+    refuse(useless(config, parse_validate(own, partial(options_of, read=lambda _: (description, {})))))
+    return description, content
+
+
+def weights_of(config: ValidateConfig) -> str:
+    """Where the weights of the model are from, in words."""
+    if config.checkpoint:
+        return config.checkpoint
     if is_place(config.model):
         return config.model
     return "published weights" if config.pretrained else "random weights"
@@ -255,7 +269,14 @@ def _matches(option: str, part: str, pretrained: bool) -> list[str]:
     return sorted({name.partition(".")[0] for name in list_models(part, pretrained)})
 
 
-def _print(record: dict[str, Any], held_out: str, figures: list[tuple[str, str]]) -> None:
+def print_record(record: dict[str, Any], held_out: str, figures: list[tuple[str, str]]) -> None:
+    """Print what was found of a model.
+
+    Args:
+        record: the results.
+        held_out: what follows the number of images.
+        figures: labels and texts of the lines that are the task's own.
+    """
     views = f", {record['views']} views of each" if record.get("views", 1) > 1 else ""
     head = f" with {record['head']}" if "head" in record else ""
     lines = [
@@ -263,7 +284,7 @@ def _print(record: dict[str, Any], held_out: str, figures: list[tuple[str, str]]
         ("weights", record["weights"]),
         ("images", f"{record['images']}{held_out} from {record['data']}{views}"),
         *figures,
-        ("images/s", f"{record['images_per_second']:.1f}"),
+        *([("images/s", f"{record['images_per_second']:.1f}")] if record["images_per_second"] else []),
         ("memory", f"{record['peak_memory_mib']:.0f} MiB"),
     ]
     width = max(len(label) for label, _ in lines)
@@ -331,7 +352,7 @@ class ResultFile:
     def add(self, record: dict[str, Any]) -> None:
         """Write the results of one more model."""
         self.records.append(without_nan(record))
-        with _locked(self.path):  # other processes may add their rows
+        with locked(self.path):  # other processes may add their rows
             if self.path.suffix == ".json":
                 text = json.dumps(self.records if self.many else self.records[-1], indent=2) + "\n"
             else:
@@ -353,28 +374,3 @@ class ResultFile:
         if "model" not in (table.fieldnames or ["model"]) or any(None in row or None in row.values() for row in rows):
             raise VisionattnError(f"cannot add to {self.path}: it is not a table of results")
         return rows
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Keep other processes from a file, by a hidden one beside it that goes with the last of them."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
-    name = path.with_name(f".{path.name}.lock")
-    with user_input(f"cannot write {path}", OSError):
-        while True:
-            lock = open(name, "w")  # noqa: SIM115
-            with suppress(OSError):  # some file systems have no locks
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            with suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(lock.fileno()), name.stat()):
-                    break
-            lock.close()  # whoever held it has removed it
-    try:
-        yield
-    finally:
-        name.unlink(missing_ok=True)
-        lock.close()

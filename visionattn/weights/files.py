@@ -4,7 +4,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from os import PathLike
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -217,3 +218,32 @@ def place(temporary: Path, path: Path) -> None:
     folder = os.open(path.parent, os.O_RDONLY)
     os.fsync(folder)
     os.close(folder)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Keep other processes from a file or folder, by a hidden file beside it that goes with the last of them.
+
+    Args:
+        path: of what they are to wait for.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    name = path.with_name(f".{path.name}.lock")
+    with user_input(f"cannot write {path}", OSError):
+        while True:
+            lock = open(name, "w")  # noqa: SIM115
+            with suppress(OSError):  # some file systems have no locks
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(lock.fileno()), name.stat()):
+                    break
+            lock.close()  # whoever held it has removed it
+    try:
+        yield
+    finally:
+        name.unlink(missing_ok=True)
+        lock.close()

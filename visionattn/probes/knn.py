@@ -1,0 +1,62 @@
+"""Nearest neighbours."""
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+MOST = 2**24
+"""Similarities that are held at once."""
+
+
+def knn_classifier(
+    train: Tensor, train_labels: Tensor, test: Tensor, k: int, temperature: float, num_classes: int
+) -> Tensor:
+    """Votes of the nearest training images for the classes of others: exp(cosine / temperature) each.
+
+    Cost: C multiply-adds for each pair of images.
+
+    Args:
+        train: features of the training images (N, C).
+        train_labels: their classes (N,).
+        test: features of the others (M, C).
+        k: neighbours that vote.
+        temperature: of the weight of a vote.
+        num_classes: classes.
+
+    Returns:
+        votes (M, num_classes).
+    """
+    return votes(*neighbours(train, test, k), train_labels, temperature, num_classes)
+
+
+def neighbours(train: Tensor, test: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Cosines of the nearest training images and which they are, the nearest first.
+
+    Args:
+        train: features (N, C).
+        test: features (M, C).
+        k: how many; all if there are no more.
+
+    Returns:
+        (M, k) each.
+    """
+    train, test = F.normalize(train, dim=1), F.normalize(test, dim=1)
+    parts: Iterable[Tensor] = test.split(max(1, MOST // len(train)))
+    found = [(part @ train.T).topk(min(k, len(train)), dim=1) for part in parts]
+    return torch.cat([each.values for each in found]), torch.cat([each.indices for each in found])
+
+
+def votes(cosines: Tensor, nearest: Tensor, labels: Tensor, temperature: float, num_classes: int) -> Tensor:
+    """Votes (M, num_classes) of what `neighbours` found.
+
+    Args:
+        cosines: (M, k).
+        nearest: (M, k).
+        labels: classes of the training images (N,).
+        temperature: of the weight of a vote.
+        num_classes: classes.
+    """
+    total = cosines.new_zeros(len(cosines), num_classes)
+    return total.scatter_add_(1, labels[nearest], (cosines / temperature).exp())

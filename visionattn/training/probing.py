@@ -1,0 +1,271 @@
+"""Probes of frozen features by `validate.py --probe`: k nearest neighbours, a linear and an attentive classifier."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
+
+from ..data.config import DataConfig
+from ..data.images import ImageSet, load_datasets
+from ..data.labels import labels_of
+from ..data.loader import Stream, choose_workers, derive_seed, eval_loader, read_batches
+from ..data.transforms import preprocessing
+from ..errors import UnknownModelError, VisionattnError, user_input
+from ..probes.features import Stored, features, fingerprint, has_class_token, key_of, stored
+from ..probes.files import save_probe
+from ..probes.heads import AttentiveProbe, LinearProbe
+from ..probes.knn import neighbours, votes
+from ..probes.protocol import fit
+from ..progress import track
+from ..tasks import make_task
+from ..tasks.classification import ClassificationMetrics
+from ..tasks.task import Task, autocast, image_mode
+from ..weights import load_checkpoint
+from ..weights.description import read_described
+from .config import ProbingConfig, ValidateConfig
+from .evaluation import (
+    ResultFile,
+    Stopwatch,
+    make_accelerator,
+    peak_memory,
+    print_record,
+    read_checked,
+    reset_peak_memory,
+    weights_of,
+)
+
+TIMM = "timm/"
+"""What the names of timm's models begin with, which may also be given without it where we have no such model."""
+TOKENS = {"knn": ("class", "mean"), "linear": ("class", "mean"), "attentive": ("patches", "all")}
+"""The features that each probe takes."""
+Found = tuple[dict[str, Any], list[tuple[str, str]], dict[str, dict]]
+"""What a probe found: entries of the record, lines to print, and figures of each class."""
+
+
+def probe(config: ValidateConfig, output: ResultFile | None = None, read: Callable = read_described) -> dict[str, Any]:
+    """Judge the features of one model by a probe: print and write the results, and save what was trained.
+
+    Args:
+        config: the options, with those that the checkpoint brings.
+        output: file to write to; None for what the options name.
+        read: as for `validate`.
+
+    Returns:
+        what is written to the file of results.
+
+    Raises:
+        VisionattnError: if the options name no images to learn from, no such features, or what `validate` refuses.
+    """
+    _, content = read_checked(config, read)
+    if output is None and config.output:
+        output = ResultFile(config.output)
+    accelerator = make_accelerator("no")
+    if accelerator.num_processes > 1:
+        raise VisionattnError("a probe runs in one process: start validate.py without accelerate launch")
+    config = replace(config, data=_with_training_images(config.data))
+    train_images, val_images = load_datasets(config.data)
+    name, task, model = _make_model(config, content)
+    kind = _kind(config, name, model)
+    data = task.resolve(model).data
+    layout = torch.channels_last if config.channels_last else torch.contiguous_format
+    model.eval().to(accelerator.device, memory_format=layout)
+    reset_peak_memory(accelerator.device)
+    sides, watch = {"train": train_images, "validation": val_images}, Stopwatch()
+    about = {"model": name, "model_kwargs": config.model_kwargs, "features": kind, "precision": config.precision}
+    about |= {"preprocessing": preprocessing(data)}
+    digest = key_of(model, about)
+    with user_input(f"features of {name}", AssertionError):  # timm's models of one size
+        train, val = (
+            _stored(config, task, model, kind, digest, images, about | {"split": split}, watch)
+            for split, images in sides.items()
+        )
+    record = {
+        "model": name,
+        "probe": config.probe,
+        "features": kind,
+        "dim": train.features.shape[-1],
+        "weights": weights_of(config),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "data": val_images.name,
+        "train_images": len(train_images),
+        "images": len(val_images),
+        "classes": len(val_images.classes),
+        "input_size": task.input_size(),
+        "crop_pct": data.crop_pct,
+        "precision": config.precision,
+    }
+    judge = _nearest if config.probe == "knn" else _trained
+    figures, lines, per_class = judge(config, train, val, val_images.classes, about, accelerator.device)
+    record |= figures | {
+        "images_per_second": watch.speed,
+        "peak_memory_mib": peak_memory(accelerator.device),
+        "per_class": per_class,
+    }
+    taken = {"class": "class token", "mean": "mean", "patches": "patches", "all": "class token and patches"}[kind]
+    told = f"{config.probe}, on the {taken} of the last block ({record['dim']} channels)"
+    is_part = len(val_images) < len(val_images.source) and train_images.source is val_images.source
+    held_out = f" of {len(val_images.source)} (data.val_fraction)" if is_part else ""
+    print_record(record, held_out, [("probe", told), ("trained on", f"{len(train_images)} images"), *lines])
+    if output:
+        output.add(record)
+    return record
+
+
+def _with_training_images(data: DataConfig) -> DataConfig:
+    """Hold images out as train.py does, where all would be validated on."""
+    if labels := labels_of(data):
+        raise VisionattnError(f"a probe tells one class of each image, and these have several ({labels})")
+    return data if data.val_fraction < 1 else replace(data, val_fraction=DataConfig.val_fraction)
+
+
+def _make_model(config: ValidateConfig, content: dict[str, Any]) -> tuple[str, Task, nn.Module]:
+    """Name, task and model, with its weights."""
+    kwargs = dict(config.model_kwargs)
+    prefix = kwargs.pop("checkpoint_prefix", "") if config.checkpoint else ""
+    task = make_task(replace(config, checkpoint="", model_kwargs=kwargs))
+    name = config.model.removeprefix(TIMM)
+    torch.manual_seed(derive_seed(0, Stream.MODEL))  # so that features of random weights are found again
+    try:
+        if name != config.model:
+            raise UnknownModelError(f"timm has no model {name}: timm.list_models() names them")
+        model, name = task.create_model(None), task.made[0]
+    except UnknownModelError:
+        if not timm.is_model(name):
+            raise
+        name = TIMM + name
+        with user_input(f"model {name}", Exception):  # timm raises whatever it meets on the way
+            model = timm.create_model(name.removeprefix(TIMM), pretrained=config.pretrained, **kwargs)
+    if config.checkpoint:
+        load_checkpoint(model, config.checkpoint, prefix, content)
+    return name, task, model
+
+
+def _kind(config: ValidateConfig, name: str, model: nn.Module) -> str:
+    """The features that the probe takes."""
+    known, tokens = TOKENS[config.probe], config.probing.tokens
+    if tokens == "auto":
+        return known[0] if config.probe == "attentive" or has_class_token(model) else known[1]
+    if tokens not in known:
+        raise VisionattnError(f"option probing.tokens: --probe {config.probe} takes {' or '.join(known)}, got {tokens}")
+    if tokens in ("class", "all") and not has_class_token(model):
+        raise VisionattnError(f"option probing.tokens: {name} has no class token for {tokens}: take {known[0]}")
+    return tokens
+
+
+def _stored(
+    config: ValidateConfig,
+    task: Task,
+    model: nn.Module,
+    kind: str,
+    digest: str,
+    images: ImageSet,
+    about: dict[str, Any],
+    watch: Stopwatch,
+) -> Stored:
+    """Features of images, of the disk if they are there."""
+    data, device = config.data, next(model.parameters()).device
+    layout = torch.channels_last if config.channels_last else torch.contiguous_format
+    loader = eval_loader(
+        images,
+        task.transform(False),
+        data.eval_batch_size,
+        image_mode(model),
+        choose_workers(data.num_workers, device),
+        folder=data.root if data.name == "folder" else None,
+    )
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in track(read_batches(loader), f"features of {about['split']}", len(loader)):
+            x = send_to_device(batch.images, device, non_blocking=True).contiguous(memory_format=layout)
+            with autocast(device, config.precision):
+                made = features(model, x, kind)
+            yield made.float() if config.precision == "no" else made.half(), batch.targets
+            watch.lap(len(batch.images))
+
+    path = Path(config.probing.folder, "features", f"{digest}-{fingerprint(images)[:16]}")
+    return stored(path, len(images), batches(), about | {"images": images.name})
+
+
+def _nearest(
+    config: ValidateConfig,
+    train: Stored,
+    val: Stored,
+    classes: list[str],
+    about: dict[str, Any],
+    device: torch.device,
+) -> Found:
+    options = config.probing
+    counts = sorted(k for k in set(options.k) if k <= len(train.labels))
+    if not counts:
+        raise VisionattnError(f"option probing.k: {min(options.k)} neighbours of {len(train.labels)} training images")
+    labels = train.labels.to(device)
+    cosines, nearest = neighbours(train.features.to(device).float(), val.features.to(device).float(), counts[-1])
+    found = []
+    for k in counts:
+        for temperature in options.temperature:
+            given = votes(cosines[:, :k], nearest[:, :k], labels, temperature, len(classes)).cpu()
+            hits = given.topk(min(5, len(classes))).indices == val.labels[:, None]
+            found.append({"k": k, "temperature": temperature, "top1": 100 * hits[:, 0].float().mean().item()})
+            found[-1]["top5"] = 100 * hits.any(1).float().mean().item()
+            if found[-1] is max(found, key=lambda each: each["top1"]):
+                of_best = hits[:, 0]
+    best = max(found, key=lambda each: each["top1"])
+    per_class = {}
+    for label, name in enumerate(classes):
+        own = of_best[val.labels == label].float()
+        per_class[name] = {"images": len(own), "top1": 100 * own.mean().item() if len(own) else None}
+    rows = [
+        (f"k {k}", ", ".join(f"{each['top1']:.2f} (T {each['temperature']:g})" for each in found if each["k"] == k))
+        for k in counts
+    ]
+    told = f"{best['top1']:.4f} % (k {best['k']}, T {best['temperature']:g})"
+    return best | {"grid": found}, [*rows, ("top-1", told), ("top-5", f"{best['top5']:.4f} %")], per_class
+
+
+def _trained(
+    config: ValidateConfig,
+    train: Stored,
+    val: Stored,
+    classes: list[str],
+    about: dict[str, Any],
+    device: torch.device,
+) -> Found:
+    options: ProbingConfig = config.probing
+    make = LinearProbe
+    if config.probe == "attentive":
+        make = partial(AttentiveProbe, num_queries=options.queries)
+    torch.manual_seed(derive_seed(0, Stream.MODEL))
+    head = make(train.features.shape[-1], len(classes)).to(device)
+    found = fit(head, train, val, options.epochs, options.lr, options.batch_size)
+    metrics = ClassificationMetrics(len(classes))
+    metrics.update(found.logits, val.labels)
+    figures = metrics.compute() | metrics.details()
+    path = Path(options.folder, f"{_file_name(config, about['model'])}-{config.probe}.safetensors")
+    save_probe(path, head, about | {"probe": config.probe, "classes": classes, "epoch": found.epoch} | figures)
+    parameters = sum(p.numel() for p in head.parameters())
+    lines = [
+        (
+            "parameters",
+            f"{parameters} of the probe" + (f", {options.queries} queries" if make is not LinearProbe else ""),
+        ),
+        ("epoch", f"{found.epoch} of {options.epochs}, the best"),
+        ("top-1", f"{figures['top1']:.4f} %"),
+        ("top-5", f"{figures['top5']:.4f} %"),
+        ("loss", f"{figures['loss']:.6f}"),
+        ("ECE", f"{figures['ece']:.4f} %"),
+        ("saved as", str(path)),
+    ]
+    own = {"epoch": found.epoch, "probe_parameters": parameters, "probe_file": str(path)}
+    return own | figures, lines, dict(zip(classes, metrics.per_class(), strict=True))
+
+
+def _file_name(config: ValidateConfig, model: str) -> str:
+    """Model and images, as run folders are called."""
+    images = config.data.root if config.data.root is not None else config.data.name or "digits"
+    return f"{model.replace('/', '-')}-{Path(images).resolve().name}"
