@@ -105,7 +105,7 @@ class AttentiveProbe(LinearProbe):
             attention: their weights, where they are there already.
         """
         if attention is None:
-            queries = self.queries.expand(len(x), -1, -1)
+            queries = self.queries.expand(x.shape[0], -1, -1)
             mixed = F.scaled_dot_product_attention(queries[:, None], x[:, None], x[:, None])[:, 0]
         else:
             mixed = attention @ x

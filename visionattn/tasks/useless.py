@@ -188,8 +188,9 @@ def useless(config: TaskConfig, brought: TaskConfig) -> dict[str, str]:
         found |= {each: f"to {config.task}{hint}" for each in given(config, brought, name) if each not in FOR_ALL}
     for rule in RULES:
         for name in rule.options:
-            if any(given(config, brought, name)) and rule.applies(config):
-                found.setdefault(name, rule.why)
+            for each in given(config, brought, name):
+                if rule.applies(config):
+                    found.setdefault(each, rule.why)
     return found
 
 

@@ -1,0 +1,96 @@
+"""Parity of methods with outputs recorded from their published code, or from the equations of their papers.
+
+A golden names its method and arguments in `create`; `input_*` are what it is given, parameters among them, and
+`output_*` what comes of that.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import golden
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from visionattn import probes
+from visionattn.weights import convert_state_dict
+
+GOLDENS = sorted((Path(__file__).parent / "goldens" / "methods").glob("*.npz"))
+
+
+def efficient_probing(
+    x: Tensor,
+    queries: Tensor,
+    value_weight: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    head_weight: Tensor,
+    head_bias: Tensor,
+    value_bias: Tensor | bool,
+    **kwargs: int,
+) -> dict[str, Tensor]:
+    probe = probes.AttentiveProbe(value_bias=value_bias is not False, dtype=x.dtype, **kwargs)
+    published = {"0.cls_token": queries[None], "0.v.weight": value_weight, "2.weight": head_weight, "2.bias": head_bias}
+    published |= {
+        "1.running_mean": running_mean,
+        "1.running_var": running_var,
+        "1.num_batches_tracked": torch.tensor(0),
+    }
+    published |= {} if value_bias is False else {"0.v.bias": value_bias}
+    probe.load_state_dict(convert_state_dict(published, probe))
+    logits, attention = probe.eval()(x, return_attention=True)
+    torch.testing.assert_close(probe(x), logits)
+    return {
+        "pooled": probe.pool(x),
+        "attention": attention,
+        "logits_eval": probe(x),
+        "logits_train": probe.train()(x),
+    }
+
+
+def lars(steps: int, **given: Tensor | float) -> dict[str, Tensor]:
+    names = [name.removeprefix("param_") for name in given if name.startswith("param_")]
+    params = {name: nn.Parameter(given.pop(f"param_{name}").clone()) for name in names}
+    grads, passed = {name: given.pop(f"grad_{name}") for name in names}, {name: [] for name in names}
+    optimizer = probes.lars(params.values(), **given)
+    for step in range(steps):
+        for name, param in params.items():
+            param.grad = grads[name][step].clone()
+        optimizer.step()
+        for name, param in params.items():
+            passed[name].append(param.detach().clone())
+    return {name: torch.stack(values) for name, values in passed.items()}
+
+
+def knn_classifier(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, **kwargs) -> dict:
+    votes = probes.knn_classifier(train, train_labels, test, **kwargs)
+    hits = votes.topk(5).indices == test_labels[:, None]
+    top1, top5 = (100 * hits[:, :k].any(1).double().mean() for k in (1, 5))
+    return {"votes": votes, "predictions": votes.argmax(1), "top1": top1, "top5": top5}
+
+
+METHODS: dict[str, Callable[..., dict[str, Tensor]]] = {
+    "efficient_probing": efficient_probing,
+    "knn_classifier": knn_classifier,
+    "lars": lars,
+}
+"""By a method's name: what it makes, by the names of a file's outputs, of the inputs of the file and its arguments."""
+
+
+@pytest.mark.parametrize("path", GOLDENS, ids=lambda path: path.stem)
+def test_parity(path):
+    meta, arrays = golden.load(path)
+    for name, tolerance in meta["tolerance"].items():
+        dtype, given, expected = getattr(torch, name), {}, {}
+        for key, array in arrays.items():
+            tensor = torch.from_numpy(array)
+            tensor = tensor.to(dtype) if tensor.is_floating_point() else tensor
+            kind, _, key = key.partition("_")
+            (given if kind == "input" else expected)[key] = tensor if kind == "input" else array
+        with torch.no_grad():
+            found = METHODS[meta["create"]["method"]](**meta["create"]["kwargs"] | given)
+        assert found.keys() == expected.keys()
+        for key, array in expected.items():
+            error = np.abs(found[key].numpy() - array).max()
+            assert error <= tolerance * np.abs(array).max(), (key, name, error)
