@@ -19,7 +19,8 @@ from visionattn.weights.files import DESCRIPTION, write_checkpoint
 from visionattn.weights.inverse import to_layout
 from visionattn.weights.layouts import convert_state_dict
 
-GOLDENS = sorted(p for p in (Path(__file__).parent / "goldens").glob("*/*.npz") if p.parent.name != "mixers")
+NO_MODELS = ("mixers", "methods")
+GOLDENS = sorted(p for p in (Path(__file__).parent / "goldens").glob("*/*.npz") if p.parent.name not in NO_MODELS)
 LARGEST = 6e7
 
 

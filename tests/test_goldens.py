@@ -11,7 +11,8 @@ import visionattn
 from visionattn.backbone import Isotropic
 from visionattn.weights import convert_state_dict
 
-GOLDENS = sorted(p for p in (Path(__file__).parent / "goldens").glob("*/*.npz") if p.parent.name != "mixers")
+NO_MODELS = ("mixers", "methods")
+GOLDENS = sorted(p for p in (Path(__file__).parent / "goldens").glob("*/*.npz") if p.parent.name not in NO_MODELS)
 
 
 LARGE = (

@@ -13,10 +13,18 @@ from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 
 import visionattn
+from visionattn.cli.scripts import train
 from visionattn.cli.scripts import validate as run
 from visionattn.errors import VisionattnError
-from visionattn.probes import AttentiveProbe, LinearProbe, draw_attention, features, fit, knn_classifier, load_probe
-from visionattn.probes import features as features_of
+from visionattn.probes import (
+    AttentiveProbe,
+    LinearProbe,
+    draw_attention,
+    fit,
+    frozen_features,
+    knn_classifier,
+    load_probe,
+)
 from visionattn.probes.features import Stored, has_class_token, stored
 from visionattn.probes.protocol import learning_rate
 from visionattn.training import probing
@@ -116,7 +124,7 @@ def test_features_are_those_of_the_last_block(name: str):
     model = make(name.removeprefix("timm/"), num_classes=3).train()
     size = 160 if name == "timm/test_vit" else 64
     before, x = copy.deepcopy(model.state_dict()), torch.randn(2, 3, size, size)
-    patches, mean = features_of(model, x), features_of(model, x, "mean")
+    patches, mean = frozen_features(model, x), frozen_features(model, x, "mean")
     assert all(module.training for module in model.modules()) and not patches.requires_grad
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     torch.testing.assert_close(patches.mean(1), mean)
@@ -128,9 +136,9 @@ def test_features_are_those_of_the_last_block(name: str):
             maps = patches.mT.unflatten(2, whole.shape[2:])
             torch.testing.assert_close(norm(maps), whole)
             with pytest.raises(VisionattnError, match="has no class token"):
-                features_of(model, x, "all")
+                frozen_features(model, x, "all")
         else:
-            token, everything = features_of(model, x, "class"), features_of(model, x, "all")
+            token, everything = frozen_features(model, x, "class"), frozen_features(model, x, "all")
             torch.testing.assert_close(everything, torch.cat([token[:, None], patches], 1))
             last = getattr(model, "class_token_last", False)
             order = torch.cat([patches, token[:, None]], 1) if last else everything
@@ -219,7 +227,7 @@ def test_three_probes(probed, monkeypatch, capsys):
     probed("--probe", "attentive", *options, *short, "--probing.queries", 4, "--probing.tokens", "all")
     told = capsys.readouterr().out
     assert "attentive, on the class token and patches of the last block" in told and "top-1      100.0000 %" in told
-    monkeypatch.setattr(probing, "features", pytest.fail)  # which knn has left for linear
+    monkeypatch.setattr(probing, "frozen_features", pytest.fail)  # which knn has left for linear
     probed("--probe", "linear", *options[:-1], "again.json", *short)
     with open("r.csv") as file:
         rows = list(csv.DictReader(file))
@@ -288,7 +296,20 @@ def test_frozen_is_frozen():
     model = visionattn.create_model("test_van", num_classes=10).train()  # with batch norms and drop path
     before = copy.deepcopy(model.state_dict())
     x, labels = torch.randn(12, 3, 64, 64), torch.arange(12) % 3
-    made = Stored(features(model, x), labels)
+    made = Stored(frozen_features(model, x), labels)
     fit(AttentiveProbe(made.features.shape[2], 3, 4), made, made, epochs=3, batch_size=4)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.slow
+def test_a_probe_is_as_good_as_the_models_own_head(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    common = ["--data.num_workers", "0", "--quiet"]
+    train(["--epochs", "12", "--trackers", "[]", "--report", "false", *common])
+    best = ["--checkpoint", "runs/test_dinat-digits/checkpoints/best.safetensors", *common]
+    run([*best, "--output", "head.json"])
+    own = json.loads(Path("head.json").read_text())["top1"]
+    for probe, options in {"knn": (), "linear": ("--probing.lr", "1"), "attentive": ()}.items():
+        run([*best, "--probe", probe, *options, "--output", f"{probe}.json"])
+        assert json.loads(Path(f"{probe}.json").read_text())["top1"] >= own - 1

@@ -1,7 +1,7 @@
 """Frozen-feature evaluation: how good what a backbone makes of images is, with nothing of it trained."""
 
 from .drawing import draw_attention as draw_attention
-from .features import features as features
+from .features import frozen_features as frozen_features
 from .files import load_probe as load_probe
 from .files import save_probe as save_probe
 from .heads import AttentiveProbe as AttentiveProbe

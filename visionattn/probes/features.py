@@ -58,7 +58,7 @@ def last_block(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor | None]
         return model.forward_intermediates(images, **options)[0], None
 
 
-def features(model: nn.Module, images: Tensor, kind: str = "patches") -> Tensor:
+def frozen_features(model: nn.Module, images: Tensor, kind: str = "patches") -> Tensor:
     """What a frozen backbone makes of images, for a probe: of its last block, before the last norm.
 
     Args:

@@ -128,8 +128,6 @@ def validate(
         output = ResultFile(config.output)
     classes = description.get("classes")
     named = not config.checkpoint and is_place(config.model)
-    if named and (of := describe_place(config.model, weights=False).task) != "classification":
-        raise VisionattnError(f"{config.model} is of {of}: give it as --checkpoint")
     kwargs = dict(config.model_kwargs)
     prefix = kwargs.pop("checkpoint_prefix", "") if config.checkpoint else ""
     task = make_task(replace(config, checkpoint="", model_kwargs=kwargs))
@@ -190,11 +188,14 @@ def validate(
 
 
 def read_checked(config: ValidateConfig, read: Callable) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What the checkpoint says of its model and what it holds; refuses options that name no model or have no effect.
+    """What the checkpoint says of its model and what it holds.
 
     Args:
         config: the options, with those that the checkpoint brings.
         read: as for `validate`.
+
+    Raises:
+        VisionattnError: if options name no model, or have no effect.
     """
     if not config.model:
         told = f"{config.checkpoint} does not say which model it belongs to: add" if config.checkpoint else "give"
@@ -204,6 +205,9 @@ def read_checked(config: ValidateConfig, read: Callable) -> tuple[dict[str, Any]
     description, content = read(config.checkpoint) if config.checkpoint else ({}, {})
     own = [f"--checkpoint={config.checkpoint}"] if config.checkpoint else []
     refuse(useless(config, parse_validate(own, partial(options_of, read=lambda _: (description, {})))))
+    named = not config.checkpoint and is_place(config.model)
+    if named and (of := describe_place(config.model, weights=False).task) != "classification":
+        raise VisionattnError(f"{config.model} is of {of}: give it as --checkpoint")
     return description, content
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import timm
 import torch
-from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from ..data.config import DataConfig
@@ -17,7 +16,7 @@ from ..data.labels import labels_of
 from ..data.loader import Stream, choose_workers, derive_seed, eval_loader, read_batches
 from ..data.transforms import preprocessing
 from ..errors import UnknownModelError, VisionattnError, user_input
-from ..probes.features import Stored, features, fingerprint, has_class_token, key_of, stored
+from ..probes.features import Stored, fingerprint, frozen_features, has_class_token, key_of, stored
 from ..probes.files import save_probe
 from ..probes.heads import AttentiveProbe, LinearProbe
 from ..probes.knn import neighbours, votes
@@ -78,7 +77,7 @@ def probe(config: ValidateConfig, output: ResultFile | None = None, read: Callab
     reset_peak_memory(accelerator.device)
     sides, watch = {"train": train_images, "validation": val_images}, Stopwatch()
     about = {"model": name, "model_kwargs": config.model_kwargs, "features": kind, "precision": config.precision}
-    about |= {"preprocessing": preprocessing(data)}
+    about |= {"preprocessing": preprocessing(data), "root": data.root and str(Path(data.root).resolve())}
     digest = key_of(model, about)
     with user_input(f"features of {name}", AssertionError):  # timm's models of one size
         train, val = (
@@ -154,7 +153,8 @@ def _kind(config: ValidateConfig, name: str, model: nn.Module) -> str:
     if tokens not in known:
         raise VisionattnError(f"option probing.tokens: --probe {config.probe} takes {' or '.join(known)}, got {tokens}")
     if tokens in ("class", "all") and not has_class_token(model):
-        raise VisionattnError(f"option probing.tokens: {name} has no class token for {tokens}: take {known[0]}")
+        other = "mean" if tokens == "class" else "patches"
+        raise VisionattnError(f"option probing.tokens: {name} has no class token for {tokens}: take {other}")
     return tokens
 
 
@@ -182,9 +182,9 @@ def _stored(
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
         for batch in track(read_batches(loader), f"features of {about['split']}", len(loader)):
-            x = send_to_device(batch.images, device, non_blocking=True).contiguous(memory_format=layout)
+            x = batch.images.to(device, non_blocking=True).contiguous(memory_format=layout)
             with autocast(device, config.precision):
-                made = features(model, x, kind)
+                made = frozen_features(model, x, kind)
             yield made.float() if config.precision == "no" else made.half(), batch.targets
             watch.lap(len(batch.images))
 
@@ -204,28 +204,24 @@ def _nearest(
     counts = sorted(k for k in set(options.k) if k <= len(train.labels))
     if not counts:
         raise VisionattnError(f"option probing.k: {min(options.k)} neighbours of {len(train.labels)} training images")
-    labels = train.labels.to(device)
-    cosines, nearest = neighbours(train.features.to(device).float(), val.features.to(device).float(), counts[-1])
-    found = []
+    sides = (side.features.to(device).float() for side in (train, val))
+    cosines, nearest = (each.cpu() for each in neighbours(*sides, counts[-1]))
+    found, grid = [], {}
     for k in counts:
         for temperature in options.temperature:
-            given = votes(cosines[:, :k], nearest[:, :k], labels, temperature, len(classes)).cpu()
+            given = votes(cosines[:, :k].double(), nearest[:, :k], train.labels, temperature, len(classes))
             hits = given.topk(min(5, len(classes))).indices == val.labels[:, None]
-            found.append({"k": k, "temperature": temperature, "top1": 100 * hits[:, 0].float().mean().item()})
-            found[-1]["top5"] = 100 * hits.any(1).float().mean().item()
-            if found[-1] is max(found, key=lambda each: each["top1"]):
-                of_best = hits[:, 0]
-    best = max(found, key=lambda each: each["top1"])
+            top1, top5 = (100 * each.double().mean().item() for each in (hits[:, 0], hits.any(1)))
+            found.append((top1, top5, k, temperature, hits[:, 0].double()))
+            grid.setdefault(f"k {k}", {})[f"T {temperature:g}"] = top1
+    top1, top5, k, temperature, hits = max(found, key=lambda each: each[0])
     per_class = {}
     for label, name in enumerate(classes):
-        own = of_best[val.labels == label].float()
+        own = hits[val.labels == label]
         per_class[name] = {"images": len(own), "top1": 100 * own.mean().item() if len(own) else None}
-    rows = [
-        (f"k {k}", ", ".join(f"{each['top1']:.2f} (T {each['temperature']:g})" for each in found if each["k"] == k))
-        for k in counts
-    ]
-    told = f"{best['top1']:.4f} % (k {best['k']}, T {best['temperature']:g})"
-    return best | {"grid": found}, [*rows, ("top-1", told), ("top-5", f"{best['top5']:.4f} %")], per_class
+    rows = [(name, ", ".join(f"{of:.2f} ({t})" for t, of in row.items())) for name, row in grid.items()]
+    lines = [*rows, ("top-1", f"{top1:.4f} % (k {k}, T {temperature:g})"), ("top-5", f"{top5:.4f} %")]
+    return {"k": k, "temperature": temperature, "top1": top1, "top5": top5, "grid": grid}, lines, per_class
 
 
 def _trained(
