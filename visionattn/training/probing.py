@@ -71,7 +71,8 @@ def probe(config: ValidateConfig, output: ResultFile | None = None, read: Callab
     train_images, val_images = load_datasets(config.data)
     name, task, model = _make_model(config, content)
     kind = _kind(config, name, model)
-    data = task.resolve(model).data
+    data, classes = task.resolve(model).data, train_images.classes
+    config = replace(config, data=data)
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
     model.eval().to(accelerator.device, memory_format=layout)
     reset_peak_memory(accelerator.device)
@@ -94,13 +95,15 @@ def probe(config: ValidateConfig, output: ResultFile | None = None, read: Callab
         "data": val_images.name,
         "train_images": len(train_images),
         "images": len(val_images),
-        "classes": len(val_images.classes),
+        "classes": len(classes),
         "input_size": task.input_size(),
         "crop_pct": data.crop_pct,
         "precision": config.precision,
     }
-    judge = _nearest if config.probe == "knn" else _trained
-    figures, lines, per_class = judge(config, train, val, val_images.classes, about, accelerator.device)
+    if config.probe == "knn":
+        figures, lines, per_class = _nearest(config.probing, train, val, classes, accelerator.device)
+    else:
+        figures, lines, per_class = _trained(config, train, val, classes, about, accelerator.device)
     record |= figures | {
         "images_per_second": watch.speed,
         "peak_memory_mib": peak_memory(accelerator.device),
@@ -192,15 +195,8 @@ def _stored(
     return stored(path, len(images), batches(), about | {"images": images.name})
 
 
-def _nearest(
-    config: ValidateConfig,
-    train: Stored,
-    val: Stored,
-    classes: list[str],
-    about: dict[str, Any],
-    device: torch.device,
-) -> Found:
-    options = config.probing
+def _nearest(options: ProbingConfig, train: Stored, val: Stored, classes: list[str], device: torch.device) -> Found:
+    """What the nearest neighbours vote for, by every number and temperature; the first of the best ones is told."""
     counts = sorted(k for k in set(options.k) if k <= len(train.labels))
     if not counts:
         raise VisionattnError(f"option probing.k: {min(options.k)} neighbours of {len(train.labels)} training images")
@@ -232,10 +228,11 @@ def _trained(
     about: dict[str, Any],
     device: torch.device,
 ) -> Found:
-    options: ProbingConfig = config.probing
-    make = LinearProbe
+    """What a classifier recognises that is trained and saved."""
+    options = config.probing
+    make, queries = LinearProbe, ""
     if config.probe == "attentive":
-        make = partial(AttentiveProbe, num_queries=options.queries)
+        make, queries = partial(AttentiveProbe, num_queries=options.queries), f", {options.queries} queries"
     torch.manual_seed(derive_seed(0, Stream.MODEL))
     head = make(train.features.shape[-1], len(classes)).to(device)
     found = fit(head, train, val, options.epochs, options.lr, options.batch_size)
@@ -246,10 +243,7 @@ def _trained(
     save_probe(path, head, about | {"probe": config.probe, "classes": classes, "epoch": found.epoch} | figures)
     parameters = sum(p.numel() for p in head.parameters())
     lines = [
-        (
-            "parameters",
-            f"{parameters} of the probe" + (f", {options.queries} queries" if make is not LinearProbe else ""),
-        ),
+        ("parameters", f"{parameters} of the probe{queries}"),
         ("epoch", f"{found.epoch} of {options.epochs}, the best"),
         ("top-1", f"{figures['top1']:.4f} %"),
         ("top-5", f"{figures['top5']:.4f} %"),
