@@ -88,7 +88,7 @@ class CausalSelfAttention(SelfAttention):
         device=None,
         dtype=None,
     ) -> None:
-        super().__init__(dim, num_heads, qkv_bias, qk_scale, attn_drop, proj_drop, device, dtype)
+        super().__init__(dim, num_heads, qkv_bias, qk_scale, attn_drop, proj_drop, device=device, dtype=dtype)
         if dim // num_heads % 2:
             raise ValueError(f"expected an even number of channels per head, got {dim} / {num_heads}")
 

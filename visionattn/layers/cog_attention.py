@@ -61,7 +61,7 @@ class CogAttention(SelfAttention):
         device=None,
         dtype=None,
     ) -> None:
-        super().__init__(dim, num_heads, qkv_bias, qk_scale, attn_drop, proj_drop, device, dtype)
+        super().__init__(dim, num_heads, qkv_bias, qk_scale, attn_drop, proj_drop, device=device, dtype=dtype)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -225,7 +225,7 @@ class GlobalEnhancedAttention(EnhancedAttention):
         device=None,
         dtype=None,
     ) -> None:
-        super().__init__(dim, num_heads, qkv_bias, qk_scale, attn_drop, proj_drop, device, dtype)
+        super().__init__(dim, num_heads, qkv_bias, qk_scale, attn_drop, proj_drop, device=device, dtype=dtype)
         self.kv = Pointwise(dim, 2 * dim, bias=qkv_bias, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:

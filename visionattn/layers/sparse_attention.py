@@ -245,7 +245,7 @@ class SparseAttention(SelfAttention):
         dtype=None,
         **predictor,
     ) -> None:
-        super().__init__(dim, num_heads, qkv_bias, qk_scale, attn_drop, proj_drop, device, dtype)
+        super().__init__(dim, num_heads, qkv_bias, qk_scale, attn_drop, proj_drop, device=device, dtype=dtype)
         self.predictor = ConnectivityPredictor(
             dim // num_heads, num_tokens, num_heads, **predictor, device=device, dtype=dtype
         )
