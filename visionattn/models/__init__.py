@@ -9,6 +9,7 @@ from . import halonet as halonet
 from . import hornet as hornet
 from . import illama as illama
 from . import litv2 as litv2
+from . import mixers as mixers
 from . import moh_vit as moh_vit
 from . import nalaformer as nalaformer
 from . import overlock as overlock

@@ -1,0 +1,568 @@
+"""Token mixers by name, as the skeletons of `skeletons.py` and the comparison take them."""
+
+import fnmatch
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Any
+
+from torch import Tensor, nn
+
+from .. import layers
+from ..errors import UnknownModelError
+from ..layers.causal_attention import CausalSelfAttention
+from ..layers.depthwise import depthwise
+from ..layers.pointwise import Pointwise2d
+from ..layers.self_guided_attention import GlobalEnhancedAttention
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in a network a mixer stands, by which its arguments may go.
+
+    Args:
+        num_heads: attention heads there.
+        grid: (height, width) of the map at the image size that the network is made for.
+        index: of the block in its stage.
+        depth: blocks of the stage.
+        last_stage: of a pyramid.
+        outermost: the first or the last of the network's blocks with this mixer.
+    """
+
+    num_heads: int
+    grid: tuple[int, int] = (14, 14)
+    index: int = 0
+    depth: int = 1
+    last_stage: bool = False
+    outermost: bool = False
+
+    @property
+    def num_tokens(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def window(self) -> int:
+        """Side of windows: 7, as in the papers, where the map consists of such, else 8."""
+        return 8 if any(side % 7 for side in self.grid) else 7
+
+
+Call = Callable[[nn.Module, Tensor, tuple[int, int], Tensor | None], tuple[Tensor, Tensor | None]]
+
+
+@dataclass(frozen=True)
+class Mixer:
+    """What is known of a mixer.
+
+    Args:
+        layer: its class and the arguments that a place gives it besides the channels.
+        kind: what it takes and returns: "tokens" (B, N, C), called with the keyword `grid`; "map" (B, C, H, W); "last"
+            (B, H, W, C).
+        everywhere: it may fill all four stages of the pyramid, and not only the last two.
+        fixed: its number of tokens is that of the construction.
+        call: of one that takes a state from the block before it, or hands one to the next: takes layer, input, grid and
+            state (None in the first block of a stage) and returns output and state. Maps of a state are (B, N).
+        weighs: the head weighs tokens by the last state.
+        start: what follows the truncated normal that all matrices are drawn from.
+        init: what `start`, or the layer, begins with, in words; empty if nothing is special.
+        variants: further rows of a comparison, by name: arguments in place of the layer's own.
+        remark: what a reader of a comparison must know.
+        paper: arXiv id.
+    """
+
+    layer: Callable[[Place], tuple[Callable[..., nn.Module], dict[str, Any]]]
+    kind: str
+    paper: str = ""
+    everywhere: bool = True
+    fixed: bool = False
+    call: Call | None = None
+    weighs: bool = False
+    start: Callable[[nn.Module], None] | None = None
+    init: str = ""
+    variants: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+    remark: str = ""
+
+    @property
+    def state(self) -> bool:
+        """Whether something travels from block to block."""
+        return self.call is not None
+
+    def make(self, dim: int, place: Place, device=None, dtype=None, **kwargs: Any) -> nn.Module:
+        """The layer.
+
+        Args:
+            dim: channels C.
+            place: where it stands.
+            device: of the parameters.
+            dtype: of the parameters.
+            **kwargs: in place of what the place gives.
+
+        Raises:
+            ValueError: if the layer cannot be made so.
+        """
+        layer, arguments = self.layer(place)
+        return layer(dim, **arguments | kwargs, device=device, dtype=dtype)
+
+
+class DepthwiseMixer(nn.Module):
+    """A depthwise convolution, then a product over channels: (B, C, H, W) to the same. Local, and the host of gates.
+
+    Args:
+        dim: channels C.
+        kernel_size: of the convolution, odd.
+    """
+
+    last_product = "proj"
+
+    def __init__(self, dim: int, kernel_size: int = 7, device=None, dtype=None) -> None:
+        super().__init__()
+        self.conv = depthwise(dim, kernel_size, device=device, dtype=dtype)
+        self.proj = Pointwise2d(dim, dim, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(self.conv(x))
+
+
+class NoMixer(nn.Identity):
+    """Passes on what it gets: the block adds its norm, and no position hears of another."""
+
+    def __init__(self, dim: int, device=None, dtype=None) -> None:
+        super().__init__()
+
+
+class PluggedIn(nn.Module):
+    """A gate after a mixer, which then is its host: (B, C, H, W) to the same.
+
+    Args:
+        dim: channels C.
+        host: "dw7" or "softmax".
+        gate: class of the gate, which takes maps (B, C, H, W).
+        num_heads: attention heads of the host "softmax".
+        **kwargs: arguments of the gate.
+    """
+
+    def __init__(
+        self, dim: int, host: str, gate: Callable[..., nn.Module], num_heads: int, device=None, dtype=None, **kwargs
+    ) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.host_name = host
+        self.host = MIXERS[host].make(dim, Place(num_heads), **dd)
+        self.gate = gate(dim, **kwargs, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = mix(MIXERS[self.host_name].kind, self.host, x.permute(0, 2, 3, 1))
+        return self.gate(y.permute(0, 3, 1, 2))
+
+
+class SoftCausalAttention(CausalSelfAttention):
+    """iLLaMA's attention whose mask, in the first epochs of training, is soft. Arguments as for `CausalSelfAttention`.
+
+    Args:
+        dim: channels C.
+        num_heads: attention heads.
+        soft_mask_rate: factor on the attention weights of later tokens; 0 is causal, 1 bidirectional.
+        soft_mask_epochs: epochs, at the start of training, in which the rate falls from 1 to 0.
+        **kwargs: of `CausalSelfAttention`.
+    """
+
+    def __init__(
+        self, dim: int, num_heads: int = 8, soft_mask_rate: float = 0.0, soft_mask_epochs: float = 0.0, **kwargs
+    ) -> None:
+        super().__init__(dim, num_heads, **kwargs)
+        self.soft_mask_rate, self.soft_mask_epochs = soft_mask_rate, soft_mask_epochs
+        self.advance(0.0)
+
+    def forward(self, x: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        scheduled = self.training and self.soft_mask_epochs
+        return super().forward(x, soft_mask_rate=self.scheduled_rate if scheduled else self.soft_mask_rate)
+
+    def advance(self, epoch: float) -> None:
+        """Set the soft mask of training mode. In evaluation mode it stays `soft_mask_rate`."""
+        self.scheduled_rate = max(0.0, 1 - epoch / self.soft_mask_epochs) if self.soft_mask_epochs else 0.0
+
+
+class BalancedHeads(layers.MixtureOfHeadAttention):
+    """Mixture-of-head attention that is told the weight of its load-balance loss. Arguments as for the layer.
+
+    Args:
+        dim: channels C.
+        num_heads: attention heads.
+        shared: heads that are always on.
+        top_k: heads that a token keeps of the others.
+        balance: weight of the loss, 0.01 as published, 0 for none.
+        **kwargs: of `MixtureOfHeadAttention`.
+    """
+
+    def __init__(self, dim: int, num_heads: int, shared: int, top_k: int, balance: float = 0.0, **kwargs) -> None:
+        super().__init__(dim, num_heads, shared, top_k, **kwargs)
+        self.balance = balance
+
+
+def mix(kind: str, layer: nn.Module, x: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+    """What a mixer without a state returns, in the layout of its input.
+
+    Args:
+        kind: of the mixer.
+        layer: the mixer.
+        x: map (B, H, W, C), or tokens (B, N, C).
+        grid: (height, width) of the tokens.
+    """
+    given = x
+    if kind == "tokens":
+        grid = grid or tuple(given.shape[1:3])
+        y = layer(x if given.ndim == 3 else x.flatten(1, 2), grid=grid)
+        return y if given.ndim == 3 else y.unflatten(1, grid)
+    x = x if given.ndim == 4 else x.unflatten(1, grid)
+    y = layer(x) if kind == "last" else layer(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    return y if given.ndim == 4 else y.flatten(1, 2)
+
+
+def find_mixer(name: str) -> Mixer:
+    """A mixer by its name.
+
+    Args:
+        name: one of `list_mixers()`.
+
+    Raises:
+        UnknownModelError: if there is no such mixer.
+    """
+    if name not in MIXERS:
+        near = get_close_matches(str(name), MIXERS, n=4, cutoff=0.5)
+        raise UnknownModelError(
+            f"unknown mixer {name}; " + (f"did you mean {', '.join(near)}?" if near else "see visionattn.list_mixers()")
+        )
+    return MIXERS[name]
+
+
+def list_mixers(filter: str = "") -> list[str]:
+    """Names of token mixers, sorted.
+
+    Args:
+        filter: shell pattern, `"*gqa*"`; all names if empty.
+    """
+    return sorted(name for name in MIXERS if not filter or fnmatch.fnmatch(name, filter))
+
+
+def _heads(layer: Callable[..., nn.Module], **kwargs: Any) -> Callable[[Place], tuple]:
+    """A class that takes the heads of the place, and these arguments."""
+    return lambda at: (layer, {"num_heads": at.num_heads, **kwargs})
+
+
+def _late(name: str) -> Callable[..., nn.Module]:
+    """A class of `layers` that may be written later than this."""
+    return lambda *args, **kwargs: getattr(layers, name)(*args, **kwargs)
+
+
+def _gate(host: str, name: str, **kwargs: Any) -> Callable[[Place], tuple]:
+    return lambda at: (PluggedIn, {"host": host, "gate": _late(name), "num_heads": at.num_heads, **kwargs})
+
+
+def _softmax_at_ends(layer: Callable[..., nn.Module]) -> Callable[[Place], tuple]:
+    return lambda at: (layers.SelfAttention if at.outermost else layer, {"num_heads": at.num_heads, "qkv_bias": True})
+
+
+def _neighborhood(at: Place) -> tuple:
+    kernel = 7 if min(at.grid) >= 7 else 3
+    dilation = 2 if at.index % 2 and 2 * kernel <= min(at.grid) else 1
+    return layers.NeighborhoodAttention2d, {
+        "num_heads": at.num_heads, "kernel_size": kernel, "dilation": dilation
+    }  # fmt: skip
+
+
+def _dual(at: Place) -> tuple:
+    if at.index % 2:
+        return layers.ChannelAttention, {"num_heads": at.num_heads}
+    return layers.WindowAttention2d, {"num_heads": at.num_heads, "window_size": at.window}
+
+
+def _guided_pair(at: Place) -> tuple:
+    if at.depth == 1:  # as in the last stage of SG-Former
+        return GlobalEnhancedAttention, {"num_heads": at.num_heads}
+    if at.depth % 2:
+        raise ValueError(f"a pair of blocks cannot fill a stage of {at.depth}")
+    if at.index % 2:
+        return layers.SelfGuidedAttention, {"num_heads": at.num_heads, "sections": ((1 / 2, 2), (1 / 2, 1))}
+    return layers.HybridScaleAttention, {
+        "num_heads": at.num_heads, "sr_ratio": 1 if at.last_stage else 2, "window_size": at.window
+    }  # fmt: skip
+
+
+def _call_pair(layer: nn.Module, x: Tensor, grid: tuple[int, int], state: Tensor | None) -> tuple:
+    if isinstance(layer, layers.HybridScaleAttention):
+        found = layer(x)
+        return found[0], found[1]
+    return (layer(x) if state is None else layer(x, state)), None
+
+
+def _call_reversed(layer: nn.Module, x: Tensor, grid: tuple[int, int], state: Tensor | None) -> tuple:
+    found = layer(x, state)
+    return found[0], found[1]
+
+
+def _call_balanced(layer: BalancedHeads, x: Tensor, grid: tuple[int, int], state: Tensor | None) -> tuple:
+    y = layer(x, grid)
+    if not (layer.training and layer.balance and layer.router.top_k):
+        return y, state
+    loss = layer.balance * layer.router.aux_loss(x)
+    return y, loss if state is None else state + loss
+
+
+def _routed(at: Place) -> tuple:
+    shared = 0 if at.num_heads == 1 else max(1, at.num_heads // 3)
+    kept = max(1, 3 * at.num_heads // 4 - shared)
+    return BalancedHeads, {"num_heads": at.num_heads, "shared": shared, "top_k": kept}
+
+
+def _zero_controller(layer: nn.Module) -> None:
+    nn.init.zeros_(layer.message_controller.fc2.weight)
+
+
+def _halo(at: Place) -> tuple:
+    return layers.HaloAttention2d, {
+        "num_heads": at.num_heads, "block_size": 7 if at.window == 7 else 4, "halo_size": 3
+    }  # fmt: skip
+
+
+def _gqa(kind: str) -> Callable[[Place], tuple]:
+    def layer(at: Place) -> tuple:
+        if at.num_heads % 2 or (kind != "gqa" and at.num_heads < 6):
+            raise ValueError(f"expected an even num_heads, of 6 or more if kind is not 'gqa', got {at.num_heads}")
+        per_sample = {} if kind in ("gqa", "pgqa") else {"per_sample": True}
+        return _late("KeyDrivenGQA"), {"num_heads": at.num_heads, "kind": kind, "qkv_bias": True, **per_sample}
+
+    return layer
+
+
+def _reset(layer: nn.Module) -> None:
+    layer.reset_parameters()
+
+
+VIT = "2010.11929"
+ACTIVATOR = "2405.15953"
+POLARIZED = "2107.00782"
+ULSAM = "2006.15102"
+REDUCED = "2403.01643"
+GQA = "2408.08454"
+PATNET = "2503.03148"
+WHOLE_BATCH = {"per_sample": False}
+BATCH_NORM = "has batch norms"
+
+MIXERS: dict[str, Mixer] = {
+    "softmax": Mixer(_heads(layers.SelfAttention, qkv_bias=True), "tokens", VIT, remark="control"),
+    "none": Mixer(lambda at: (NoMixer, {}), "last", remark="control: mixes nothing"),
+    "activator": Mixer(
+        lambda at: (lambda dim, **kwargs: layers.ActivatorGate(dim, **{"hidden_dim": 2 * dim} | kwargs), {}),
+        "last",
+        ACTIVATOR,
+        remark="control: mixes nothing",
+    ),
+    "dw7": Mixer(lambda at: (DepthwiseMixer, {}), "map", remark="control: local; host of the gates"),
+    "flow": Mixer(
+        _heads(layers.FlowAttention),
+        "tokens",
+        "2202.06258",
+    ),
+    "log_normal": Mixer(
+        _heads(_late("LinearLogNormalAttention"), per_sample=True),
+        "tokens",
+        "2311.13541",
+        variants={"as published, by the whole batch": WHOLE_BATCH},
+        remark="statistics per sample",
+    ),
+    "norm_aware": Mixer(
+        _heads(layers.NormAwareLinearAttention),
+        "map",
+        "2506.21137",
+        remark="brings rotary positions and a 5 x 5 convolution",
+    ),
+    "mixer_gate": Mixer(
+        lambda at: (
+            lambda dim, **kwargs: layers.MixerGate(dim, **{"token_dim": 2 * dim, "channel_dim": 2 * dim} | kwargs),
+            {"num_tokens": at.num_tokens},
+        ),
+        "tokens",
+        "2403.02411",
+        everywhere=False,
+        fixed=True,
+    ),
+    "super": Mixer(
+        lambda at: (
+            _late("ReducedAttention"),
+            {"num_heads": at.num_heads, "kind": "super", "num_tokens": at.num_tokens},
+        ),
+        "tokens",
+        REDUCED,
+        everywhere=False,
+        fixed=True,
+        init="token matrix: identity and truncated normal",
+    ),
+    "sparsifiner": Mixer(
+        lambda at: (layers.SparseAttention, {"num_heads": at.num_heads, "num_tokens": at.num_tokens}),
+        "tokens",
+        "2303.13755",
+        everywhere=False,
+        fixed=True,
+        remark="its predictor learns by a loss of its own, which is not in the comparison",
+    ),
+    "optimised": Mixer(_heads(_late("ReducedAttention"), kind="optimised"), "tokens", REDUCED),
+    "efficient": Mixer(_heads(_late("ReducedAttention"), kind="efficient"), "tokens", REDUCED),
+    "gqa": Mixer(_gqa("gqa"), "tokens", GQA),
+    "kdgqa": Mixer(
+        _gqa("kdgqa"),
+        "tokens",
+        GQA,
+        variants={"as published, by the whole batch": WHOLE_BATCH},
+        remark="allocation per sample",
+    ),
+    "dgqa_diff": Mixer(_gqa("dgqa_diff"), "tokens", GQA, remark="evaluation depends on what was seen before"),
+    "dgqa_ema": Mixer(_gqa("dgqa_ema"), "tokens", GQA, remark="evaluation depends on what was seen before"),
+    "pgqa": Mixer(_gqa("pgqa"), "tokens", GQA, remark="draws noise in evaluation too"),
+    "selective": Mixer(
+        _heads(_late("SelectiveSelfAttention"), qkv_bias=True),
+        "tokens",
+        "2411.12892",
+        init="temperatures of 1, but for 1 % of log N",
+    ),
+    "cog": Mixer(
+        _softmax_at_ends(_late("CogAttention")),
+        "tokens",
+        "2411.07176",
+        everywhere=False,
+        remark="first and last layer are softmax attention",
+    ),
+    "reversed": Mixer(
+        _heads(_late("ReversedAttention"), controller_bias=4.0),
+        "tokens",
+        "2304.03282",
+        everywhere=False,
+        call=_call_reversed,
+        weighs=True,
+        start=_zero_controller,
+        init="message controller: zero, with a constant of 4",
+        remark="a message travels through the blocks of a stage; the head weighs tokens by it",
+    ),
+    "polarized_parallel": Mixer(
+        _gate("dw7", "PolarizedSelfAttention", order="parallel"), "map", POLARIZED, remark="gate after dw7"
+    ),
+    "polarized_sequential": Mixer(
+        _gate("dw7", "PolarizedSelfAttention", order="sequential"), "map", POLARIZED, remark="gate after dw7"
+    ),
+    "subspace": Mixer(
+        _gate("dw7", "SubspaceAttention", num_subspaces=4), "map", ULSAM, remark=f"gate after dw7; {BATCH_NORM}"
+    ),
+    "softmax_polarized_parallel": Mixer(
+        _gate("softmax", "PolarizedSelfAttention", order="parallel"), "map", POLARIZED, remark="gate after softmax"
+    ),
+    "softmax_polarized_sequential": Mixer(
+        _gate("softmax", "PolarizedSelfAttention", order="sequential"), "map", POLARIZED, remark="gate after softmax"
+    ),
+    "softmax_subspace": Mixer(
+        _gate("softmax", "SubspaceAttention", num_subspaces=4),
+        "map",
+        ULSAM,
+        remark=f"gate after softmax; {BATCH_NORM}",
+    ),
+    "halo": Mixer(
+        _halo,
+        "map",
+        "2103.12731",
+        remark="blocks of 7 (4 where these do not fit) and a halo of 3; no projection of the output",
+    ),
+    "neighborhood": Mixer(
+        _neighborhood,
+        "last",
+        "2209.15001",
+        remark="7 x 7, dilations 1 and 2 in turn where they fit; 3 x 3 on smaller maps",
+    ),
+    "window_channel": Mixer(
+        _dual,
+        "last",
+        "2204.03645",
+        remark="windows and channels in turn",
+    ),
+    "hilo": Mixer(
+        lambda at: (
+            layers.HiLoAttention,
+            {"num_heads": at.num_heads, "window_size": 1 if at.last_stage else 2, "qkv_bias": True},
+        ),
+        "last",
+        "2205.13213",
+        remark="no windows in the last stage",
+    ),
+    "lka": Mixer(lambda at: (layers.VanAttention, {}), "map", "2202.09741", remark="convolutional"),
+    "focal": Mixer(
+        lambda at: (layers.FocalModulation, {"focal_window": 3, "focal_level": 2}),
+        "last",
+        "2203.11926",
+        remark="kernels 3 and 5",
+    ),
+    "gnconv": Mixer(
+        lambda at: (layers.RecursiveGatedConv, {"order": 4}),
+        "map",
+        "2207.14284",
+        remark="order 4",
+    ),
+    "atconv": Mixer(
+        lambda at: (layers.AttentiveConv2d, {}),
+        "map",
+        "2510.20092",
+        remark="pools the raster order",
+    ),
+    "gpsa": Mixer(
+        _heads(layers.GatedPositionalSelfAttention),
+        "tokens",
+        "2103.10697",
+        everywhere=False,
+        start=_reset,
+        init="locality",
+        remark="all layers are gated",
+    ),
+    "soft_causal": Mixer(
+        _heads(SoftCausalAttention, qkv_bias=True),
+        "tokens",
+        "2404.06773",
+        everywhere=False,
+        variants={"soft mask in the first epochs": {"soft_mask_epochs": 50}},
+        remark="causal in raster order; the mean takes the place of a last token",
+    ),
+    "pat_ch": Mixer(lambda at: (layers.PartialChannelAttention, {}), "map", PATNET, remark=BATCH_NORM),
+    "pat_sf": Mixer(
+        _heads(layers.PartialSelfAttention, attn_drop=0.0, proj_drop=0.0, qkv_bias=True),
+        "map",
+        PATNET,
+        everywhere=False,
+        remark="with its partial convolution; PAT_sp, which acts inside the MLP, is left out",
+    ),
+    "agent": Mixer(
+        lambda at: (
+            layers.AgentAttention,
+            {"num_heads": at.num_heads, "map_size": at.grid, "agent_num": 49 if at.window == 7 else 16},
+        ),
+        "last",
+        "2312.08874",
+        remark="49 agents, 16 where the map is no multiple of 7; biases of one grid, resized for others",
+    ),
+    "moh": Mixer(
+        _routed,
+        "tokens",
+        "2410.11842",
+        call=_call_balanced,
+        variants={"with load balance": {"balance": 0.01}},
+        remark="three quarters of the heads",
+    ),
+    "self_guided": Mixer(
+        _guided_pair,
+        "last",
+        "2308.12216",
+        everywhere=False,
+        call=_call_pair,
+        remark="in pairs, of which the first tells the second what is significant",
+    ),
+    "contmix": Mixer(
+        _heads(layers.ContMix2d),
+        "map",
+        "2502.20087",
+        remark=f"without context; {BATCH_NORM}",
+    ),
+}
+"""Mixers by name. PAT_sp of PATNet acts inside the MLP and is left out."""
