@@ -252,9 +252,10 @@ def _register(name: str, entry: Entry) -> Entry:
 def _pretrained_cfg(name: str, tag: str, family: Family, variant: Variant, cls: type[nn.Module]) -> PretrainedCfg:
     weights = variant.weights.get(tag, Weights(img_size=variant.img_size))
     size = weights.img_size
-    stride = 32  # of the map that is pooled, where it is not the grid of the patches
-    if issubclass(cls, Isotropic):
-        stride = variant.kwargs.get("patch_size", inspect.signature(cls).parameters["patch_size"].default)
+    patch = inspect.signature(cls).parameters.get("patch_size")
+    stride = variant.kwargs.get("patch_size", 4 if patch is None else patch.default)
+    if not issubclass(cls, Isotropic):
+        stride *= 8  # of the map that is pooled, where it is not the grid of the patches
     facts = {
         "url": weights.urls[0] if weights.urls else None,
         "hf_hub_id": weights.hf_hub_id,

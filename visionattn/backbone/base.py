@@ -153,6 +153,11 @@ class Backbone(Mechanics, nn.Module):
         return {"device": parameter.device, "dtype": parameter.dtype}
 
 
+def output_of(x: Tensor | tuple[Tensor, Any]) -> Tensor:
+    """What a block returns, without what it hands on to the next if that is a pair."""
+    return x[0] if isinstance(x, tuple) else x
+
+
 def recomputed(block: nn.Module, *args) -> Tensor:
     """`block(*args)` with activations recomputed in the backward pass, which must not count twice for batch norm,
     nor for attention that allots its heads over time, as long as it is not `frozen`."""

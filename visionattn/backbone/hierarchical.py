@@ -1,7 +1,7 @@
 """Stages of falling resolution on maps."""
 
 from collections.abc import Callable, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from timm.layers import create_classifier, nchw_to
 from timm.models._features import feature_take_indices
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..errors import VisionattnError
 from ..layers.dilation import spread, unstride
 from ..layers.norm import allow_single_values
-from .base import Backbone, check_output_format, in_slices, recomputed
+from .base import Backbone, check_output_format, in_slices, output_of, recomputed
 
 POOLS = ("", *(fast + kind for fast in ("", "fast") for kind in ("avg", "max", "avgmax", "catavgmax")), "fast")
 """Kinds of global pooling of maps."""
@@ -37,7 +37,8 @@ class Stage(nn.Module):
     """One resolution of a hierarchical backbone.
 
     Args:
-        blocks: residual blocks of (B, H, W, C).
+        blocks: residual blocks of (B, H, W, C). Those that hand something on to the next return a pair of their map and
+            that, and are called with the pair.
         dim: channels of the stage's feature. A stage may return more after these, for the stages behind it.
         downsample: from the output of the stage before, NCHW.
         norm: after the blocks, NCHW.
@@ -71,7 +72,15 @@ class Stage(nn.Module):
     def _mix(self, x: Tensor) -> Tensor:
         for block in self.blocks:
             x = recomputed(block, x) if self.grad_checkpointing else block(x)
-        return self.norm(x.permute(0, 3, 1, 2))
+        return self.norm(self.end(x).permute(0, 3, 1, 2))
+
+    def end(self, x: Tensor | tuple[Tensor, Any]) -> Tensor:
+        """What the last block returns to what the norm gets.
+
+        Args:
+            x: map (B, H, W, C), in a pair with what the block would hand on, if it does.
+        """
+        return output_of(x)
 
 
 class Hierarchical(Backbone):

@@ -13,14 +13,15 @@ from ..errors import VisionattnError
 from ..layers.norm import allow_single_values
 from ..layers.position import PositionEmbedding, fit_positions
 from ..layers.symbolic import ceil_div, is_symbolic
-from .base import Backbone, check_output_format, in_slices, recomputed
+from .base import Backbone, check_output_format, in_slices, output_of, recomputed
 
 
 class Isotropic(Backbone):
     """Patches of one size as a sequence of tokens, then norm, pooling and a linear head.
 
     Blocks are called as `block(tokens, *arguments)` with what `block_arguments` returns, by default the grid: (height,
-    width) of the patch map.
+    width) of the patch map. Those that hand something on to the next return a pair of their tokens and that, and are
+    called with the pair.
 
     Args:
         stem: patch embedding, image to (B, N, C) tokens in row-major order.
@@ -140,6 +141,14 @@ class Isotropic(Backbone):
         """
         return (grid,)
 
+    def end(self, x: Tensor | tuple[Tensor, Any]) -> Tensor:
+        """What the last block returns to what the norm gets.
+
+        Args:
+            x: tokens, in a pair with what the block would hand on, if it does.
+        """
+        return output_of(x)
+
     def _embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Image to ((B, N, C) tokens with positions, grid)."""
         x = self.check(x)
@@ -174,7 +183,7 @@ class Isotropic(Backbone):
         def run(x: Tensor) -> Tensor:
             for i in range(len(self.blocks)):
                 x = self._run(i, x, *args)
-            return x
+            return self.end(x)
 
         return in_slices(self.blocks, run, x)
 
@@ -224,11 +233,12 @@ class Isotropic(Backbone):
         for i in range(last + 1 if stop_early else len(self.blocks)):
             x = self._run(i, x, *args)
             if i in take:
-                patches, token = self._split(self.norm(x) if norm else x, i)
+                tokens = output_of(x)
+                patches, token = self._split(self.norm(tokens) if norm else tokens, i)
                 if output_fmt != "NLC":
                     patches = nchw_to(patches.transpose(1, 2).unflatten(2, grid), output_fmt)
                 intermediates.append((patches, token) if return_prefix_tokens else patches)
-        return intermediates if intermediates_only else (self.norm(x), intermediates)
+        return intermediates if intermediates_only else (self.norm(self.end(x)), intermediates)
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True

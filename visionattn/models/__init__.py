@@ -15,5 +15,6 @@ from . import nalaformer as nalaformer
 from . import overlock as overlock
 from . import patnet as patnet
 from . import sgformer as sgformer
+from . import skeletons as skeletons
 from . import sparsifiner as sparsifiner
 from . import van as van

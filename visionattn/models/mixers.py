@@ -23,6 +23,7 @@ class Place:
     Args:
         num_heads: attention heads there.
         grid: (height, width) of the map at the image size that the network is made for.
+        native: side of the map by which kernels and windows are chosen, whatever the image size.
         index: of the block in its stage.
         depth: blocks of the stage.
         last_stage: of a pyramid.
@@ -31,6 +32,7 @@ class Place:
 
     num_heads: int
     grid: tuple[int, int] = (14, 14)
+    native: int = 14
     index: int = 0
     depth: int = 1
     last_stage: bool = False
@@ -42,11 +44,15 @@ class Place:
 
     @property
     def window(self) -> int:
-        """Side of windows: 7, as in the papers, where the map consists of such, else 8."""
-        return 8 if any(side % 7 for side in self.grid) else 7
+        """Side of windows: 7, as in the papers, where the native map consists of such, else 8."""
+        return 8 if self.native % 7 else 7
 
 
-Call = Callable[[nn.Module, Tensor, tuple[int, int], Tensor | None], tuple[Tensor, Tensor | None]]
+Call = Callable[[nn.Module, Tensor, tuple[int, int], Any], tuple[Tensor, Any]]
+
+Resize = Callable[
+    [dict[str, Tensor], dict[str, Tensor], tuple[int, int], Callable[[int], tuple[int, int] | None]], dict[str, Tensor]
+]
 
 
 @dataclass(frozen=True)
@@ -61,9 +67,11 @@ class Mixer:
         fixed: its number of tokens is that of the construction.
         call: of one that takes a state from the block before it, or hands one to the next: takes layer, input, grid and
             state (None in the first block of a stage) and returns output and state. Maps of a state are (B, N).
-        weighs: the head weighs tokens by the last state.
+        final: what becomes of the last state: "weigh" tokens by it before the mean, add it to the "loss", or nothing.
         start: what follows the truncated normal that all matrices are drawn from.
         init: what `start`, or the layer, begins with, in words; empty if nothing is special.
+        resize: makes the state dict of a layer fit one for another grid: takes it, the other's, the other's grid, and
+            what finds the grid of a number of tokens.
         variants: further rows of a comparison, by name: arguments in place of the layer's own.
         remark: what a reader of a comparison must know.
         paper: arXiv id.
@@ -75,9 +83,10 @@ class Mixer:
     everywhere: bool = True
     fixed: bool = False
     call: Call | None = None
-    weighs: bool = False
+    final: str = ""
     start: Callable[[nn.Module], None] | None = None
     init: str = ""
+    resize: Resize | None = None
     variants: Mapping[str, dict[str, Any]] = field(default_factory=dict)
     remark: str = ""
 
@@ -150,7 +159,7 @@ class PluggedIn(nn.Module):
         self.gate = gate(dim, **kwargs, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = mix(MIXERS[self.host_name].kind, self.host, x.permute(0, 2, 3, 1))
+        y, _ = mix(MIXERS[self.host_name], self.host, x.permute(0, 2, 3, 1))
         return self.gate(y.permute(0, 3, 1, 2))
 
 
@@ -198,23 +207,33 @@ class BalancedHeads(layers.MixtureOfHeadAttention):
         self.balance = balance
 
 
-def mix(kind: str, layer: nn.Module, x: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
-    """What a mixer without a state returns, in the layout of its input.
+def mix(
+    mixer: Mixer, layer: nn.Module, x: Tensor, grid: tuple[int, int] | None = None, state: Any = None
+) -> tuple[Tensor, Any]:
+    """What a mixer returns, in the layout of its input, and its state.
 
     Args:
-        kind: of the mixer.
-        layer: the mixer.
-        x: map (B, H, W, C), or tokens (B, N, C).
+        mixer: what is known of it.
+        layer: the layer.
+        x: tokens (B, N, C) with their grid, or a map (B, H, W, C) without one.
         grid: (height, width) of the tokens.
+        state: what the block before handed on.
     """
-    given = x
-    if kind == "tokens":
-        grid = grid or tuple(given.shape[1:3])
-        y = layer(x if given.ndim == 3 else x.flatten(1, 2), grid=grid)
-        return y if given.ndim == 3 else y.unflatten(1, grid)
-    x = x if given.ndim == 4 else x.unflatten(1, grid)
-    y = layer(x) if kind == "last" else layer(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-    return y if given.ndim == 4 else y.flatten(1, 2)
+    of_tokens = mixer.kind == "tokens"
+    size = (x.shape[1], x.shape[2]) if grid is None else grid
+    if of_tokens == (grid is None):  # the other layout
+        x = x.flatten(1, 2) if of_tokens else x.unflatten(1, size)
+    if mixer.kind == "map":
+        x = x.permute(0, 3, 1, 2)
+    if mixer.call is not None:
+        y, state = mixer.call(layer, x, size, state)
+    else:
+        y = layer(x, grid=size) if of_tokens else layer(x)
+    if mixer.kind == "map":
+        y = y.permute(0, 2, 3, 1)
+    if of_tokens == (grid is None):
+        y = y.unflatten(1, size) if of_tokens else y.flatten(1, 2)
+    return y, state
 
 
 def find_mixer(name: str) -> Mixer:
@@ -262,8 +281,8 @@ def _softmax_at_ends(layer: Callable[..., nn.Module]) -> Callable[[Place], tuple
 
 
 def _neighborhood(at: Place) -> tuple:
-    kernel = 7 if min(at.grid) >= 7 else 3
-    dilation = 2 if at.index % 2 and 2 * kernel <= min(at.grid) else 1
+    kernel = 7 if at.native >= 7 else 3
+    dilation = 2 if at.index % 2 and 2 * kernel <= at.native else 1
     return layers.NeighborhoodAttention2d, {
         "num_heads": at.num_heads, "kernel_size": kernel, "dilation": dilation
     }  # fmt: skip
@@ -436,7 +455,7 @@ MIXERS: dict[str, Mixer] = {
         "2304.03282",
         everywhere=False,
         call=_call_reversed,
-        weighs=True,
+        final="weigh",
         start=_zero_controller,
         init="message controller: zero, with a constant of 4",
         remark="a message travels through the blocks of a stage; the head weighs tokens by it",
@@ -547,6 +566,7 @@ MIXERS: dict[str, Mixer] = {
         "tokens",
         "2410.11842",
         call=_call_balanced,
+        final="loss",
         variants={"with load balance": {"balance": 0.01}},
         remark="three quarters of the heads",
     ),
