@@ -14,7 +14,6 @@ from timm.layers import LayerNorm2d, calculate_drop_path_rates, to_2tuple
 from torch import Tensor, nn
 
 from ..backbone import Hierarchical, Stage, check_lengths
-from ..backbone.base import recomputed
 from ..layers import AggregatedAttention, CosineAttention, HeadRouter
 from ..layers.block import Block
 from ..layers.gated_mlp import GatedMlp
@@ -59,15 +58,16 @@ class ConvGlu(GatedMlp):
 
 
 class RoutedBlock(Block):
-    """A block whose heads are routed. In training it returns the router's load-balance loss besides: as a value, which
-    a block that is computed again in the backward pass cannot count twice."""
+    """A block whose heads are routed. In training it hands on the load-balance losses of the routers so far: as values,
+    which a block that is computed again in the backward pass cannot count twice."""
 
-    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor | tuple[Tensor, tuple]) -> Tensor | tuple[Tensor, tuple]:
         if not self.training:
             return super().forward(x)
+        x, losses = x if isinstance(x, tuple) else (x, ())
         y = self.norm1(x)
         x = x + self.drop_path1(self.mixer(y))
-        return x + self.drop_path2(self.mlp(self.norm2(x))), self.mixer.router.aux_loss(y)
+        return x + self.drop_path2(self.mlp(self.norm2(x))), (*losses, self.mixer.router.aux_loss(y))
 
 
 class RoutedStage(Stage):
@@ -75,15 +75,9 @@ class RoutedStage(Stage):
 
     losses: Sequence[Tensor] = ()
 
-    def _mix(self, x: Tensor) -> Tensor:
-        losses = []
-        for block in self.blocks:
-            x = recomputed(block, x) if self.grad_checkpointing else block(x)
-            if isinstance(x, tuple):
-                x, loss = x
-                losses.append(loss)
-        self.losses = losses
-        return self.norm(x.permute(0, 3, 1, 2))
+    def end(self, x: Tensor | tuple[Tensor, tuple]) -> Tensor:
+        x, self.losses = x if isinstance(x, tuple) else (x, ())
+        return x
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"losses": ()}  # tensors of a graph are not to be copied
