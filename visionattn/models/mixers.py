@@ -6,10 +6,12 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .. import layers
 from ..errors import UnknownModelError
+from ..layers.agent_attention import resize_axis_tables
 from ..layers.causal_attention import CausalSelfAttention
 from ..layers.depthwise import depthwise
 from ..layers.pointwise import Pointwise2d
@@ -161,6 +163,27 @@ class PluggedIn(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y, _ = mix(MIXERS[self.host_name], self.host, x.permute(0, 2, 3, 1))
         return self.gate(y.permute(0, 3, 1, 2))
+
+
+class PatchSparseAttention(nn.Module):
+    """Sparsifiner's attention without a class token: the mean of the tokens takes its place, as one more key. The
+    predictor, which the choice of keys has no gradient for, stays as it is drawn.
+
+    Args:
+        dim: channels C.
+        num_heads: attention heads.
+        grid_size: (height, width) of the map that the predictor is made for; it is resampled for others.
+        **kwargs: of `SparseAttention`.
+    """
+
+    def __init__(self, dim: int, num_heads: int, grid_size: tuple[int, int], **kwargs) -> None:
+        super().__init__()
+        num_tokens = grid_size[0] * grid_size[1] + 1
+        self.attention = layers.SparseAttention(dim, num_tokens, num_heads, grid_size=grid_size, **kwargs)
+        self.attention.predictor.requires_grad_(False)
+
+    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        return self.attention(torch.cat([x.mean(1, keepdim=True), x], 1), grid)[:, 1:]
 
 
 class SoftCausalAttention(CausalSelfAttention):
@@ -336,6 +359,20 @@ def _zero_controller(layer: nn.Module) -> None:
     nn.init.zeros_(layer.message_controller.fc2.weight)
 
 
+def _keep_predictor(given: dict, own: dict, grid: tuple[int, int], find: Callable) -> dict:
+    fits = all(value.shape == own[key].shape for key, value in given.items())
+    return given if fits else given | {key: value for key, value in own.items() if ".predictor." in key}
+
+
+def _resize_axes(given: dict, own: dict, grid: tuple[int, int], find: Callable) -> dict:
+    return resize_axis_tables(given, own)
+
+
+def _resize_gate(given: dict, own: dict, grid: tuple[int, int], find: Callable) -> dict:
+    old = find(given["token_mlp.fc1.weight"].shape[1]) if "token_mlp.fc1.weight" in given else None
+    return given if old in (None, grid) else layers.mixer_gate.resize_token_mlps(given, old, grid)
+
+
 def _halo(at: Place) -> tuple:
     return layers.HaloAttention2d, {
         "num_heads": at.num_heads, "block_size": 7 if at.window == 7 else 4, "halo_size": 3
@@ -416,12 +453,12 @@ MIXERS: dict[str, Mixer] = {
         init="token matrix: identity and truncated normal",
     ),
     "sparsifiner": Mixer(
-        lambda at: (layers.SparseAttention, {"num_heads": at.num_heads, "num_tokens": at.num_tokens}),
+        lambda at: (PatchSparseAttention, {"num_heads": at.num_heads, "grid_size": at.grid, "qkv_bias": True}),
         "tokens",
         "2303.13755",
         everywhere=False,
-        fixed=True,
-        remark="its predictor learns by a loss of its own, which is not in the comparison",
+        resize=_keep_predictor,
+        remark="its predictor, which would learn by a loss of its own, is not trained; the mean is one more key",
     ),
     "optimised": Mixer(_heads(_late("ReducedAttention"), kind="optimised"), "tokens", REDUCED),
     "efficient": Mixer(_heads(_late("ReducedAttention"), kind="efficient"), "tokens", REDUCED),
@@ -559,6 +596,7 @@ MIXERS: dict[str, Mixer] = {
         ),
         "last",
         "2312.08874",
+        resize=_resize_axes,
         remark="49 agents, 16 where the map is no multiple of 7; biases of one grid, resized for others",
     ),
     "moh": Mixer(

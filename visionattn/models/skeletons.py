@@ -398,7 +398,7 @@ ISOTROPIC = {
         img_size=32,
     ),
     "test_isotropic": Variant(
-        {"patch_size": 8, "embed_dim": 48, "depth": 4, "head_dim": 16, "native_grid": 4, "img_size": 32}, 0.005,
+        {"patch_size": 8, "embed_dim": 48, "depth": 4, "head_dim": 8, "native_grid": 4, "img_size": 32}, 0.005,
         img_size=32,
     ),
 }  # fmt: skip
@@ -413,7 +413,7 @@ PYRAMID = {
     ),
     "test_pyramid": Variant(
         {
-            "embed_dims": (16, 32, 48, 64), "depths": (1, 1, 2, 1), "head_dim": 16, "native_grid": 8, "img_size": 32,
+            "embed_dims": (16, 32, 48, 64), "depths": (1, 1, 2, 1), "head_dim": 8, "native_grid": 8, "img_size": 32,
         },
         0.005, img_size=32,
     ),
