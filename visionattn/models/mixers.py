@@ -183,7 +183,7 @@ class PatchSparseAttention(nn.Module):
         self.attention.predictor.requires_grad_(False)
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        return self.attention(torch.cat([x.mean(1, keepdim=True), x], 1), grid)[:, 1:]
+        return self.attention(torch.cat([x.mean(1, keepdim=True), x], 1), grid=grid)[:, 1:]
 
 
 class SoftCausalAttention(CausalSelfAttention):
