@@ -67,6 +67,7 @@ PARAMS = {
     "overlock_xt_reparam": 16.791, "overlock_t_reparam": 33.981, "overlock_s_reparam": 56.670,
     "overlock_b_reparam": 95.521,
     "sgformer_s": 22.546, "sgformer_m": 38.689, "sgformer_b": 77.950,
+    "isotropic_small": 22.050, "isotropic_xsmall": 0.779, "pyramid_small": 15.604, "pyramid_xsmall": 2.086,
 }  # fmt: skip
 
 

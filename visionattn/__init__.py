@@ -11,11 +11,21 @@ from .create import create_model
 from .create import create_segmenter as create_segmenter
 from .layers.product import set_pointwise
 from .models.mixers import list_mixers
+from .models.skeletons import mixer_info
 from .quantize import quantize
 from .registry import list_models, model_info, register_model
 
 __version__ = "0.1.0"
-__all__ = ["create_model", "list_mixers", "list_models", "model_info", "quantize", "register_model", "set_pointwise"]
+__all__ = [
+    "create_model",
+    "list_mixers",
+    "list_models",
+    "mixer_info",
+    "model_info",
+    "quantize",
+    "register_model",
+    "set_pointwise",
+]
 
 
 def __getattr__(name: str) -> _ModuleType:

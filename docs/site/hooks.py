@@ -54,7 +54,7 @@ def on_page_markdown(markdown: str, page, config, files) -> str:
     markdown = re.sub(r'^\{\{ readme "(.+)" \}\}$', lambda found: section(found[1]), markdown, flags=re.M)
     markdown = re.sub(r'^\{\{ file "(.+)" \}\}$', lambda found: whole(found[1]), markdown, flags=re.M)
     markdown = markdown.replace("{{ zoo }}", zoo_table()).replace("](../", f"]({SOURCE}")
-    markdown = markdown.replace("{{ commands }}", command_table())
+    markdown = markdown.replace("{{ commands }}", command_table()).replace("{{ mixers }}", mixer_table())
     if page.file.src_uri.startswith("families/"):
         markdown += family_facts(Path(page.file.src_uri).stem, page.meta["model"])
     return markdown
@@ -137,6 +137,23 @@ def model_table(names: list[str], family: bool = False) -> str:
 def zoo_table() -> str:
     """All models."""
     return model_table([name for names in family_models().values() for name in names], family=True)
+
+
+def mixer_table() -> str:
+    """Every mixer of the skeletons, with its parameters in a block of 384 channels."""
+    rows = ["| mixer | parameters | MLP | pyramid | what to know | paper |", "|---|---|---|---|---|---|"]
+    for name in visionattn.list_mixers():
+        info = visionattn.mixer_info(name, depth=1)
+        marks = [info.remark, info.init and f"begins with {info.init}", "fixed number of tokens" if info.fixed else ""]
+        paper = f"[{info.paper}](https://arxiv.org/abs/{info.paper})" if info.paper else ""
+        cells = (
+            f"`{name}`",
+            f"{info.mixer_params[0]:,}",
+            str(info.hidden[0]),
+            "everywhere" if info.everywhere else "late",
+        )
+        rows.append(f"| {' | '.join((*cells, '; '.join(filter(None, marks)), paper))} |")
+    return "\n".join(rows)
 
 
 def command_table() -> str:

@@ -4,7 +4,7 @@ A design of this project: no figure of it is published. The mixers are those of 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ from ..layers.init import init_weights
 from ..layers.patch import PatchStem
 from ..layers.pointwise import Mlp
 from ..layers.position import grid_of
-from ..registry import Family, Variant, register_family
+from ..registry import Family, Variant, find, register_family
 from .mixers import MIXERS, Place, find_mixer, mix
 
 LAYER_NORM = partial(nn.LayerNorm, eps=1e-6)
@@ -89,7 +89,7 @@ class MixerBlock(Block):
         make = partial(_make, mixer, dim, kwargs=mixer_kwargs or {})
         if mlp_ratio is None:
             counted = make(replace(place, grid=(place.native,) * 2), device="meta")
-            hidden = hidden_width(dim, sum(p.numel() for p in counted.parameters()))
+            hidden = hidden_width(dim, _count(counted))
         else:
             hidden = int(dim * mlp_ratio)
         layer = make(place, **dd)
@@ -388,6 +388,83 @@ def _heads(dim: int, head_dim: int) -> int:
     if head_dim < 1 or dim % head_dim:
         raise VisionattnError(f"expected a head_dim that divides the {dim} channels, got {head_dim}")
     return dim // head_dim
+
+
+@dataclass(frozen=True)
+class MixerInfo:
+    """What `mixer_info` returns.
+
+    Attributes:
+        name: of the mixer.
+        model: of the skeleton.
+        params: of the model.
+        mixer_params: of the mixer, in every block that has it.
+        hidden: hidden channels of the MLP, in every block that has it.
+        fixed: its number of tokens is that of the construction.
+        state: something travels from block to block.
+        everywhere: it may fill all stages of the pyramid.
+        init: what it begins with, besides a truncated normal; empty if that is all.
+        variants: further rows of a comparison, by name: `mixer_kwargs`.
+        remark: what a reader of a comparison must know.
+        paper: arXiv id.
+    """
+
+    name: str
+    model: str
+    params: int
+    mixer_params: tuple[int, ...]
+    hidden: tuple[int, ...]
+    fixed: bool
+    state: bool
+    everywhere: bool
+    init: str
+    variants: Mapping[str, dict[str, Any]]
+    remark: str
+    paper: str
+
+
+def mixer_info(name: str, model: str = "isotropic_small", **kwargs: Any) -> MixerInfo:
+    """What is known of a mixer, and what a skeleton with it is made of.
+
+    Args:
+        name: one of `list_mixers()`.
+        model: name of the skeleton.
+        **kwargs: of the skeleton.
+
+    Raises:
+        UnknownModelError: if there is no such mixer or skeleton.
+        VisionattnError: if it cannot stand there.
+
+    Example:
+        >>> import visionattn
+        >>> info = visionattn.mixer_info("dw7", "isotropic_small")
+        >>> info.mixer_params[0], info.hidden[0], info.remark
+        (167040, 2088, 'control: local; host of the gates')
+    """
+    model, _, entry = find(model)
+    if not issubclass(entry.takes, Skeleton):
+        raise VisionattnError(f"expected one of {', '.join(ISOTROPIC | PYRAMID)}, got {model}")
+    made = entry.takes(**entry.variant.kwargs | {"mixer": name} | kwargs, device="meta")
+    blocks = [module for module in made.modules() if isinstance(module, MixerBlock) and module.mixer_name == name]
+    mixer = find_mixer(name)
+    return MixerInfo(
+        name=name,
+        model=model,
+        params=_count(made),
+        mixer_params=tuple(_count(block.mixer) for block in blocks),
+        hidden=tuple(block.mlp.fc1.out_features for block in blocks),
+        fixed=mixer.fixed,
+        state=mixer.state,
+        everywhere=mixer.everywhere,
+        init=mixer.init,
+        variants=mixer.variants,
+        remark=mixer.remark,
+        paper=mixer.paper,
+    )
+
+
+def _count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
 
 
 SMALL = {"drop_path_rate": 0.1}
