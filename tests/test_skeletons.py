@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 from test_open_sizes import DYNAMIC, agrees
+from test_resume import images as images
+from test_resume import resumes_with_the_same_bits
 from test_trainer_overfit import fits_digits
 
 import visionattn
@@ -89,3 +91,166 @@ def test_parameters_are_equal(model):
     assert max(totals.values()) < 1.03 * totals["softmax"] and min(totals.values()) > 0.97 * totals["softmax"]
     same_mlp = visionattn.create_model(model, mixer="none", mlp_ratio=4.0)
     assert sum(p.numel() for p in same_mlp.parameters()) < 0.8 * totals["softmax"]
+
+
+@pytest.mark.parametrize(
+    ("model", "kwargs", "error", "told"),
+    [
+        ("isotropic_small", {"mixer": "flaw"}, UnknownModelError, "unknown mixer flaw; did you mean flow"),
+        ("isotropic_small", {"mixer_kwargs": {"speed": 1}}, UnknownArgumentError, "mixer softmax: .*speed"),
+        ("isotropic_small", {"mixer": "self_guided", "depth": 3}, VisionattnError, "mixer self_guided .* stage of 3"),
+        ("isotropic_small", {"mixer": "self_guided", "head_dim": 128}, VisionattnError, "even num_heads"),
+        ("isotropic_small", {"mixer": "kdgqa", "head_dim": 128}, VisionattnError, "mixer kdgqa .* 6 or more"),
+        ("isotropic_small", {"head_dim": 50}, VisionattnError, "head_dim that divides the 384 channels, got 50"),
+        ("isotropic_small", {"mixer": "gnconv", "mixer_kwargs": {"order": 9}}, VisionattnError, "mixer gnconv of 384"),
+        ("pyramid_small", {"mixer": "gpsa", "everywhere": True}, VisionattnError, "gpsa .*last two stages"),
+        (
+            "pyramid_small",
+            {"mixer": "activator", "mixer_kwargs": {"hidden_dim": 4096}},
+            VisionattnError,
+            "no MLP makes",
+        ),
+    ],
+)
+def test_what_cannot_stand_is_told_in_one_line(model, kwargs, error, told):
+    with torch.device("meta"), pytest.raises(error, match=told) as caught:
+        visionattn.create_model(model, **kwargs)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_head_weighs_tokens_by_the_message_of_reversed_attention():
+    network, x = alive(tiny("isotropic_xsmall", "reversed")).eval(), torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        tokens, grid = network._embed(x)
+        message = None
+        for block in network.blocks:
+            tokens, message = block((tokens, message), grid)
+        expected = network.head((network.norm(tokens) * message[..., None]).mean(1))
+        torch.testing.assert_close(network(x), expected)
+        features = network.forward_intermediates(x, norm=True, intermediates_only=True)
+        torch.testing.assert_close(features[-1], network.norm(tokens).mT.unflatten(2, grid))
+        stages = alive(tiny("pyramid_xsmall", "reversed")).eval().stages
+        late = stages[2](torch.randn(2, 16, 16, 16))
+        assert late.shape[1] == 48 and stages[3](late).shape[1] == 64 + 1  # the message of a stage is its own
+
+
+@pytest.mark.parametrize("model", SIZES)
+def test_the_second_of_a_pair_is_told_what_is_significant(model):
+    network, heard = tiny(model, "self_guided").eval(), []
+    for module in network.modules():
+        if type(module).__name__ == "SelfGuidedAttention":
+            module.register_forward_pre_hook(lambda module, args: heard.append(args[1].shape))
+    network(torch.randn(2, 3, 32, 32))
+    assert heard == [(2, 8, 8)] * (2 if model.startswith("iso") else 1)
+
+
+@pytest.mark.parametrize("model", SIZES)
+def test_the_loss_of_routed_heads_is_off_unless_it_is_asked_for(model):
+    x, nothing = torch.randn(2, 3, 32, 32), torch.zeros(())
+    for kwargs, added in (({}, False), (MIXERS["moh"].variants["with load balance"], True)):
+        network = tiny(model, "moh", mixer_kwargs=kwargs).train()
+        loss = network.training_loss(nothing, x, network(x))
+        assert (loss > 0) == added and network.training_loss(nothing, x, x) == 0
+        network.set_grad_checkpointing()
+        torch.testing.assert_close(network.training_loss(nothing, x, network(x)), loss)
+        network.eval()(x)
+        assert network.training_loss(nothing, x, x) == 0
+
+
+def test_the_soft_mask_follows_its_schedule():
+    network, x = (
+        tiny("isotropic_xsmall", "soft_causal", mixer_kwargs={"soft_mask_epochs": 2}),
+        torch.randn(1, 3, 32, 32),
+    )
+    outs = []
+    for epoch in (0, 1, 2, 9):
+        network.train().advance(epoch)
+        outs.append(network(x))
+    assert not torch.allclose(outs[0], outs[1]) and torch.equal(outs[2], outs[3])
+    torch.testing.assert_close(network.eval()(x), outs[3])
+
+
+@pytest.mark.parametrize("model", SIZES)
+def test_first_and_last_layer_of_cog_attention_are_softmax(model):
+    kinds = [type(m.mixer).__name__ for m in tiny(model, "cog").modules() if isinstance(m, MixerBlock)]
+    kinds = kinds if model.startswith("iso") else kinds[2:]
+    assert kinds == ["SelfAttention", *["CogAttention"] * (len(kinds) - 2), "SelfAttention"]
+
+
+@pytest.mark.parametrize("model", SIZES)
+@pytest.mark.parametrize("mixer", [name for name in EVERY if MIXERS[name].resize])
+def test_weights_of_another_image_size(mixer, model):
+    """What is made for a number of tokens is resized; what was smooth stays about what it was."""
+    old, new = tiny(model, mixer), tiny(model, mixer, img_size=(48, 40))
+    state = new.adapt_state_dict(old.state_dict(), {"img_size": 32})
+    new.load_state_dict(state)
+    assert new(torch.randn(1, 3, 48, 40)).shape == (1, 10)
+    again = old.adapt_state_dict(old.state_dict(), {})
+    assert all(torch.equal(again[key], value) for key, value in old.state_dict().items())
+
+
+@pytest.mark.parametrize("mixer", EVERY)
+def test_samples_do_not_depend_on_their_batch(mixer):
+    network, x = alive(tiny("isotropic_xsmall", mixer)).eval(), torch.randn(3, 3, 32, 32)
+    if mixer in ("dgqa_diff", "dgqa_ema", "pgqa"):
+        pytest.skip("by its paper it depends on what was seen before, or draws noise")
+    with torch.no_grad():
+        torch.testing.assert_close(network(x)[:1], network(x[:1]), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("mixer", CONTROLS)
+def test_controls_mix_nothing(mixer):
+    network, x = alive(tiny("isotropic_xsmall", mixer)).eval(), torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        before = network.forward_tokens(x)
+        x[..., :4, :4] += 1
+        changed = (network.forward_tokens(x) != before).any(2)[0]
+    assert changed.nonzero().flatten().tolist() == [0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", SIZES)
+@pytest.mark.parametrize("mixer", EVERY)
+def test_compiled(mixer, model):
+    torch._dynamo.reset()
+    network, x = alive(tiny(model, mixer)).eval(), torch.randn(2, 3, 32, 32)
+    compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
+    torch.manual_seed(1)
+    expected = network(x)
+    torch.manual_seed(1)
+    torch.testing.assert_close(compiled(x), expected, rtol=1e-4, atol=1e-4)
+    compiled.train()(x).sum().backward()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", SIZES)
+@pytest.mark.parametrize("mixer", EVERY)
+def test_exported(mixer, model):
+    network, x = alive(tiny(model, mixer)).eval(), torch.randn(2, 3, 48, 48)
+    if MIXERS[mixer].fixed:
+        sizes, sample, others = {0: torch.export.Dim("batch")}, x[..., :32, :32], [(1, 3, 32, 32), (3, 3, 32, 32)]
+    else:
+        sizes, sample, others = {0: DYNAMIC, 2: DYNAMIC, 3: DYNAMIC}, x, [(1, 3, 32, 48), (3, 3, 61, 97)]
+    if mixer == "pgqa":
+        others = []
+    exported = torch.export.export(network, (sample,), dynamic_shapes=(sizes,)).module()
+    with torch.no_grad():
+        agrees(exported, network, others)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", SIZES)
+@pytest.mark.parametrize("mixer", EVERY)
+def test_resumed_with_the_same_bits(images: str, tmp_path: Path, mixer: str, model: str):  # noqa: F811
+    argv = [f"--model_kwargs.{key}={value}" for key, value in (SIZES[model] | {"mixer": mixer}).items()]
+    argv += ["--model_kwargs.drop_path_rate", "0.1", "--data.root", images]
+    resumes_with_the_same_bits(tmp_path, "--model", model, *[arg.replace("(", "[").replace(")", "]") for arg in argv])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", SIZES)
+@pytest.mark.parametrize("mixer", [name for name in EVERY if name not in CONTROLS])
+def test_64_digits_are_fitted(mixer, model):
+    """Controls that mix nothing are not asked to."""
+    torch.manual_seed(0)
+    assert fits_digits(visionattn.create_model(model, num_classes=10, mixer=mixer, head_dim=16))
