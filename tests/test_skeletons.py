@@ -51,6 +51,10 @@ def tiny(model, mixer, **kwargs):
     return visionattn.create_model(model, num_classes=10, mixer=mixer, **SIZES[model] | kwargs)
 
 
+def blocks(model):
+    return [module for module in model.modules() if isinstance(module, MixerBlock)]
+
+
 def alive(model):
     """With every branch alive: some mixers begin with zeros."""
     with torch.no_grad():
@@ -77,8 +81,8 @@ def test_every_mixer_stands_in_both_skeletons(mixer, model):
 
 @pytest.mark.parametrize("mixer", HIDDEN)
 def test_hidden_widths_are_those_of_the_design(mixer):
-    blocks = [MixerBlock(dim, mixer, place, device="meta") for dim, place in PLACES.items()]
-    assert tuple(block.mlp.fc1.out_features for block in blocks) == HIDDEN[mixer]
+    made = [MixerBlock(dim, mixer, place, device="meta") for dim, place in PLACES.items()]
+    assert tuple(block.mlp.fc1.out_features for block in made) == HIDDEN[mixer]
 
 
 @pytest.mark.parametrize("model", SIZES)
@@ -98,6 +102,7 @@ def test_parameters_are_equal(model):
     [
         ("isotropic_small", {"mixer": "flaw"}, UnknownModelError, "unknown mixer flaw; did you mean flow"),
         ("isotropic_small", {"mixer_kwargs": {"speed": 1}}, UnknownArgumentError, "mixer softmax: .*speed"),
+        ("isotropic_small", {"mixer": "cog", "mixer_kwargs": {"speed": 1}}, UnknownArgumentError, "mixer cog: .*speed"),
         ("isotropic_small", {"mixer": "self_guided", "depth": 3}, VisionattnError, "mixer self_guided .* stage of 3"),
         ("isotropic_small", {"mixer": "self_guided", "head_dim": 128}, VisionattnError, "even num_heads"),
         ("isotropic_small", {"mixer": "kdgqa", "head_dim": 128}, VisionattnError, "mixer kdgqa .* 6 or more"),
@@ -170,9 +175,15 @@ def test_the_soft_mask_follows_its_schedule():
     torch.testing.assert_close(network.eval()(x), outs[3])
 
 
+def test_layers_that_take_turns_take_what_is_their_own():
+    network = tiny("pyramid_xsmall", "window_channel", mixer_kwargs={"window_size": 3, "version": 2}, everywhere=True)
+    facts = [(m.mixer.window_size if hasattr(m.mixer, "window_size") else m.mixer.version) for m in blocks(network)]
+    assert facts == [3, 3, 3, 2, 3]
+
+
 @pytest.mark.parametrize("model", SIZES)
 def test_first_and_last_layer_of_cog_attention_are_softmax(model):
-    kinds = [type(m.mixer).__name__ for m in tiny(model, "cog").modules() if isinstance(m, MixerBlock)]
+    kinds = [type(block.mixer).__name__ for block in blocks(tiny(model, "cog"))]
     kinds = kinds if model.startswith("iso") else kinds[2:]
     assert kinds == ["SelfAttention", *["CogAttention"] * (len(kinds) - 2), "SelfAttention"]
 

@@ -2,8 +2,9 @@
 
 import fnmatch
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
+from inspect import signature
 from typing import Any
 
 import torch
@@ -111,6 +112,13 @@ class Mixer:
             ValueError: if the layer cannot be made so.
         """
         layer, arguments = self.layer(place)
+        others = [
+            replace(place, index=i, depth=n, outermost=end) for i in (0, 1) for n in (1, 2) for end in (False, True)
+        ]
+        known = {name for other in others for name in signature(self.layer(other)[0]).parameters}
+        taken = signature(layer).parameters
+        # Where several classes take turns, each takes of the arguments what is its own.
+        kwargs = {name: value for name, value in kwargs.items() if name in taken or name not in known}
         return layer(dim, **arguments | kwargs, device=device, dtype=dtype)
 
 
@@ -373,6 +381,13 @@ def _resize_gate(given: dict, own: dict, grid: tuple[int, int], find: Callable) 
     return given if old in (None, grid) else layers.mixer_gate.resize_token_mlps(given, old, grid)
 
 
+def _resize_alignment(given: dict, own: dict, grid: tuple[int, int], find: Callable) -> dict:
+    old = find(len(given["align.weight"])) if "align.weight" in given else None
+    if old in (None, grid):
+        return given
+    return given | {"align.weight": layers.reduced_attention.resize_token_mixing(given["align.weight"], old, grid)}
+
+
 def _halo(at: Place) -> tuple:
     return layers.HaloAttention2d, {
         "num_heads": at.num_heads, "block_size": 7 if at.window == 7 else 4, "halo_size": 3
@@ -383,7 +398,7 @@ def _gqa(kind: str) -> Callable[[Place], tuple]:
     def layer(at: Place) -> tuple:
         if at.num_heads % 2 or (kind != "gqa" and at.num_heads < 6):
             raise ValueError(f"expected an even num_heads, of 6 or more if kind is not 'gqa', got {at.num_heads}")
-        per_sample = {} if kind in ("gqa", "pgqa") else {"per_sample": True}
+        per_sample = {"per_sample": True} if kind == "kdgqa" else {}
         return _late("KeyDrivenGQA"), {"num_heads": at.num_heads, "kind": kind, "qkv_bias": True, **per_sample}
 
     return layer
@@ -440,6 +455,7 @@ MIXERS: dict[str, Mixer] = {
         "2403.02411",
         everywhere=False,
         fixed=True,
+        resize=_resize_gate,
     ),
     "super": Mixer(
         lambda at: (
@@ -450,6 +466,7 @@ MIXERS: dict[str, Mixer] = {
         REDUCED,
         everywhere=False,
         fixed=True,
+        resize=_resize_alignment,
         init="token matrix: identity and truncated normal",
     ),
     "sparsifiner": Mixer(
@@ -477,6 +494,7 @@ MIXERS: dict[str, Mixer] = {
         _heads(_late("SelectiveSelfAttention"), qkv_bias=True),
         "tokens",
         "2411.12892",
+        start=_reset,
         init="temperatures of 1, but for 1 % of log N",
     ),
     "cog": Mixer(

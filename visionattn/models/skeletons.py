@@ -181,8 +181,8 @@ class Skeleton(Mechanics):
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters without weight decay, besides those with one dimension: tables."""
-        matrices = {id(m.weight) for m in self.modules() if isinstance(m, nn.Linear | nn.Conv2d)}
-        return {name for name, p in self.named_parameters() if p.ndim > 1 and id(p) not in matrices}
+        matrices = {name for name, p in self.named_parameters() if name.endswith(".weight") and p.ndim in (2, 4)}
+        return {name for name, p in self.named_parameters() if p.ndim > 1} - matrices
 
     def adapt_state_dict(self, state_dict: dict[str, Tensor], made_for: Mapping[str, Any]) -> dict[str, Tensor]:
         """Resizes what mixers have for a number of tokens, where the images were of another size."""
