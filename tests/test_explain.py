@@ -164,7 +164,7 @@ def test_every_attention_block_has_maps():
     # What is no attention, or holds a block that has maps, or is a part of one.
     assert without == {
         "ConvPosEnc", "PartialConv2d", "VanAttention", "ConnectivityPredictor", "GlobalLocalFilter", "HeadRouter",
-        "ContMixBlock", "DilatedReparamConv2d",
+        "ContMixBlock", "DilatedReparamConv2d", "MixerGate", "NiNBlock", "ActivatorGate", "ActivatorBlock",
     }  # fmt: skip
 
 

@@ -48,6 +48,7 @@ from .layers import (
 from .layers.aggregated_attention import HIDDEN, distances
 from .layers.context_mixing import working_size
 from .layers.dilated_reparam import ChannelScale
+from .layers.mixer_gate import TokenLinear
 from .layers.self_guided_attention import GlobalEnhancedAttention, section_bounds
 from .models.litv2 import DeformableMerging
 
@@ -206,6 +207,10 @@ def _all_to_all(module, inputs):
     return 2 * (H * W) ** 2 * C
 
 
+def _token_linear(module, inputs):
+    return module.weight.numel() * inputs[0].shape[2]
+
+
 def _deformable(module, inputs):
     _, C, H, W = inputs[0].shape
     return 8 * C * C * (H // 2) * (W // 2)  # the product with the samples; the interpolation is not counted
@@ -241,6 +246,7 @@ ATTENTION = {
     HybridScaleAttention: _hybrid_scale,
     SelfGuidedAttention: _self_guided,
     GlobalEnhancedAttention: _all_to_all,
+    TokenLinear: _token_linear,
 }
 
 

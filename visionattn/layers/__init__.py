@@ -1,5 +1,7 @@
 """Attention blocks and what they share; each is usable alone."""
 
+from .activator import ActivatorBlock as ActivatorBlock
+from .activator import ActivatorGate as ActivatorGate
 from .agent_attention import AgentAttention as AgentAttention
 from .aggregated_attention import AggregatedAttention as AggregatedAttention
 from .aggregated_attention import CosineAttention as CosineAttention
@@ -23,6 +25,8 @@ from .key_driven_gqa import KeyDrivenGQA as KeyDrivenGQA
 from .large_kernel_attention import LargeKernelAttention as LargeKernelAttention
 from .large_kernel_attention import VanAttention as VanAttention
 from .log_normal_attention import LinearLogNormalAttention as LinearLogNormalAttention
+from .mixer_gate import MixerGate as MixerGate
+from .mixer_gate import NiNBlock as NiNBlock
 from .mixture_of_head import HeadRouter as HeadRouter
 from .mixture_of_head import MixtureOfHeadAttention as MixtureOfHeadAttention
 from .neighborhood_attention import NeighborhoodAttention2d as NeighborhoodAttention2d
