@@ -14,6 +14,7 @@ from .models.mixers import list_mixers
 from .models.skeletons import mixer_info
 from .quantize import quantize
 from .registry import list_models, model_info, register_model
+from .swap import replace_attention
 
 __version__ = "0.1.0"
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "model_info",
     "quantize",
     "register_model",
+    "replace_attention",
     "set_pointwise",
 ]
 

@@ -1,0 +1,392 @@
+"""Token mixers in the place of the attention of vision transformers, timm's above all."""
+
+import copy
+import inspect
+import logging
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from itertools import chain
+from typing import Any, TypeVar
+
+import torch
+from timm.layers import Attention, AttentionRope
+from timm.models import beit, eva, vision_transformer_relpos
+from torch import Tensor, nn
+
+from . import layers
+from .backbone import Isotropic
+from .errors import VisionattnError, one_line
+from .models.mixers import MIXERS, Mixer, Place, find_mixer, mix
+
+_logger = logging.getLogger("visionattn")
+T = TypeVar("T", bound=nn.Module)
+Weights = dict[str, tuple[Tensor, Tensor | None]]
+
+TIMM = Attention, AttentionRope, eva.EvaAttention, beit.Attention, vision_transformer_relpos.RelPosAttention
+PROJECTIONS = {
+    "qkv": "qkv", "qkvg": "qkvg", "qk": "qk", "kv": "kv", "q": "q", "k": "k", "v": "v",
+    "q_proj": "q", "k_proj": "k", "v_proj": "v", "proj": "o", "out_proj": "o",
+}  # fmt: skip
+"""Linear maps of attention by name, and what their rows make, in equal parts."""
+PARTS = {"q": "queries", "k": "keys", "v": "values", "g": "gates", "o": "output"}
+NORMS = "q_norm", "k_norm"
+RATES = "attn_drop", "proj_drop"
+POSITIONS = "rope", "rel_pos_bias", "shared_rel_pos"
+"""Modules of timm's models that tell attention where tokens are."""
+
+
+class ReplacedAttention(nn.Module):
+    """A token mixer that is called as the attention of a vision transformer is.
+
+    Args:
+        layer: the mixer.
+        mixer: its name.
+        dim: channels C.
+        num_heads: attention heads of what it stands for.
+        grid: (height, width) of the map of patches, for models that do not tell it.
+        attn_drop: dropout rate of attention weights in what it stands for.
+        proj_drop: dropout rate of the output, 0 for a mixer with its own.
+
+    Shape:
+        (B, N, C) to (B, N, C).
+    """
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        mixer: str,
+        dim: int,
+        num_heads: int,
+        grid: tuple[int, int] | None = None,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.mixer_name, self.dim, self.num_heads, self.grid = mixer, dim, num_heads, grid
+        self.mixer = layer
+        self.attn_drop = attn_drop
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(
+        self,
+        x: Tensor,
+        grid: tuple[int, int] | None = None,
+        *,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        **positions: Any,
+    ) -> Tensor:
+        """Mix tokens.
+
+        Args:
+            x: tokens (B, N, C), or a map (B, H, W, C).
+            grid: (height, width) of the patches among the tokens, where the model tells it.
+            attn_mask: refused.
+            is_causal: refused.
+            **positions: rotary tables and biases, which only softmax attention has a use for; ignored.
+
+        Raises:
+            VisionattnError: if there is a mask, or the mixer takes maps and the tokens are none.
+        """
+        if attn_mask is not None or is_causal:
+            raise VisionattnError(f"{self.mixer_name} in the place of attention takes no mask")
+        mixer = MIXERS[self.mixer_name]
+        if x.ndim == 4:
+            y, _ = mix(mixer, self.mixer, x)
+        elif mixer.kind == "tokens":
+            y = self.mixer(x, grid=grid or self.grid)
+        elif grid is None and x.shape[1] != self.grid[0] * self.grid[1]:
+            raise VisionattnError(
+                f"{self.mixer_name} in the place of attention takes maps of {self.grid[0]} x {self.grid[1]} patches, "
+                f"got {x.shape[1]} tokens"
+            )
+        else:
+            y, _ = mix(mixer, self.mixer, x, grid or self.grid)
+        return self.proj_drop(y)
+
+    def extra_repr(self) -> str:
+        return self.mixer_name
+
+
+def replace_attention(
+    model: T, mixer: str, where: str = "blocks.*.attn", keep_weights: bool = True, **mixer_kwargs: Any
+) -> T:
+    """Put a token mixer in the place of the attention of a vision transformer.
+
+    For timm's ViT, DeiT, BEiT, EVA and what is built like them, and for isotropic models of ours, whose attention is
+    `where="blocks.*.mixer"`. Tokens come in and go out as before. Heads, biases and dropout rates are those of the
+    attention, as far as the mixer has any; so are dtype, device and mode. Positions that attention itself is told,
+    by rotation or biases, are left out. One line is logged that says what became of the weights.
+
+    Args:
+        model: changed in place, or not at all if there is an error.
+        mixer: one of `visionattn.list_mixers()`.
+        where: names of the attention modules, with "*" for what differs between two dots.
+        keep_weights: keep the projections of queries, keys and values where the mixer has such, and that of the output
+            where it has values. Heads of keys and values are averaged in runs where the mixer has fewer.
+        **mixer_kwargs: arguments of the mixer's layer.
+
+    Returns:
+        the model.
+
+    Raises:
+        VisionattnError: if there is no such mixer, no such module, or the mixer cannot stand there.
+
+    Example:
+        >>> import timm, torch, visionattn
+        >>> vit = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=10)
+        >>> visionattn.replace_attention(vit, "flow")(torch.randn(1, 3, 32, 32)).shape
+        torch.Size([1, 10])
+    """
+    find_mixer(mixer)
+    names, made = _matching(model, where), {}
+    told: dict[str, dict[str, None]] = {"kept": {}, "fresh": {}, "dropped": {}}
+    for i, name in enumerate(names):
+        made[name], found = _replacement(_look(model, name), mixer, mixer_kwargs, keep_weights, i, len(names))
+        for what, parts in found.items():
+            told[what] |= dict.fromkeys(parts)
+    for name, new in made.items():
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, new)
+    text = "; ".join(f"{what} {', '.join(parts) or 'nothing'}" for what, parts in told.items())
+    level = logging.WARNING if told["fresh"] or told["dropped"] else logging.INFO
+    _logger.log(level, "%s in the place of %s, %d times: %s", mixer, where, len(names), text)
+    return model
+
+
+def _matching(model: nn.Module, where: str) -> list[str]:
+    """Names of the modules that a pattern means."""
+    wanted, modules = where.split("."), dict(model.named_modules())
+    names = []
+    for name in modules:
+        parts = name.split(".")
+        if name and len(parts) == len(wanted) and all(map(fnmatchcase, parts, wanted)):
+            names.append(name)
+    if not names:
+        patterns = {re.sub(r"\b\d+\b", "*", name): _is_attention(module) for name, module in modules.items() if name}
+        likely = [pattern for pattern, is_one in patterns.items() if is_one] or list(patterns)
+        near = get_close_matches(where, likely, n=1, cutoff=0.0)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise VisionattnError(f"{type(model).__name__} has no module {where}{hint}")
+    return names
+
+
+@dataclass(frozen=True)
+class _Attention:
+    """Attention that will be replaced, and what is around it.
+
+    Args:
+        told: what errors call it.
+        module: the attention.
+        layer: the same, or the mixer that has replaced it before.
+        dim: channels C.
+        weights: of its projections; see `_read`.
+        grid: (height, width) of the map of patches, if the model tells it.
+        before: tokens in front of the patches.
+        behind: tokens after them.
+        positions: names of modules of the model that tell attention where tokens are.
+        placement: device and dtype.
+    """
+
+    told: str
+    module: nn.Module
+    layer: nn.Module
+    dim: int
+    weights: Weights
+    grid: tuple[int, int] | None
+    before: int
+    behind: int
+    positions: list[str]
+    placement: dict[str, Any]
+
+    def rate(self, name: str) -> float:
+        """A dropout rate."""
+        value = getattr(self.module, name, 0.0)
+        return value.p if isinstance(value, nn.Dropout) else value
+
+    @property
+    def has_norms(self) -> bool:
+        """Whether queries and keys are normalised."""
+        return not isinstance(getattr(self.layer, "q_norm", None), nn.Identity | None)
+
+    @property
+    def num_tokens(self) -> int | None:
+        """Of all kinds, if the model tells."""
+        return None if self.grid is None else self.before + self.grid[0] * self.grid[1] + self.behind
+
+
+def _look(model: nn.Module, name: str) -> _Attention:
+    """What is there, if it is attention that is called with tokens."""
+    module, told = model.get_submodule(name), f"{name} of {type(model).__name__}"
+    if not _is_attention(module):
+        raise VisionattnError(
+            f"{told} is {type(module).__name__}; expected attention of timm's ViT, BEiT or EVA, or a layer of ours "
+            f"that is called with tokens and their grid"
+        )
+    replaced = isinstance(module, ReplacedAttention)
+    layer = module.mixer if replaced else module
+    weights = _read(layer)
+    dim = module.dim if replaced else weights["q"][0].shape[1]
+    if "o" in weights and len(weights["o"][0]) != dim:
+        raise VisionattnError(f"{told} makes {len(weights['o'][0])} channels of {dim}; expected as many")
+    path = name.split(".")
+    around = [model.get_submodule(".".join(path[:i])) for i in reversed(range(len(path)))]  # the nearest first
+    owner = next((each for each in around if hasattr(each, "num_prefix_tokens")), model)
+    if isinstance(owner, Isotropic):
+        grid, tokens = owner.grid_size, int(owner.class_token_at is not None)
+        before, behind = (0, tokens) if owner.class_token_last else (tokens, 0)
+    else:
+        grid = getattr(getattr(owner, "patch_embed", None), "grid_size", None)
+        before, behind = getattr(owner, "num_prefix_tokens", 0), 0
+    positions = [each for each in POSITIONS if isinstance(getattr(owner, each, None), nn.Module)]
+    parameter = next(chain(module.parameters(), model.parameters()))
+    placement = {"device": parameter.device, "dtype": parameter.dtype}
+    return _Attention(told, module, layer, dim, weights, grid, before, behind, positions, placement)
+
+
+def _is_attention(module: nn.Module) -> bool:
+    if isinstance(module, (*TIMM, ReplacedAttention)):
+        return True
+    ours = type(module).__module__.startswith(f"{layers.__name__}.")
+    return ours and [*inspect.signature(module.forward).parameters] == ["x", "grid"] and "q" in _read(module)
+
+
+def _replacement(
+    old: _Attention, name: str, kwargs: dict[str, Any], keep: bool, index: int, depth: int
+) -> tuple[ReplacedAttention, dict[str, list[str]]]:
+    """What stands in for attention, and parts of it that are kept, fresh and dropped."""
+    mixer = find_mixer(name)
+    heads = kwargs.get("num_heads", old.module.num_heads)
+    spot = {} if old.grid is None else {"grid": old.grid, "native": min(old.grid)}
+    place = Place(heads, **spot, index=index, depth=depth, outermost=index in (0, depth - 1))
+    carried = {key: old.rate(key) for key in RATES}
+    if old.weights:
+        carried["qkv_bias"] = any(bias is not None for part, (_, bias) in old.weights.items() if part != "o")
+    if old.has_norms:
+        carried["qk_norm"] = True
+    if mixer.fixed and old.num_tokens is not None:
+        kwargs = {"num_tokens": old.num_tokens, **kwargs}
+
+    def made(**options: Any) -> ReplacedAttention:
+        layer = mixer.make(old.dim, place, **options)
+        rest = 0.0 if "proj_drop" in _parameters(layer) else carried["proj_drop"]
+        return ReplacedAttention(layer, name, old.dim, heads, old.grid, carried["attn_drop"], rest)
+
+    try:
+        _check(mixer, old, kwargs)
+        trial = made(**kwargs, device="meta").eval()
+        if isinstance(trial.mixer, layers.CausalSelfAttention) and old.before:
+            raise ValueError("its tokens see those before them, and the class token is the first")
+        trial(torch.empty(1, kwargs.get("num_tokens", old.num_tokens or 16), old.dim, device="meta"))
+        takes = _parameters(trial.mixer)
+        carried_over = {key: value for key, value in carried.items() if key in takes}
+        new = made(**carried_over | kwargs, **old.placement).train(old.module.training)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise VisionattnError(f"{name} cannot stand for {old.told}: {one_line(error)}") from error
+    return new, _transfer(old, new.mixer, takes, keep)
+
+
+def _check(mixer: Mixer, old: _Attention, kwargs: dict[str, Any]) -> None:
+    """Raise ValueError where a mixer cannot stand, before it is made."""
+    if mixer.kind != "tokens" and old.before + old.behind:
+        raise ValueError(f"it takes maps, and {old.before + old.behind} of the tokens, class or register, are on none")
+    if mixer.kind != "tokens" and old.grid is None:
+        raise ValueError("it takes maps, and the model does not tell the size of its own")
+    if mixer.fixed and "num_tokens" not in kwargs:
+        raise ValueError("its number of tokens is fixed, and the model does not tell it: give num_tokens")
+    if mixer.state and mixer.final != "loss":
+        raise ValueError("it hands something on to the next block, which the model does not")
+    if kwargs.get("balance"):
+        raise ValueError("balance is the weight of a loss, which the model does not add")
+
+
+def _parameters(layer: nn.Module) -> set[str]:
+    """Names of the arguments of a layer's class, and of those it is derived from."""
+    return {name for each in type(layer).__mro__ for name in inspect.signature(each.__init__).parameters}
+
+
+def _projections(layer: nn.Module) -> Iterator[tuple[str, nn.Linear, str]]:
+    """Linear maps of the attention in a layer, by name, with what they make: none where nothing makes queries, and that
+    of the output only where something makes values."""
+    for prefix, module in layer.named_modules():
+        linear = {name: each for name, each in module.named_children() if isinstance(each, nn.Linear)}
+        found = {name: linear[name] for name in PROJECTIONS if name in linear}
+        makes = "".join(PROJECTIONS[name] for name in found)
+        if "q" in makes:
+            for name, each in found.items():
+                if PROJECTIONS[name] != "o" or "v" in makes:
+                    yield f"{prefix}.{name}".removeprefix("."), each, PROJECTIONS[name]
+            return
+
+
+def _read(layer: nn.Module) -> Weights:
+    """Weight and bias of what a layer's projections make."""
+    found: Weights = {}
+    for _, linear, makes in _projections(layer):
+        weights = linear.weight.chunk(len(makes))
+        biases = [None] * len(makes) if linear.bias is None else linear.bias.chunk(len(makes))
+        found |= dict(zip(makes, zip(weights, biases, strict=True), strict=True))
+    for part in "qkv":  # as BEiT and EVA have them, the keys' always 0
+        if isinstance(bias := getattr(layer, f"{part}_bias", None), Tensor):
+            found[part] = found[part][0], bias
+    return {part: found[part] for part in PARTS if part in found}
+
+
+@torch.no_grad()
+def _transfer(old: _Attention, new: nn.Module, takes: set[str], keep: bool) -> dict[str, list[str]]:
+    """Copy what means the same, and tell of it."""
+    told: dict[str, list[str]] = {"kept": [], "fresh": [], "dropped": []}
+    head_dim = old.dim // old.module.num_heads
+    for _, linear, makes in _projections(new):
+        rows = linear.out_features // len(makes)
+        for i, part in enumerate(makes):
+            weight, bias = old.weights.get(part, (None, None)) if keep else (None, None)
+            if part in "kv" and weight is not None:
+                weight, bias = _grouped(weight, rows, head_dim), _grouped(bias, rows, head_dim)
+            if weight is None or weight.shape != (rows, linear.in_features):
+                told["fresh"].append(PARTS[part])
+                continue
+            told["kept"].append(PARTS[part])
+            linear.weight[i * rows : (i + 1) * rows] = weight
+            if linear.bias is not None:
+                linear.bias[i * rows : (i + 1) * rows] = 0.0 if bias is None else bias
+            elif bias is not None and bias.any():
+                told["dropped"].append(f"bias of {PARTS[part]}")
+        if makes == "o" and "o" in old.weights and old.weights["o"][1] is None:
+            linear.bias = None
+    if keep and old.has_norms and "qk_norm" in takes:
+        told["kept"] += NORMS
+        for name in NORMS:
+            setattr(new, name, copy.deepcopy(getattr(old.layer, name)))
+    told["dropped"] += [PARTS[part] for part in old.weights if PARTS[part] not in told["kept"]]
+    told["dropped"] += [name for name in (*_others(old.layer), *old.positions) if name not in told["kept"]]
+    if old.rate("attn_drop") and "attn_drop" not in takes:
+        told["dropped"].append("attn_drop")
+    told["fresh"] += [name for name in _others(new) if name not in told["kept"]]
+    return told
+
+
+def _grouped(x: Tensor | None, rows: int, head_dim: int) -> Tensor | None:
+    """Heads of keys or values for another number of them: means of runs, or each one several times, if that goes.
+
+    Args:
+        x: weight (heads * d, C) or bias (heads * d).
+        rows: wanted.
+        head_dim: channels d of a head.
+    """
+    if x is None or len(x) == rows or rows % head_dim or max(rows, len(x)) % min(rows, len(x)):
+        return x
+    heads = x.unflatten(0, (-1, head_dim))
+    if rows > len(x):
+        return heads.repeat_interleave(rows // len(x), 0).flatten(0, 1)
+    return heads.unflatten(0, (rows // head_dim, -1)).mean(1).flatten(0, 1)
+
+
+def _others(layer: nn.Module) -> list[str]:
+    """Parts of a layer with parameters that are no projections."""
+    projections = tuple(f"{name}." for name, _, _ in _projections(layer))
+    names = [name for name, _ in layer.named_parameters() if not name.startswith(projections)]
+    return list(dict.fromkeys(name.partition(".")[0] for name in names))
