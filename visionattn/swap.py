@@ -4,11 +4,12 @@ import copy
 import inspect
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from itertools import chain
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
@@ -27,11 +28,13 @@ Weights = dict[str, tuple[Tensor, Tensor | None]]
 
 TIMM = Attention, AttentionRope, eva.EvaAttention, beit.Attention, vision_transformer_relpos.RelPosAttention
 PROJECTIONS = {
-    "qkv": "qkv", "qkvg": "qkvg", "qk": "qk", "kv": "kv", "q": "q", "k": "k", "v": "v",
+    "qkv": "qkv", "qkvg": "qkvg", "qk": "qk", "q": "q", "k": "k", "v": "v", "kv": "kv",
     "q_proj": "q", "k_proj": "k", "v_proj": "v", "proj": "o", "out_proj": "o",
 }  # fmt: skip
 """Linear maps of attention by name, and what their rows make, in equal parts."""
 PARTS = {"q": "queries", "k": "keys", "v": "values", "g": "gates", "o": "output"}
+BIASES = "q_bias", "k_bias", "v_bias"
+"""Of BEiT and EVA, beside `qkv`; that of the keys is always 0."""
 NORMS = "q_norm", "k_norm"
 RATES = "attn_drop", "proj_drop"
 POSITIONS = "rope", "rel_pos_bias", "shared_rel_pos"
@@ -47,8 +50,8 @@ class ReplacedAttention(nn.Module):
         dim: channels C.
         num_heads: attention heads of what it stands for.
         grid: (height, width) of the map of patches, for models that do not tell it.
-        attn_drop: dropout rate of attention weights in what it stands for.
-        proj_drop: dropout rate of the output, 0 for a mixer with its own.
+        rates: dropout rates in what it stands for, of weights and output, by `RATES`.
+        drop: dropout rate of the output, 0 for a mixer that has its own.
 
     Shape:
         (B, N, C) to (B, N, C).
@@ -61,14 +64,13 @@ class ReplacedAttention(nn.Module):
         dim: int,
         num_heads: int,
         grid: tuple[int, int] | None = None,
-        attn_drop: float = 0.0,
-        proj_drop: float = 0.0,
+        rates: Mapping[str, float] = MappingProxyType({}),
+        drop: float = 0.0,
     ) -> None:
         super().__init__()
-        self.mixer_name, self.dim, self.num_heads, self.grid = mixer, dim, num_heads, grid
+        self.mixer_name, self.dim, self.num_heads, self.grid, self.rates = mixer, dim, num_heads, grid, dict(rates)
         self.mixer = layer
-        self.attn_drop = attn_drop
-        self.proj_drop = nn.Dropout(proj_drop)
+        self.drop = nn.Dropout(drop)
 
     def forward(
         self,
@@ -82,7 +84,7 @@ class ReplacedAttention(nn.Module):
         """Mix tokens.
 
         Args:
-            x: tokens (B, N, C), or a map (B, H, W, C).
+            x: tokens (B, N, C).
             grid: (height, width) of the patches among the tokens, where the model tells it.
             attn_mask: refused.
             is_causal: refused.
@@ -94,18 +96,14 @@ class ReplacedAttention(nn.Module):
         if attn_mask is not None or is_causal:
             raise VisionattnError(f"{self.mixer_name} in the place of attention takes no mask")
         mixer = MIXERS[self.mixer_name]
-        if x.ndim == 4:
-            y, _ = mix(mixer, self.mixer, x)
-        elif mixer.kind == "tokens":
-            y = self.mixer(x, grid=grid or self.grid)
-        elif grid is None and x.shape[1] != self.grid[0] * self.grid[1]:
+        if mixer.kind == "tokens":
+            return self.drop(self.mixer(x, grid=grid or self.grid))
+        if grid is None and x.shape[1] != self.grid[0] * self.grid[1]:
             raise VisionattnError(
                 f"{self.mixer_name} in the place of attention takes maps of {self.grid[0]} x {self.grid[1]} patches, "
                 f"got {x.shape[1]} tokens"
             )
-        else:
-            y, _ = mix(mixer, self.mixer, x, grid or self.grid)
-        return self.proj_drop(y)
+        return self.drop(mix(mixer, self.mixer, x, grid or self.grid)[0])
 
     def extra_repr(self) -> str:
         return self.mixer_name
@@ -167,8 +165,8 @@ def _matching(model: nn.Module, where: str) -> list[str]:
             names.append(name)
     if not names:
         patterns = {re.sub(r"\b\d+\b", "*", name): _is_attention(module) for name, module in modules.items() if name}
-        likely = [pattern for pattern, is_one in patterns.items() if is_one] or list(patterns)
-        near = get_close_matches(where, likely, n=1, cutoff=0.0)
+        likely = [pattern for pattern, is_one in patterns.items() if is_one]
+        near = get_close_matches(where, likely or patterns, n=1, cutoff=0.0 if likely else 0.6)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise VisionattnError(f"{type(model).__name__} has no module {where}{hint}")
     return names
@@ -204,6 +202,8 @@ class _Attention:
 
     def rate(self, name: str) -> float:
         """A dropout rate."""
+        if isinstance(self.module, ReplacedAttention):
+            return self.module.rates[name]
         value = getattr(self.module, name, 0.0)
         return value.p if isinstance(value, nn.Dropout) else value
 
@@ -262,7 +262,8 @@ def _replacement(
     heads = kwargs.get("num_heads", old.module.num_heads)
     spot = {} if old.grid is None else {"grid": old.grid, "native": min(old.grid)}
     place = Place(heads, **spot, index=index, depth=depth, outermost=index in (0, depth - 1))
-    carried = {key: old.rate(key) for key in RATES}
+    rates = {key: old.rate(key) for key in RATES}
+    carried: dict[str, Any] = dict(rates)
     if old.weights:
         carried["qkv_bias"] = any(bias is not None for part, (_, bias) in old.weights.items() if part != "o")
     if old.has_norms:
@@ -272,8 +273,8 @@ def _replacement(
 
     def made(**options: Any) -> ReplacedAttention:
         layer = mixer.make(old.dim, place, **options)
-        rest = 0.0 if "proj_drop" in _parameters(layer) else carried["proj_drop"]
-        return ReplacedAttention(layer, name, old.dim, heads, old.grid, carried["attn_drop"], rest)
+        rest = 0.0 if "proj_drop" in _parameters(layer) else rates["proj_drop"]
+        return ReplacedAttention(layer, name, old.dim, heads, old.grid, rates, rest)
 
     try:
         _check(mixer, old, kwargs)
@@ -329,9 +330,9 @@ def _read(layer: nn.Module) -> Weights:
         weights = linear.weight.chunk(len(makes))
         biases = [None] * len(makes) if linear.bias is None else linear.bias.chunk(len(makes))
         found |= dict(zip(makes, zip(weights, biases, strict=True), strict=True))
-    for part in "qkv":  # as BEiT and EVA have them, the keys' always 0
-        if isinstance(bias := getattr(layer, f"{part}_bias", None), Tensor):
-            found[part] = found[part][0], bias
+    for name in BIASES:
+        if isinstance(bias := getattr(layer, name, None), Tensor):
+            found[name[0]] = found[name[0]][0], bias
     return {part: found[part] for part in PARTS if part in found}
 
 
@@ -387,6 +388,8 @@ def _grouped(x: Tensor | None, rows: int, head_dim: int) -> Tensor | None:
 
 def _others(layer: nn.Module) -> list[str]:
     """Parts of a layer with parameters that are no projections."""
-    projections = tuple(f"{name}." for name, _, _ in _projections(layer))
-    names = [name for name, _ in layer.named_parameters() if not name.startswith(projections)]
-    return list(dict.fromkeys(name.partition(".")[0] for name in names))
+    projections = [name for name, _, _ in _projections(layer)]
+    inner = projections[0].rpartition(".")[0] + "." if projections else ""
+    known = tuple(f"{name}." for name in projections), BIASES if projections else ()
+    names = [name for name, _ in layer.named_parameters() if not name.startswith(known[0]) and name not in known[1]]
+    return list(dict.fromkeys(name.removeprefix(inner).partition(".")[0] for name in names))
