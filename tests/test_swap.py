@@ -55,7 +55,9 @@ def test_softmax_attention_is_what_it_replaces(name, options, caplog):
     assert replace_attention(model, "softmax") is model
     torch.testing.assert_close(model(X), expected)
     assert sum(p.numel() for p in model.parameters()) == count + ("beit" in name) * 2 * 48  # of the keys' bias
-    assert "2 times: kept queries, keys, values, output" in (text := told(caplog)) and "dropped nothing" in text
+    assert (
+        "2 x blocks.*.attn: kept queries, keys, values, output" in (text := told(caplog)) and "dropped nothing" in text
+    )
 
 
 @torch.no_grad()
@@ -83,7 +85,7 @@ def test_what_is_told(caplog):
     replace_attention(model, "flow", "blocks.0.attn")
     assert torch.equal(model.blocks[0].attn.mixer.qkv.weight, qkv) and isinstance(model.blocks[1].attn, Attention)
     assert told(caplog) == (
-        "flow in the place of blocks.0.attn, 1 times: kept queries, keys, values, output; fresh nothing; "
+        "flow in the place of 1 x blocks.0.attn: kept queries, keys, values, output; fresh nothing; "
         "dropped q_norm, k_norm, attn_drop"
     )
     replace_attention(made(**MAPS), "norm_aware")

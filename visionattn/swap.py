@@ -4,12 +4,11 @@ import copy
 import inspect
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from itertools import chain
-from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
@@ -63,12 +62,12 @@ class ReplacedAttention(nn.Module):
         mixer: str,
         dim: int,
         num_heads: int,
-        grid: tuple[int, int] | None = None,
-        rates: Mapping[str, float] = MappingProxyType({}),
-        drop: float = 0.0,
+        grid: tuple[int, int] | None,
+        rates: dict[str, float],
+        drop: float,
     ) -> None:
         super().__init__()
-        self.mixer_name, self.dim, self.num_heads, self.grid, self.rates = mixer, dim, num_heads, grid, dict(rates)
+        self.mixer_name, self.dim, self.num_heads, self.grid, self.rates = mixer, dim, num_heads, grid, rates
         self.mixer = layer
         self.drop = nn.Dropout(drop)
 
@@ -151,7 +150,7 @@ def replace_attention(
         setattr(model.get_submodule(parent), child, new)
     text = "; ".join(f"{what} {', '.join(parts) or 'nothing'}" for what, parts in told.items())
     level = logging.WARNING if told["fresh"] or told["dropped"] else logging.INFO
-    _logger.log(level, "%s in the place of %s, %d times: %s", mixer, where, len(names), text)
+    _logger.log(level, "%s in the place of %d x %s: %s", mixer, len(names), where, text)
     return model
 
 
@@ -285,7 +284,7 @@ def _replacement(
         takes = _parameters(trial.mixer)
         carried_over = {key: value for key, value in carried.items() if key in takes}
         new = made(**carried_over | kwargs, **old.placement).train(old.module.training)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
         raise VisionattnError(f"{name} cannot stand for {old.told}: {one_line(error)}") from error
     return new, _transfer(old, new.mixer, takes, keep)
 
