@@ -115,6 +115,7 @@ def test_what_carries_over():
     replace_attention(model.eval(), "softmax", num_heads=3, proj_drop=0.0)
     mixer = model.blocks[0].attn.mixer
     assert (mixer.num_heads, mixer.attn_drop, mixer.proj_drop.p, mixer.training) == (3, 0.1, 0.0, False)
+    replace_attention(made(qk_norm=True, **MAPS), "soft_causal")  # is derived from what takes these norms
     with torch.device("meta"):
         assert replace_attention(timm.create_model("vit_tiny_patch16_224", **SMALL), "moh")(X.to("meta")).is_meta
 

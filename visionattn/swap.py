@@ -4,7 +4,7 @@ import copy
 import inspect
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -207,11 +207,6 @@ class _Attention:
         return value.p if isinstance(value, nn.Dropout) else value
 
     @property
-    def has_norms(self) -> bool:
-        """Whether queries and keys are normalised."""
-        return not isinstance(getattr(self.layer, "q_norm", None), nn.Identity | None)
-
-    @property
     def num_tokens(self) -> int | None:
         """Of all kinds, if the model tells."""
         return None if self.grid is None else self.before + self.grid[0] * self.grid[1] + self.behind
@@ -265,7 +260,7 @@ def _replacement(
     carried: dict[str, Any] = dict(rates)
     if old.weights:
         carried["qkv_bias"] = any(bias is not None for part, (_, bias) in old.weights.items() if part != "o")
-    if old.has_norms:
+    if has_norms := not isinstance(getattr(old.layer, "q_norm", None), nn.Identity | None):
         carried["qk_norm"] = True
     if mixer.fixed and old.num_tokens is not None:
         kwargs = {"num_tokens": old.num_tokens, **kwargs}
@@ -286,7 +281,11 @@ def _replacement(
         new = made(**carried_over | kwargs, **old.placement).train(old.module.training)
     except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
         raise VisionattnError(f"{name} cannot stand for {old.told}: {one_line(error)}") from error
-    return new, _transfer(old, new.mixer, takes, keep)
+    norms = NORMS if has_norms and "qk_norm" in takes else ()
+    found = _transfer(old, new.mixer, norms, keep)
+    if rates["attn_drop"] and "attn_drop" not in takes:
+        found["dropped"].append("attn_drop")
+    return new, found
 
 
 def _check(mixer: Mixer, old: _Attention, kwargs: dict[str, Any]) -> None:
@@ -304,8 +303,14 @@ def _check(mixer: Mixer, old: _Attention, kwargs: dict[str, Any]) -> None:
 
 
 def _parameters(layer: nn.Module) -> set[str]:
-    """Names of the arguments of a layer's class, and of those it is derived from."""
-    return {name for each in type(layer).__mro__ for name in inspect.signature(each.__init__).parameters}
+    """Names of the arguments of a layer's class."""
+    names: set[str] = set()
+    for each in type(layer).__mro__:
+        parameters = inspect.signature(each.__init__).parameters
+        names |= parameters.keys()
+        if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters.values()):
+            break  # else the rest goes to the class that it is derived from
+    return names
 
 
 def _projections(layer: nn.Module) -> Iterator[tuple[str, nn.Linear, str]]:
@@ -336,8 +341,8 @@ def _read(layer: nn.Module) -> Weights:
 
 
 @torch.no_grad()
-def _transfer(old: _Attention, new: nn.Module, takes: set[str], keep: bool) -> dict[str, list[str]]:
-    """Copy what means the same, and tell of it."""
+def _transfer(old: _Attention, new: nn.Module, norms: Sequence[str], keep: bool) -> dict[str, list[str]]:
+    """Copy what means the same, with these norms, and tell of it."""
     told: dict[str, list[str]] = {"kept": [], "fresh": [], "dropped": []}
     head_dim = old.dim // old.module.num_heads
     for _, linear, makes in _projections(new):
@@ -353,18 +358,15 @@ def _transfer(old: _Attention, new: nn.Module, takes: set[str], keep: bool) -> d
             linear.weight[i * rows : (i + 1) * rows] = weight
             if linear.bias is not None:
                 linear.bias[i * rows : (i + 1) * rows] = 0.0 if bias is None else bias
-            elif bias is not None and bias.any():
+            elif bias is not None:
                 told["dropped"].append(f"bias of {PARTS[part]}")
         if makes == "o" and "o" in old.weights and old.weights["o"][1] is None:
             linear.bias = None
-    if keep and old.has_norms and "qk_norm" in takes:
-        told["kept"] += NORMS
-        for name in NORMS:
-            setattr(new, name, copy.deepcopy(getattr(old.layer, name)))
+    for name in norms if keep else ():
+        told["kept"].append(name)
+        setattr(new, name, copy.deepcopy(getattr(old.layer, name)))
     told["dropped"] += [PARTS[part] for part in old.weights if PARTS[part] not in told["kept"]]
     told["dropped"] += [name for name in (*_others(old.layer), *old.positions) if name not in told["kept"]]
-    if old.rate("attn_drop") and "attn_drop" not in takes:
-        told["dropped"].append("attn_drop")
     told["fresh"] += [name for name in _others(new) if name not in told["kept"]]
     return told
 
@@ -387,8 +389,7 @@ def _grouped(x: Tensor | None, rows: int, head_dim: int) -> Tensor | None:
 
 def _others(layer: nn.Module) -> list[str]:
     """Parts of a layer with parameters that are no projections."""
-    projections = [name for name, _, _ in _projections(layer)]
-    inner = projections[0].rpartition(".")[0] + "." if projections else ""
-    known = tuple(f"{name}." for name in projections), BIASES if projections else ()
-    names = [name for name, _ in layer.named_parameters() if not name.startswith(known[0]) and name not in known[1]]
+    projections = tuple(f"{name}." for name, _, _ in _projections(layer))
+    inner = projections[0].rpartition(".")[0].rpartition(".")[0] + "." if projections else ""
+    names = [name for name, _ in layer.named_parameters() if not name.startswith((*projections, *BIASES))]
     return list(dict.fromkeys(name.removeprefix(inner).partition(".")[0] for name in names))
