@@ -128,6 +128,9 @@ def test_one_after_the_other():
         replace_attention(model, mixer)
     torch.testing.assert_close(model(X), expected)
     assert type(model.blocks[0].attn.mixer) is layers.SelfAttention
+    for mixer in ("none", "activator"):  # have no projections to give
+        replace_attention(model, mixer)
+    assert replace_attention(model, "softmax")(X).shape == expected.shape
 
 
 @pytest.mark.parametrize(

@@ -141,11 +141,14 @@ class DepthwiseMixer(nn.Module):
         return self.proj(self.conv(x))
 
 
-class NoMixer(nn.Identity):
+class NoMixer(nn.Module):
     """Passes on what it gets: the block adds its norm, and no position hears of another."""
 
     def __init__(self, dim: int, device=None, dtype=None) -> None:
         super().__init__()
+
+    def forward(self, x: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        return x
 
 
 class PluggedIn(nn.Module):
@@ -420,10 +423,10 @@ BATCH_NORM = "has batch norms"
 
 MIXERS: dict[str, Mixer] = {
     "softmax": Mixer(_heads(layers.SelfAttention, qkv_bias=True), "tokens", VIT, remark="control"),
-    "none": Mixer(lambda at: (NoMixer, {}), "last", remark="control: mixes nothing"),
+    "none": Mixer(lambda at: (NoMixer, {}), "tokens", remark="control: mixes nothing"),
     "activator": Mixer(
         lambda at: (lambda dim, **kwargs: layers.ActivatorGate(dim, **{"hidden_dim": 2 * dim} | kwargs), {}),
-        "last",
+        "tokens",
         ACTIVATOR,
         remark="control: mixes nothing",
     ),
