@@ -301,13 +301,8 @@ def _heads(layer: Callable[..., nn.Module], **kwargs: Any) -> Callable[[Place], 
     return lambda at: (layer, {"num_heads": at.num_heads, **kwargs})
 
 
-def _late(name: str) -> Callable[..., nn.Module]:
-    """A class of `layers` that may be written later than this."""
-    return lambda *args, **kwargs: getattr(layers, name)(*args, **kwargs)
-
-
-def _gate(host: str, name: str, **kwargs: Any) -> Callable[[Place], tuple]:
-    return lambda at: (PluggedIn, {"host": host, "gate": _late(name), "num_heads": at.num_heads, **kwargs})
+def _gate(host: str, gate: Callable[..., nn.Module], **kwargs: Any) -> Callable[[Place], tuple]:
+    return lambda at: (PluggedIn, {"host": host, "gate": gate, "num_heads": at.num_heads, **kwargs})
 
 
 def _softmax_at_ends(layer: Callable[..., nn.Module]) -> Callable[[Place], tuple]:
@@ -402,7 +397,7 @@ def _gqa(kind: str) -> Callable[[Place], tuple]:
         if at.num_heads % 2 or (kind != "gqa" and at.num_heads < 6):
             raise ValueError(f"expected an even num_heads, of 6 or more if kind is not 'gqa', got {at.num_heads}")
         per_sample = {"per_sample": True} if kind == "kdgqa" else {}
-        return _late("KeyDrivenGQA"), {"num_heads": at.num_heads, "kind": kind, "qkv_bias": True, **per_sample}
+        return layers.KeyDrivenGQA, {"num_heads": at.num_heads, "kind": kind, "qkv_bias": True, **per_sample}
 
     return layer
 
@@ -437,7 +432,7 @@ MIXERS: dict[str, Mixer] = {
         "2202.06258",
     ),
     "log_normal": Mixer(
-        _heads(_late("LinearLogNormalAttention"), per_sample=True),
+        _heads(layers.LinearLogNormalAttention, per_sample=True),
         "tokens",
         "2311.13541",
         variants={"as published, by the whole batch": WHOLE_BATCH},
@@ -462,7 +457,7 @@ MIXERS: dict[str, Mixer] = {
     ),
     "super": Mixer(
         lambda at: (
-            _late("ReducedAttention"),
+            layers.ReducedAttention,
             {"num_heads": at.num_heads, "kind": "super", "num_tokens": at.num_tokens},
         ),
         "tokens",
@@ -480,8 +475,8 @@ MIXERS: dict[str, Mixer] = {
         resize=_keep_predictor,
         remark="its predictor, which would learn by a loss of its own, is not trained; the mean is one more key",
     ),
-    "optimised": Mixer(_heads(_late("ReducedAttention"), kind="optimised"), "tokens", REDUCED),
-    "efficient": Mixer(_heads(_late("ReducedAttention"), kind="efficient"), "tokens", REDUCED),
+    "optimised": Mixer(_heads(layers.ReducedAttention, kind="optimised"), "tokens", REDUCED),
+    "efficient": Mixer(_heads(layers.ReducedAttention, kind="efficient"), "tokens", REDUCED),
     "gqa": Mixer(_gqa("gqa"), "tokens", GQA),
     "kdgqa": Mixer(
         _gqa("kdgqa"),
@@ -494,21 +489,21 @@ MIXERS: dict[str, Mixer] = {
     "dgqa_ema": Mixer(_gqa("dgqa_ema"), "tokens", GQA, remark="evaluation depends on what was seen before"),
     "pgqa": Mixer(_gqa("pgqa"), "tokens", GQA, remark="draws noise in evaluation too"),
     "selective": Mixer(
-        _heads(_late("SelectiveSelfAttention"), qkv_bias=True),
+        _heads(layers.SelectiveSelfAttention, qkv_bias=True),
         "tokens",
         "2411.12892",
         start=_reset,
         init="temperatures of 1, but for 1 % of log N",
     ),
     "cog": Mixer(
-        _softmax_at_ends(_late("CogAttention")),
+        _softmax_at_ends(layers.CogAttention),
         "tokens",
         "2411.07176",
         everywhere=False,
         remark="first and last layer are softmax attention",
     ),
     "reversed": Mixer(
-        _heads(_late("ReversedAttention"), controller_bias=4.0),
+        _heads(layers.ReversedAttention, controller_bias=4.0),
         "tokens",
         "2304.03282",
         everywhere=False,
@@ -519,22 +514,25 @@ MIXERS: dict[str, Mixer] = {
         remark="a message travels through the blocks of a stage; the head weighs tokens by it",
     ),
     "polarized_parallel": Mixer(
-        _gate("dw7", "PolarizedSelfAttention", order="parallel"), "map", POLARIZED, remark="gate after dw7"
+        _gate("dw7", layers.PolarizedSelfAttention, order="parallel"), "map", POLARIZED, remark="gate after dw7"
     ),
     "polarized_sequential": Mixer(
-        _gate("dw7", "PolarizedSelfAttention", order="sequential"), "map", POLARIZED, remark="gate after dw7"
+        _gate("dw7", layers.PolarizedSelfAttention, order="sequential"), "map", POLARIZED, remark="gate after dw7"
     ),
     "subspace": Mixer(
-        _gate("dw7", "SubspaceAttention", num_subspaces=4), "map", ULSAM, remark=f"gate after dw7; {BATCH_NORM}"
+        _gate("dw7", layers.SubspaceAttention, num_subspaces=4), "map", ULSAM, remark=f"gate after dw7; {BATCH_NORM}"
     ),
     "softmax_polarized_parallel": Mixer(
-        _gate("softmax", "PolarizedSelfAttention", order="parallel"), "map", POLARIZED, remark="gate after softmax"
+        _gate("softmax", layers.PolarizedSelfAttention, order="parallel"), "map", POLARIZED, remark="gate after softmax"
     ),
     "softmax_polarized_sequential": Mixer(
-        _gate("softmax", "PolarizedSelfAttention", order="sequential"), "map", POLARIZED, remark="gate after softmax"
+        _gate("softmax", layers.PolarizedSelfAttention, order="sequential"),
+        "map",
+        POLARIZED,
+        remark="gate after softmax",
     ),
     "softmax_subspace": Mixer(
-        _gate("softmax", "SubspaceAttention", num_subspaces=4),
+        _gate("softmax", layers.SubspaceAttention, num_subspaces=4),
         "map",
         ULSAM,
         remark=f"gate after softmax; {BATCH_NORM}",
