@@ -8,12 +8,14 @@ from . import focalnet as focalnet
 from . import halonet as halonet
 from . import hornet as hornet
 from . import illama as illama
+from . import isotropic as isotropic
 from . import litv2 as litv2
 from . import mixers as mixers
 from . import moh_vit as moh_vit
 from . import nalaformer as nalaformer
 from . import overlock as overlock
 from . import patnet as patnet
+from . import pyramid as pyramid
 from . import sgformer as sgformer
 from . import skeletons as skeletons
 from . import sparsifiner as sparsifiner

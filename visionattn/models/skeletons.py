@@ -1,28 +1,25 @@
-"""Two networks in which everything but the token mixer is fixed, so that mixers can be compared.
+"""What networks share in which everything but the token mixer is fixed, so that mixers can be compared.
 
-A design of this project: no figure of it is published. The mixers are those of `mixers.py`.
+A design of this project: no figure of it is published. The mixers are those of `mixers`, the networks those of
+`isotropic.py` and `pyramid.py`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from timm.layers import LayerNorm2d, PatchEmbed, calculate_drop_path_rates, to_2tuple
 from torch import Tensor, nn
 
-from ..backbone import Hierarchical, Isotropic, Stage
 from ..backbone.mechanics import Mechanics
 from ..errors import UnknownArgumentError, VisionattnError, one_line
 from ..layers import ConvPosEnc
 from ..layers.block import Block
 from ..layers.init import init_weights
-from ..layers.patch import PatchStem
 from ..layers.pointwise import Mlp
 from ..layers.position import grid_of
-from ..registry import Family, Variant, find, register_family
+from ..registry import find
 from .mixers import MIXERS, Place, find_mixer, mix
 
 LAYER_NORM = partial(nn.LayerNorm, eps=1e-6)
@@ -128,38 +125,8 @@ class WeighingNorm2d(WeighingNorm):
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
-class Downsample(nn.Module):
-    """LayerNorm and a convolution of 2 x 2 patches, zero-padded at the bottom and right: to half the size.
-
-    Args:
-        dim: channels of the input.
-        out_dim: channels of the output.
-
-    Shape:
-        (B, C, H, W) to (B, C', ceil(H / 2), ceil(W / 2)).
-    """
-
-    def __init__(self, dim: int, out_dim: int, device=None, dtype=None) -> None:
-        super().__init__()
-        self.norm = LayerNorm2d(dim, eps=1e-6, device=device, dtype=dtype)
-        self.proj = nn.Conv2d(dim, out_dim, 2, 2, device=device, dtype=dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.proj(F.pad(self.norm(x), (0, x.shape[3] % 2, 0, x.shape[2] % 2)))
-
-
-class FineStem(PatchStem):
-    """A 3 x 3 convolution and LayerNorm, which keep the size. Arguments as for `PatchStem`."""
-
-    def __init__(self, in_chans: int, dim: int, device=None, dtype=None, **kwargs) -> None:
-        super().__init__(in_chans, dim, **kwargs, device=device, dtype=dtype)
-        self.proj = nn.Conv2d(in_chans, dim, 3, padding=1, device=device, dtype=dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.proj(x))
-
-
-def _init_weights(module: nn.Module) -> None:
+def init_mixers(module: nn.Module) -> None:
+    """Truncated normals for all matrices and kernels, then what a mixer begins with; for `nn.Module.apply`."""
     init_weights(module, nn.Linear | nn.Conv2d)
     if isinstance(module, MixerBlock) and (start := MIXERS[module.mixer_name].start):
         start(module.mixer)
@@ -236,155 +203,8 @@ class Ending:
         return self.__dict__ | {"loss": 0.0}  # tensors of a graph are not to be copied
 
 
-class IsotropicSkeleton(Ending, Skeleton, Isotropic):
-    """Patches of one size, a learned position table, blocks with any mixer, norm, mean, linear head.
-
-    Args:
-        in_chans: channels of the image.
-        num_classes: classes of the head, 0 for none.
-        global_pool: "avg", "max", "avgmax" or "" for none.
-        img_size: image size in pixels that the position table, and mixers with a number of tokens, are made for.
-        patch_size: side of a patch in pixels.
-        embed_dim: channels.
-        depth: blocks.
-        head_dim: channels of an attention head.
-        native_grid: side of the map of patches at which parameters are equal and windows fit, whatever the image size.
-        mixer: one of `visionattn.list_mixers()`.
-        mixer_kwargs: arguments of its layer.
-        mlp_ratio: hidden channels of the MLP per channel; None for what makes a block's parameters equal to those of
-            one with softmax attention and a ratio of 4.
-        drop_rate: dropout rate after the position embedding and before the head.
-        drop_path_rate: stochastic depth rate of the last block; it grows linearly from 0.
-
-    Raises:
-        VisionattnError: if there is no such mixer, or it cannot stand there.
-    """
-
-    def __init__(
-        self,
-        in_chans: int = 3,
-        num_classes: int = 1000,
-        global_pool: str = "avg",
-        img_size: int | tuple[int, int] = 224,
-        patch_size: int = 16,
-        embed_dim: int = 384,
-        depth: int = 12,
-        head_dim: int = 64,
-        native_grid: int = 14,
-        mixer: str = "softmax",
-        mixer_kwargs: dict[str, Any] | None = None,
-        mlp_ratio: float | None = None,
-        drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
-        device=None,
-        dtype=None,
-    ) -> None:
-        dd = {"device": device, "dtype": dtype}
-        grid = tuple(-(-size // patch_size) for size in to_2tuple(img_size))
-        place = Place(_heads(embed_dim, head_dim), grid, native_grid, depth=depth)
-        blocks = []
-        for i, rate in enumerate(calculate_drop_path_rates(drop_path_rate, depth)):
-            here = replace(place, index=i, outermost=i in (0, depth - 1))
-            blocks.append(
-                MixerBlock(embed_dim, mixer, here, mixer_kwargs, mlp_ratio, stride=patch_size, drop_path=rate, **dd)
-            )
-        self.final = find_mixer(mixer).final
-        norm = WeighingNorm if self.final == "weigh" else nn.LayerNorm
-        super().__init__(
-            PatchEmbed(img_size, patch_size, in_chans, embed_dim, strict_img_size=False, **dd), blocks,
-            norm=norm(embed_dim, 1e-6, **dd), embed_dim=embed_dim, patch_size=patch_size, img_size=img_size,
-            pos_embed=True, class_token=None,
-            num_classes=num_classes, in_chans=in_chans, global_pool=global_pool, drop_rate=drop_rate, **dd,
-        )  # fmt: skip
-        self.apply(_init_weights)
-
-
-class MixerStage(Ending, Stage):
-    """A stage of blocks with mixers."""
-
-
-class PyramidSkeleton(Skeleton, Hierarchical):
-    """Four stages of blocks on maps, each with a position convolution: local mixers in the first two, then any mixer.
-
-    Args:
-        in_chans: channels of the image.
-        num_classes: classes of the head, 0 for none.
-        global_pool: pooling before the head.
-        img_size: image size in pixels that mixers with a number of tokens are made for.
-        patch_size: side of a patch of the stem in pixels: 4, or 1 for a 3 x 3 convolution.
-        embed_dims: channels of each stage.
-        depths: blocks of each stage.
-        head_dim: channels of an attention head.
-        native_grid: side of the first stage's map at which parameters are equal and windows fit, whatever the image
-            size.
-        mixer: one of `visionattn.list_mixers()`.
-        mixer_kwargs: arguments of its layer.
-        everywhere: put the mixer in all four stages, if it may stand there.
-        mlp_ratio: hidden channels of the MLP per channel; None for what makes a block's parameters equal to those of
-            one with softmax attention and a ratio of 4.
-        drop_rate: dropout rate before the head.
-        drop_path_rate: stochastic depth rate of the last block; it grows linearly from 0.
-
-    Raises:
-        VisionattnError: if there is no such mixer, or it cannot stand there.
-    """
-
-    def __init__(
-        self,
-        in_chans: int = 3,
-        num_classes: int = 1000,
-        global_pool: str = "avg",
-        img_size: int | tuple[int, int] = 224,
-        patch_size: Literal[1, 4] = 4,
-        embed_dims: Sequence[int] = (64, 128, 320, 512),
-        depths: Sequence[int] = (2, 2, 6, 2),
-        head_dim: int = 32,
-        native_grid: int = 56,
-        mixer: str = "softmax",
-        mixer_kwargs: dict[str, Any] | None = None,
-        everywhere: bool = False,
-        mlp_ratio: float | None = None,
-        drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
-        device=None,
-        dtype=None,
-    ) -> None:
-        dd = {"device": device, "dtype": dtype}
-        if len(embed_dims) != 4 or len(depths) != 4:
-            raise VisionattnError(
-                f"expected embed_dims and depths of 4 stages, got {len(embed_dims)} and {len(depths)}"
-            )
-        if everywhere and not find_mixer(mixer).everywhere:
-            raise VisionattnError(f"mixer {mixer} may fill the last two stages of a pyramid, not all four")
-        first = 0 if everywhere else 2
-        rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
-        stages = []
-        for i, (dim, depth) in enumerate(zip(embed_dims, depths, strict=True)):
-            stride, late = patch_size * 2**i, i >= first
-            grid = tuple(-(-size // stride) for size in to_2tuple(img_size))
-            place = Place(_heads(dim, head_dim), grid, native_grid // 2**i, depth=depth, last_stage=i == 3)
-            blocks = []
-            for j, rate in enumerate(rates[i]):
-                here = replace(place, index=j, outermost=(i, j) in ((first, 0), (3, depth - 1)))
-                name, kwargs = (mixer, mixer_kwargs) if late else ("dw7", None)
-                block = MixerBlock(dim, name, here, kwargs, mlp_ratio, True, stride, drop_path=rate, **dd)
-                blocks.append(block)
-            downsample = Downsample(embed_dims[i - 1], dim, **dd) if i else None
-            stages.append(MixerStage(blocks, dim, downsample=downsample))
-            stages[i].final = find_mixer(name).final
-            if stages[i].final == "weigh" and i < 3:
-                stages[i].final = ""
-        norm = WeighingNorm2d if stages[3].final == "weigh" else LayerNorm2d
-        stem = PatchStem if patch_size == 4 else FineStem
-        super().__init__(
-            stem(in_chans, embed_dims[0], norm_eps=1e-6, **dd), stages, norm=norm(embed_dims[-1], eps=1e-6, **dd),
-            num_classes=num_classes, in_chans=in_chans, global_pool=global_pool, drop_rate=drop_rate,
-            reductions=[patch_size * 2**i for i in range(4)], **dd,
-        )  # fmt: skip
-        self.apply(_init_weights)
-
-
-def _heads(dim: int, head_dim: int) -> int:
+def head_count(dim: int, head_dim: int) -> int:
+    """Heads of that many channels."""
     if head_dim < 1 or dim % head_dim:
         raise VisionattnError(f"expected a head_dim that divides the {dim} channels, got {head_dim}")
     return dim // head_dim
@@ -442,8 +262,8 @@ def mixer_info(name: str, model: str = "isotropic_small", **kwargs: Any) -> Mixe
         (167040, 2088, 'control: local; host of the gates')
     """
     model, _, entry = find(model)
-    if not issubclass(entry.takes, Skeleton):
-        raise VisionattnError(f"expected one of {', '.join(ISOTROPIC | PYRAMID)}, got {model}")
+    if not (isinstance(entry.takes, type) and issubclass(entry.takes, Skeleton)):
+        raise VisionattnError(f"expected a skeleton, isotropic_small or pyramid_small for one, got {model}")
     made = entry.takes(**entry.variant.kwargs | {"mixer": name} | kwargs, device="meta")
     blocks = [module for module in made.modules() if isinstance(module, MixerBlock) and module.mixer_name == name]
     mixer = find_mixer(name)
@@ -467,42 +287,7 @@ def _count(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-SMALL = {"drop_path_rate": 0.1}
-ISOTROPIC = {
-    "isotropic_small": Variant({}, 4.574, recipe=SMALL),
-    "isotropic_xsmall": Variant(
-        {"patch_size": 4, "embed_dim": 96, "depth": 6, "head_dim": 32, "native_grid": 8, "img_size": 32}, 0.04758,
-        img_size=32,
-    ),
-    "test_isotropic": Variant(
-        {"patch_size": 8, "embed_dim": 48, "depth": 4, "head_dim": 8, "native_grid": 4, "img_size": 32}, 0.002063,
-        img_size=32,
-    ),
-}  # fmt: skip
-PYRAMID = {
-    "pyramid_small": Variant({}, 2.632, recipe=SMALL),
-    "pyramid_xsmall": Variant(
-        {
-            "patch_size": 1, "embed_dims": (32, 64, 128, 256), "depths": (1, 1, 4, 1), "native_grid": 32,
-            "img_size": 32,
-        },
-        0.1007, img_size=32,
-    ),
-    "test_pyramid": Variant(
-        {
-            "embed_dims": (16, 32, 48, 64), "depths": (1, 1, 2, 1), "head_dim": 8, "native_grid": 8, "img_size": 32,
-        },
-        0.000869, img_size=32,
-    ),
-}  # fmt: skip
 ORIGIN = "https://github.com/visionattn/visionattn", "apache-2.0"
-VIT = ("An Image is Worth 16x16 Words: Transformers for Image Recognition at Scale", "2010.11929")
-POSITIONS = ("Conditional Positional Encodings for Vision Transformers", "2102.10882")
-
-
-def _short(variants: Mapping[str, Variant]) -> dict[str, str]:
-    return {name.replace("small", "s"): name for name in variants if name.endswith("small")}
-
-
-register_family(Family("isotropic", (VIT,), *ORIGIN), IsotropicSkeleton, ISOTROPIC, _short(ISOTROPIC))
-register_family(Family("pyramid", (POSITIONS,), *ORIGIN), PyramidSkeleton, PYRAMID, _short(PYRAMID))
+"""Of the design, and its licence."""
+RECIPE = {"drop_path_rate": 0.1}
+"""Of the small ones."""

@@ -1,0 +1,124 @@
+"""What a mixer is at a place, what it is called with and handed, and how its tables are resized."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from ... import layers
+from ...layers.agent_attention import resize_axis_tables
+from ...layers.mixer_gate import resize_token_mlps
+from ...layers.reduced_attention import resize_token_mixing
+from ...layers.self_guided_attention import GlobalEnhancedAttention
+from .blocks import BalancedHeads, PluggedIn
+from .entry import Place
+
+
+def heads(layer: Callable[..., nn.Module], **kwargs: Any) -> Callable[[Place], tuple]:
+    """A class that takes the heads of the place, and these arguments."""
+    return lambda at: (layer, {"num_heads": at.num_heads, **kwargs})
+
+
+def gate(host: str, gate: Callable[..., nn.Module], **kwargs: Any) -> Callable[[Place], tuple]:
+    return lambda at: (PluggedIn, {"host": host, "gate": gate, "num_heads": at.num_heads, **kwargs})
+
+
+def softmax_at_ends(layer: Callable[..., nn.Module]) -> Callable[[Place], tuple]:
+    return lambda at: (layers.SelfAttention if at.outermost else layer, {"num_heads": at.num_heads, "qkv_bias": True})
+
+
+def neighborhood(at: Place) -> tuple:
+    kernel = 7 if at.native >= 7 else 3
+    dilation = 2 if at.index % 2 and 2 * kernel <= at.native else 1
+    return layers.NeighborhoodAttention2d, {
+        "num_heads": at.num_heads, "kernel_size": kernel, "dilation": dilation
+    }  # fmt: skip
+
+
+def dual(at: Place) -> tuple:
+    if at.index % 2:
+        return layers.ChannelAttention, {"num_heads": at.num_heads}
+    return layers.WindowAttention2d, {"num_heads": at.num_heads, "window_size": at.window}
+
+
+def guided_pair(at: Place) -> tuple:
+    if at.depth == 1:  # as in the last stage of SG-Former
+        return GlobalEnhancedAttention, {"num_heads": at.num_heads}
+    if at.depth % 2:
+        raise ValueError(f"a pair of blocks cannot fill a stage of {at.depth}")
+    if at.index % 2:
+        return layers.SelfGuidedAttention, {"num_heads": at.num_heads, "sections": ((1 / 2, 2), (1 / 2, 1))}
+    return layers.HybridScaleAttention, {
+        "num_heads": at.num_heads, "sr_ratio": 1 if at.last_stage else 2, "window_size": at.window
+    }  # fmt: skip
+
+
+def call_pair(layer: nn.Module, x: Tensor, grid: tuple[int, int], state: Tensor | None) -> tuple:
+    if isinstance(layer, layers.HybridScaleAttention):
+        found = layer(x)
+        return found[0], found[1]
+    return (layer(x) if state is None else layer(x, state)), None
+
+
+def call_reversed(layer: nn.Module, x: Tensor, grid: tuple[int, int], state: Tensor | None) -> tuple:
+    found = layer(x, state)
+    return found[0], found[1]
+
+
+def call_balanced(layer: BalancedHeads, x: Tensor, grid: tuple[int, int], state: Tensor | None) -> tuple:
+    y = layer(x, grid)
+    if not (layer.training and layer.balance and layer.router.top_k):
+        return y, state
+    loss = layer.balance * layer.router.aux_loss(x)
+    return y, loss if state is None else state + loss
+
+
+def routed(at: Place) -> tuple:
+    shared = 0 if at.num_heads == 1 else max(1, at.num_heads // 3)
+    kept = max(1, 3 * at.num_heads // 4 - shared)
+    return BalancedHeads, {"num_heads": at.num_heads, "shared": shared, "top_k": kept}
+
+
+def zero_controller(layer: nn.Module) -> None:
+    nn.init.zeros_(layer.message_controller.fc2.weight)
+
+
+def keep_predictor(given: dict, own: dict, grid: tuple[int, int], find: Callable) -> dict:
+    fits = all(value.shape == own[key].shape for key, value in given.items())
+    return given if fits else given | {key: value for key, value in own.items() if ".predictor." in key}
+
+
+def resize_axes(given: dict, own: dict, grid: tuple[int, int], find: Callable) -> dict:
+    return resize_axis_tables(given, own)
+
+
+def resize_gate(given: dict, own: dict, grid: tuple[int, int], find: Callable) -> dict:
+    old = find(given["token_mlp.fc1.weight"].shape[1]) if "token_mlp.fc1.weight" in given else None
+    return given if old in (None, grid) else resize_token_mlps(given, old, grid)
+
+
+def resize_alignment(given: dict, own: dict, grid: tuple[int, int], find: Callable) -> dict:
+    old = find(len(given["align.weight"])) if "align.weight" in given else None
+    if old in (None, grid):
+        return given
+    return given | {"align.weight": resize_token_mixing(given["align.weight"], old, grid)}
+
+
+def halo(at: Place) -> tuple:
+    return layers.HaloAttention2d, {
+        "num_heads": at.num_heads, "block_size": 7 if at.window == 7 else 4, "halo_size": 3
+    }  # fmt: skip
+
+
+def gqa(kind: str) -> Callable[[Place], tuple]:
+    def layer(at: Place) -> tuple:
+        if at.num_heads % 2 or (kind != "gqa" and at.num_heads < 6):
+            raise ValueError(f"expected an even num_heads, of 6 or more if kind is not 'gqa', got {at.num_heads}")
+        per_sample = {"per_sample": True} if kind == "kdgqa" else {}
+        return layers.KeyDrivenGQA, {"num_heads": at.num_heads, "kind": kind, "qkv_bias": True, **per_sample}
+
+    return layer
+
+
+def reset(layer: nn.Module) -> None:
+    layer.reset_parameters()
