@@ -142,3 +142,11 @@ def test_mlp():
     z = F.gelu(mlp.fc1(x))
     conv = F.conv2d(z.permute(0, 3, 1, 2), mlp.dwconv.proj.weight, mlp.dwconv.proj.bias, padding=1, groups=10)
     torch.testing.assert_close(mlp(x), mlp.fc2(z + conv.permute(0, 2, 3, 1)), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("kernel", ["norm_aware", "softmax"])
+def test_without_rotary_and_convolution_it_knows_no_positions(kernel):
+    layer, x = NormAwareLinearAttention(16, 2, kernel, lepe=False, rotary=False), torch.randn(1, 16, 4, 5)
+    order = torch.randperm(20)
+    moved = layer(x.flatten(2)[..., order].unflatten(2, (4, 5))).flatten(2)
+    torch.testing.assert_close(moved, layer(x).flatten(2)[..., order])

@@ -53,6 +53,8 @@ class NormAwareLinearAttention(nn.Module):
         dim: channels C.
         num_heads: attention heads; must divide `dim` into multiples of 4.
         kernel: "norm_aware", or "softmax" for softmax attention of the turned queries and keys in its place.
+        lepe: add the convolution of the values.
+        rotary: turn queries and keys.
 
     Raises:
         ValueError: if `num_heads` does not divide `dim` so, or `kernel` is none of these.
@@ -68,7 +70,16 @@ class NormAwareLinearAttention(nn.Module):
 
     last_product = "out_proj"
 
-    def __init__(self, dim: int, num_heads: int, kernel: str = "norm_aware", device=None, dtype=None) -> None:
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        kernel: str = "norm_aware",
+        lepe: bool = True,
+        rotary: bool = True,
+        device=None,
+        dtype=None,
+    ) -> None:
         super().__init__()
         check_heads(dim, num_heads)
         if dim // num_heads % 4:
@@ -76,9 +87,9 @@ class NormAwareLinearAttention(nn.Module):
         if kernel not in KERNELS:
             raise ValueError(f"expected kernel one of {', '.join(KERNELS)}, got {kernel!r}")
         dd = {"device": device, "dtype": dtype}
-        self.num_heads, self.kernel = num_heads, kernel
+        self.num_heads, self.kernel, self.rotary = num_heads, kernel, rotary
         self.qkvg = Pointwise(dim, 4 * dim, **dd)
-        self.lepe = depthwise(dim, 5, **dd)
+        self.lepe = depthwise(dim, 5, **dd) if lepe else None
         self.ln = nn.LayerNorm(dim, **dd)
         self.out_proj = Pointwise(dim, dim, **dd)
 
@@ -93,9 +104,10 @@ class NormAwareLinearAttention(nn.Module):
 
     def merge(self, y: Tensor, qkv: Tensor, gate: Tensor) -> Tensor:
         """What attention returns (B, H, W, C), with the local term of the values and the gate, to (B, C, H, W)."""
-        v = qkv.chunk(3, -1)[2]
-        local = self.lepe(v.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return self.out_proj(self.ln(y + local) * F.silu(gate)).permute(0, 3, 1, 2)
+        if self.lepe is not None:
+            v = qkv.chunk(3, -1)[2]
+            y = y + self.lepe(v.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return self.out_proj(self.ln(y) * F.silu(gate)).permute(0, 3, 1, 2)
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, kernel={self.kernel!r}"
@@ -110,7 +122,7 @@ def turned_heads(layer: NormAwareLinearAttention, qkv: Tensor) -> tuple[Tensor, 
     """
     _, H, W, C = qkv.shape
     head_dim, dtype = C // 3 // layer.num_heads, torch.promote_types(qkv.dtype, torch.float32)
-    table = map_rotary_table(H, W, head_dim, qkv.device, dtype)
+    table = map_rotary_table(H, W, head_dim, qkv.device, dtype) if layer.rotary else ()
     q, k, v = qkv.flatten(1, 2).unflatten(2, (3, layer.num_heads, head_dim)).permute(2, 0, 3, 1, 4)
     if layer.kernel == "softmax":
         return _turn(q, *table), _turn(k, *table), v, None
@@ -123,8 +135,11 @@ def turned_heads(layer: NormAwareLinearAttention, qkv: Tensor) -> tuple[Tensor, 
     return _turn(q, *table), _turn(k, *table), v, z
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`rotate`, in a tenth of its time where complex numbers may be used."""
+def _turn(x: Tensor, *table: Tensor) -> Tensor:
+    """`rotate` by a table, in a tenth of its time where complex numbers may be used; `x` if there is none."""
+    if not table:
+        return x
+    cos, sin = table
     if not is_direct(x, cos, sin):
         return rotate(x, cos, sin)
     pairs = torch.view_as_complex(x.contiguous().unflatten(-1, (-1, 2)))

@@ -45,6 +45,7 @@ MIXERS: dict[str, Mixer] = {
         choices.heads(layers.NormAwareLinearAttention),
         "map",
         "2506.21137",
+        variants={"without positions of its own": {"lepe": False, "rotary": False}},
         remark="brings rotary positions and a 5 x 5 convolution",
     ),
     "mixer_gate": Mixer(
