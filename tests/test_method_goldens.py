@@ -3,6 +3,7 @@
 A golden names its method and arguments in `create`; `input_*` are what it is given, parameters among them, and
 `output_*` what comes of that.
 """
+"""Parity of methods of training and monitoring with what was recorded from published code, or from equations."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,9 @@ from torch import Tensor, nn
 
 from visionattn import probes
 from visionattn.weights import convert_state_dict
+from torch import Tensor
+
+from visionattn.layers import SoftmaxAttention, clipped_softmax
 
 GOLDENS = sorted((Path(__file__).parent / "goldens" / "methods").glob("*.npz"))
 
@@ -76,6 +80,41 @@ METHODS: dict[str, Callable[..., dict[str, Tensor]]] = {
     "lars": lars,
 }
 """By a method's name: what it makes, by the names of a file's outputs, of the inputs of the file and its arguments."""
+def clipped(x: Tensor, cotangent: Tensor, configs: list[dict], dim: int) -> dict[str, Tensor]:
+    found = {}
+    for i, config in enumerate(configs):
+        logits = x.clone().requires_grad_()
+        found[f"{i}"] = clipped_softmax(logits, **config, dim=dim)
+        (found[f"grad_{i}"],) = torch.autograd.grad(found[f"{i}"], logits, cotangent)
+    return found
+
+
+def gated(
+    x: Tensor, dim: int, num_heads: int, gate: str, attn_gate_init: float = 0.5, attn_gate_mlp: bool = False,
+    **given: Tensor,
+) -> dict[str, Tensor]:  # fmt: skip
+    assert gate == "conditional_per_token"
+    layer = SoftmaxAttention(
+        dim, num_heads, True, gate="token_mlp" if attn_gate_mlp else "token", gate_opening=attn_gate_init
+    )
+    names = {"weight": "2_weight", "bias": "2_bias", "hidden_weight": "0_weight", "hidden_bias": "0_bias"}
+    names = names if attn_gate_mlp else {"weight": "weight", "bias": "bias"}
+    parts = {name: [given[f"param_alpha_{h}_{theirs}"] for h in range(num_heads)] for name, theirs in names.items()}
+    state = {}
+    for kind in ("weight", "bias"):
+        state[f"qkv.{kind}"] = torch.cat([given[f"param_{part}_proj_{kind}"] for part in "qkv"])
+        state[f"proj.{kind}"] = given[f"param_out_proj_{kind}"]
+    for name, heads in parts.items():
+        state[f"gate.{name}"] = torch.stack(heads).view(getattr(layer.gate, name).shape)
+    layer.to(x.dtype).load_state_dict(state)
+    return {"y": layer(x), "gate": layer.gate(x)}
+
+
+METHODS: dict[str, Callable[..., dict[str, Tensor]]] = {
+    "clipped_softmax": clipped,
+    "gated_attention": gated,
+}
+"""By the name of a method: what it makes of a file's inputs and options, by the names of the file's outputs."""
 
 
 @pytest.mark.parametrize("path", GOLDENS, ids=lambda path: path.stem)
@@ -94,3 +133,15 @@ def test_parity(path):
         for key, array in expected.items():
             error = np.abs(found[key].numpy() - array).max()
             assert error <= tolerance * np.abs(array).max(), (key, name, error)
+    wanted = {name.removeprefix("output_"): array for name, array in arrays.items() if name.startswith("output_")}
+    for kind, tolerance in meta["tolerance"].items():
+        given = {
+            name.removeprefix("input_"): torch.from_numpy(array).to(getattr(torch, kind))
+            for name, array in arrays.items()
+            if name.startswith("input_")
+        }
+        found = METHODS[meta["create"]["method"]](**given, **meta["create"]["kwargs"])
+        assert found.keys() == wanted.keys()
+        for name, array in found.items():
+            error = np.abs(array.detach().numpy() - wanted[name]).max()
+            assert error <= tolerance * np.abs(wanted[name]).max(), (name, kind, error)

@@ -29,6 +29,7 @@ from .layers import (
     FlowAttention,
     GatedPositionalSelfAttention,
     HaloAttention2d,
+    HeadGate,
     HiLoAttention,
     HybridScaleAttention,
     KeyDrivenGQA,
@@ -90,6 +91,10 @@ def _reduced(module, inputs):
 
 def _temperatures(module, inputs):
     return len(module.on) * inputs[0].shape[1:].numel() * (module.token == "shared")
+def _head_gate(module, inputs):
+    products = 0 if module.kind in ("constant", "token_all") else module.weight.numel()  # of all channels: a linear map
+    hidden = 0 if module.hidden_weight is None else module.hidden_weight.numel()
+    return inputs[0].shape[1] * (products + hidden)
 
 
 def _partial(module, inputs):
@@ -231,6 +236,7 @@ ATTENTION = {
     ReducedAttention: _reduced,
     KeyDrivenGQA: _dense,
     SelectiveSelfAttention: _temperatures,  # besides what it counts as a SelfAttention
+    HeadGate: _head_gate,
     ConnectivityPredictor: _predictor,
     WindowAttention2d: _window,
     ChannelAttention: _channel,

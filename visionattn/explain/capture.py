@@ -127,7 +127,10 @@ def maps_of(model: nn.Module, found: Pass) -> Iterator[list[Map]]:
     last = isinstance(backbone, Isotropic) and backbone.class_token_last
     for name, module, args, kwargs in found.calls:
         grid = kwargs.get("grid") or found.grid  # of tokens in a pyramid the layer alone is told
-        yield [_placed(replace(each, layer=name), grid, last) for each in layer_maps(module, *args, **kwargs)[0]]
+        yield [
+            _placed(replace(each, layer=name, logits=None), grid, last)
+            for each in layer_maps(module, *args, **kwargs)[0]
+        ]
 
 
 def _placed(found: Map, grid: tuple[int, int] | None, last: bool) -> Map:

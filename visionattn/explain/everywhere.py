@@ -41,9 +41,16 @@ from .map import HEAD_GATE, OF_TOKENS, ON_MAP, Explained, Map, merged, on_map
 
 
 def self_attention(layer: SelfAttention, x: Tensor, grid: tuple[int, int] | None = None) -> Explained:
+    """Clipped weights do not sum to 1."""
     q, k, v = layer.heads(x)
-    weights = (q @ k.mT * layer.scale).softmax(-1)
-    return [Map("attention", weights, OF_TOKENS)], layer.merge(weights @ v)
+    logits = q @ k.mT * layer.scale
+    weights = layer.weigh(logits)
+    maps, y = [Map("attention", weights, OF_TOKENS, logits=logits)], weights @ v
+    if layer.gate is not None:
+        gate = layer.gate(x).to(y.dtype)
+        maps.append(Map("gate", gate.squeeze(3).expand(weights.shape[:3]), ("batch", "head", "query")))
+        y = y * gate
+    return maps, layer.merge(y)
 
 
 def reduced_attention(layer: ReducedAttention, x: Tensor, grid: tuple[int, int] | None = None) -> Explained:
@@ -72,9 +79,10 @@ def mixture_of_head_attention(
     layer: MixtureOfHeadAttention, x: Tensor, grid: tuple[int, int] | None = None
 ) -> Explained:
     q, k, v = layer.heads(x)
-    weights, gates = (q @ k.mT * layer.scale).softmax(-1), head_gates(layer.router, x)
+    logits, gates = q @ k.mT * layer.scale, head_gates(layer.router, x)
+    weights = logits.softmax(-1)
     placed = [] if grid is None else [Map("gate", gates.squeeze(3).unflatten(2, tuple(grid)), HEAD_GATE)]
-    return [Map("attention", weights, OF_TOKENS), *placed], layer.merge(weights @ v * gates)
+    return [Map("attention", weights, OF_TOKENS, logits=logits), *placed], layer.merge(weights @ v * gates)
 
 
 def causal_attention(
@@ -89,9 +97,10 @@ def causal_attention(
     if rotary is None:
         rotary = rotary_table(q.shape[2], q.shape[3], q.device, torch.promote_types(q.dtype, torch.float32))
     cos, sin = (rotary.cos(), rotary.sin()) if isinstance(rotary, Tensor) else rotary
-    weights = (rotate(q, cos, sin) @ rotate(k, cos, sin).mT * layer.scale).softmax(-1)
+    logits = rotate(q, cos, sin) @ rotate(k, cos, sin).mT * layer.scale
+    weights = logits.softmax(-1)
     weights = weights.tril() + soft_mask_rate * weights.triu(1)
-    return [Map("attention", weights, OF_TOKENS)], layer.merge(weights @ v)
+    return [Map("attention", weights, OF_TOKENS, logits=logits)], layer.merge(weights @ v)
 
 
 def gated_attention(layer: GatedPositionalSelfAttention, x: Tensor, grid: tuple[int, int] | None = None) -> Explained:
@@ -99,7 +108,8 @@ def gated_attention(layer: GatedPositionalSelfAttention, x: Tensor, grid: tuple[
     H, W = grid or (int(N**0.5),) * 2
     q, k = split_heads(layer.qk(x), layer.num_heads, 2)
     (v,) = split_heads(layer.v(x), layer.num_heads, 1)
-    content = (q @ k.mT * layer.scale).softmax(-1)
+    logits = q @ k.mT * layer.scale
+    content = logits.softmax(-1)
     place = torch.arange(N, device=x.device)
     dx, dy = (p - p[:, None] for p in (place % W, place // W))
     offsets = torch.stack([dx, dy, dx**2 + dy**2], -1).to(layer.pos_proj.weight.dtype)
@@ -107,9 +117,13 @@ def gated_attention(layer: GatedPositionalSelfAttention, x: Tensor, grid: tuple[
     gate = layer.gating_param.sigmoid()
     weights = (1 - gate[:, None, None]) * content + gate[:, None, None] * position
     out = (weights @ v).transpose(1, 2).reshape(B, N, C)
-    maps = {"attention": weights, "content": content, "position": position}
-    gates = Map("gate", gate, ("head",))
-    return [*(Map(kind, each, OF_TOKENS) for kind, each in maps.items()), gates], layer.proj_drop(layer.proj(out))
+    maps = [
+        Map("attention", weights, OF_TOKENS),
+        Map("content", content, OF_TOKENS, logits=logits),
+        Map("position", position, OF_TOKENS),
+        Map("gate", gate, ("head",)),
+    ]
+    return maps, layer.proj_drop(layer.proj(out))
 
 
 def sparse_attention(
@@ -126,11 +140,13 @@ def sparse_attention(
     mask = torch.ones_like(logits, dtype=torch.bool)
     if predictor.attn_keep_rate < 1 or not predictor.attn_score_topk:
         mask[:, :, 1:] = predictor(q, k, grid, kept)
-    weights = logits.masked_fill(~mask, -torch.inf).softmax(-1).nan_to_num(0)  # queries without a key have none
+    masked = logits.masked_fill(~mask, -torch.inf)
+    weights = masked.softmax(-1).nan_to_num(0)  # queries without a key have none
     if dropped := predictor.patches(grid) + 1 - num_keys:
         of_class = torch.cat([logits[:, :, :1], logits.new_zeros(*logits.shape[:2], 1, dropped)], -1)
         weights = torch.cat([of_class.softmax(-1)[..., :num_keys], weights[:, :, 1:]], 2)
-    maps = [Map("attention", weights, OF_TOKENS, patches=kept), Map("mask", mask, OF_TOKENS, patches=kept)]
+    attention = Map("attention", weights, OF_TOKENS, patches=kept, logits=masked)
+    maps = [attention, Map("mask", mask, OF_TOKENS, patches=kept)]
     return maps, layer.merge(weights @ v)
 
 
@@ -139,32 +155,38 @@ def partial_self_attention(layer: PartialSelfAttention, x: Tensor) -> Explained:
     (H, W), heads = x.shape[2:], layer.num_heads
     q, k, v = split_heads(layer.qkv(layer.norm(parts[1].permute(0, 2, 3, 1))), heads)
     bias = layer.rpb[:, distance_buckets(H, W, layer.rpe, x.device)]
-    weights = (q @ k.mT * q.shape[3] ** -0.5 + bias).softmax(-1)
+    logits = q @ k.mT * q.shape[3] ** -0.5 + bias
+    weights = logits.softmax(-1)
     out = layer.proj_drop(layer.proj(merged(weights @ v, (H, W)))).permute(0, 3, 1, 2)
-    return [Map("attention", on_map(weights, (H, W), (H, W)), ON_MAP)], torch.cat([layer.conv(parts[0]), out], 1)
+    maps = [Map("attention", on_map(weights, (H, W), (H, W)), ON_MAP, logits=logits)]
+    return maps, torch.cat([layer.conv(parts[0]), out], 1)
 
 
 def norm_aware_attention(layer: NormAwareLinearAttention, x: Tensor) -> Explained:
     """With its linear kernel rows do not sum to 1, and weights may be negative."""
     qkv, gate = layer.project(x)
     q, k, v, z = turned_heads(layer, qkv)
-    weights = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) if z is None else z * (q @ k.mT).sum(0) / v.shape[2]
+    logits = q @ k.mT * q.shape[-1] ** -0.5 if z is None else None
+    weights = z * (q @ k.mT).sum(0) / v.shape[2] if logits is None else logits.softmax(-1)
     size = x.shape[2:]
-    maps = [Map("attention", on_map(weights, size, size), ON_MAP)]
+    maps = [Map("attention", on_map(weights, size, size), ON_MAP, logits=logits)]
     return maps, layer.merge(merged(weights @ v, size).to(x.dtype), qkv, gate)
 
 
 def enhanced_attention(layer: GlobalEnhancedAttention, x: Tensor) -> Explained:
     (q,), (k, v) = split_heads(layer.q(x), layer.num_heads, 1), split_heads(layer.kv(x), layer.num_heads, 2)
-    weights, size = (q @ k.mT * layer.scale).softmax(-1), x.shape[1:3]
-    return [Map("attention", on_map(weights, size, size), ON_MAP)], layer.merge(merged(weights @ v, size), x)
+    logits, size = q @ k.mT * layer.scale, x.shape[1:3]
+    weights = logits.softmax(-1)
+    maps = [Map("attention", on_map(weights, size, size), ON_MAP, logits=logits)]
+    return maps, layer.merge(merged(weights @ v, size), x)
 
 
 def self_guided_attention(layer: SelfGuidedAttention, x: Tensor, significance: Tensor) -> Explained:
     """The positions that a token is merged of share what it is weighed by."""
     (q,) = split_heads(layer.q(x), layer.num_heads, 1)
     k, v = guided_heads(layer, layer.kv(merged_tokens(layer, x, significance)))
-    weights, size = (q @ k.mT * layer.scale).softmax(-1), x.shape[1:3]
+    logits, size = q @ k.mT * layer.scale, x.shape[1:3]
+    weights = logits.softmax(-1)
     order, token, first = significance_order(significance), [], 0  # of each rank, its token
     for (start, end, groups), (_, group) in zip(section_bounds(layer, order.shape[1]), layer.sections, strict=True):
         rank = torch.arange(groups * group - (end - start), groups * group, device=x.device)
@@ -173,7 +195,8 @@ def self_guided_attention(layer: SelfGuidedAttention, x: Tensor, significance: T
     token = torch.cat(token)
     shares = (weights / token.bincount(minlength=first))[..., token]
     values = torch.empty_like(shares).scatter_(3, order[:, None, None].expand_as(shares), shares)
-    return [Map("attention", on_map(values, size, size), ON_MAP)], layer.merge(merged(weights @ v, size), x)
+    maps = [Map("attention", on_map(values, size, size), ON_MAP, logits=logits)]
+    return maps, layer.merge(merged(weights @ v, size), x)
 
 
 def flow_attention(layer: FlowAttention, x: Tensor, grid: tuple[int, int] | None = None) -> Explained:
@@ -195,9 +218,11 @@ def channel_attention(layer: ChannelAttention, x: Tensor) -> Explained:
     parts = split_heads(layer.qkv(x), layer.num_heads)
     first, second, mixed = (parts[i] for i in ROLES[layer.version])
     scale = first.shape[3 if layer.version == 1 else 2] ** -0.5
-    weights = (first.mT @ second * scale).softmax(-1)
+    logits = first.mT @ second * scale
+    weights = logits.softmax(-1)
     out = (mixed @ weights.mT).transpose(1, 2).reshape(x.shape)
-    return [Map("attention", weights, ("batch", "head", "query_channel", "key_channel"))], layer.proj(out)
+    axes = "batch", "head", "query_channel", "key_channel"
+    return [Map("attention", weights, axes, logits=logits)], layer.proj(out)
 
 
 def agent_attention(layer: AgentAttention, x: Tensor, grid: tuple[int, int] | None = None) -> Explained:
@@ -209,8 +234,8 @@ def agent_attention(layer: AgentAttention, x: Tensor, grid: tuple[int, int] | No
     (agents,) = split_heads(pooled(patches[0], layer.agent_shape), heads, 1)
     to_keys, to_agents = layer.biases(H, W)
     scale = q.shape[3] ** -0.5
-    collect = (agents @ k.mT * scale + to_keys).softmax(-1)
-    spread = (q @ agents.mT * scale + to_agents).softmax(-1)
+    logits = {"collect": agents @ k.mT * scale + to_keys, "spread": q @ agents.mT * scale + to_agents}
+    collect, spread = (each.softmax(-1) for each in logits.values())
     local = layer.dwc(patches[2].permute(0, 3, 1, 2)).flatten(2).mT
     out = (spread @ (collect @ v)).transpose(1, 2).flatten(2) + F.pad(local, (0, 0, first, 0))
     weights, axes = spread @ collect, OF_TOKENS
@@ -220,5 +245,8 @@ def agent_attention(layer: AgentAttention, x: Tensor, grid: tuple[int, int] | No
         "collect": on_map(collect[..., first:], layer.agent_shape, (H, W)),
         "spread": on_map(spread[:, :, first:], (H, W), layer.agent_shape),
     }
-    maps = [Map("attention", weights, axes), *(Map(kind, each, ON_MAP) for kind, each in steps.items())]
+    maps = [
+        Map("attention", weights, axes),
+        *(Map(kind, each, ON_MAP, logits=logits[kind]) for kind, each in steps.items()),
+    ]
     return maps, layer.proj(out)

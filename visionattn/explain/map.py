@@ -36,6 +36,8 @@ class Map:
         grid: of tokens: height and width of the map of patches.
         class_token: of tokens: place of the class token, 0 or -1; None if there is none.
         patches: of tokens: (batch, n), which patches are there, where some were pruned; None for all.
+        logits: of softmax attention: what the softmax is of, (batch, head, ..., key), for `monitoring`; those of masked
+            keys are -inf.
     """
 
     kind: str
@@ -48,6 +50,7 @@ class Map:
     grid: tuple[int, int] | None = None
     class_token: int | None = None
     patches: Tensor | None = None
+    logits: Tensor | None = None
 
     @property
     def title(self) -> str:

@@ -62,20 +62,22 @@ def _local(
         if bias is not None:
             bias = bias[..., : logits.shape[-1]].unflatten(1, (q.shape[1], -1))
             logits = logits.masked_fill(~bias, -torch.inf) if bias.dtype == torch.bool else logits + bias
-        found.append(logits.softmax(-1).flatten(2, 3))
+        found.append(logits.flatten(2, 3))
         counted.append((logits[0, 0] > -torch.inf).flatten(0, 1))
         places.append(group.keys[:, None].expand(-1, logits.shape[3], -1).flatten(0, 1))
-    weights, keys = torch.cat(found, 2)[:, :, plan.inverse], torch.cat(places)[plan.inverse]
+    logits, keys = torch.cat(found, 2)[:, :, plan.inverse], torch.cat(places)[plan.inverse]
     counts = torch.cat(counted)[plan.inverse]
     # Tiles share a window: of its keys each query has some.
     order = counts.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, : int(counts.sum(1).max())]
     keys, counts = keys.gather(1, order), counts.gather(1, order)
-    weights = weights.gather(3, order.expand(*weights.shape[:3], -1))
+    logits = logits.gather(3, order.expand(*logits.shape[:3], -1))
+    weights = logits.softmax(-1)
     out = torch.einsum("bhnk,bhnkd->bhnd", weights, v[:, :, keys])
     width = key_grid[1] + 2 * shift if shift else key_grid[1] + plan.padding[1]
     keys = torch.stack([keys // width - shift, keys % width - shift], -1)
     keys = torch.where(counts[..., None], keys, NOWHERE).unflatten(0, size)
-    return Map("attention", weights.unflatten(2, size), IN_WINDOWS, keys=keys, key_grid=key_grid), out
+    weights = weights.unflatten(2, size)
+    return Map("attention", weights, IN_WINDOWS, keys=keys, key_grid=key_grid, logits=logits), out
 
 
 def _in_windows(qkv: Tensor, bias: Tensor | None, heads: int, window: int, scale: float) -> tuple[Map, Tensor]:
@@ -127,8 +129,9 @@ def hilo_attention(layer: HiLoAttention, x: Tensor) -> Explained:
             split_heads(layer.l_q(x), layer.low_heads, 1),
             split_heads(layer.l_kv(pooled), layer.low_heads, 2),
         )
-        weights = (q @ k.mT * layer.scale).softmax(-1)
-        maps.append(Map("attention", on_map(weights, x.shape[1:3], pooled.shape[1:3]), ON_MAP, "low"))
+        logits, sizes = q @ k.mT * layer.scale, (x.shape[1:3], pooled.shape[1:3])
+        weights = logits.softmax(-1)
+        maps.append(Map("attention", on_map(weights, *sizes), ON_MAP, "low", logits=logits))
         outs.append(layer.l_proj(merged(weights @ v, x.shape[1:3])))
     return maps, layer.proj_drop(torch.cat(outs, -1))
 
@@ -137,19 +140,25 @@ def hybrid_scale_attention(layer: HybridScaleAttention, x: Tensor) -> Explained:
     size, heads, w = tuple(x.shape[1:3]), layer.num_heads // 2, layer.window_size
     halves, summary = layer.q(x).chunk(2, -1), layer.summary(x)
     (q,), (k, v) = split_heads(halves[0], heads, 1), split_heads(layer.global_kv(summary), heads, 2)
-    weights = (q @ k.mT * layer.scale).softmax(-1)
-    wide = Map("attention", on_map(weights, size, summary.shape[1:3]), ON_MAP, "global")
+    logits = q @ k.mT * layer.scale
+    weights = logits.softmax(-1)
+    wide = Map("attention", on_map(weights, size, summary.shape[1:3]), ON_MAP, "global", logits=logits)
     out = merged(weights @ v, size)
     (q, k, v), inside = windows_of(torch.cat([halves[1], layer.local_kv(x)], -1), heads, w)
     mask = None if inside is None else inside[:, None, None]
     weights = attention_weights(q, k, layer.scale, mask).to(v.dtype)
     local = of_windows((weights @ v).transpose(1, 2).flatten(2), w, *size)
-    values = of_windows(weights.transpose(1, 2).flatten(2), w, *size).unflatten(3, (heads, -1)).permute(0, 3, 1, 2, 4)
+    logits = q * layer.scale @ k.mT
+    logits = logits if mask is None else logits.masked_fill(~mask, -torch.inf)
+    values, logits = (
+        of_windows(each.transpose(1, 2).flatten(2), w, *size).unflatten(3, (heads, -1)).permute(0, 3, 1, 2, 4)
+        for each in (weights, logits)
+    )
     axes = torch.arange(size[0], device=x.device), torch.arange(size[1], device=x.device)
     row, col = (place[:, None] // w * w + torch.arange(w, device=x.device) for place in axes)
     row, col = torch.where(row < size[0], row, NOWHERE), torch.where(col < size[1], col, NOWHERE)
     keys = torch.stack(torch.broadcast_tensors(row[:, None, :, None], col[None, :, None, :]), -1).flatten(2, 3)
-    near = Map("attention", values, IN_WINDOWS, "local", keys=keys, key_grid=size)
+    near = Map("attention", values, IN_WINDOWS, "local", keys=keys, key_grid=size, logits=logits)
     return [wide, near], layer.merge(torch.cat([out, local], -1), x)
 
 
@@ -169,8 +178,9 @@ def neighborhood_attention(layer: NeighborhoodAttention2d, x: Tensor) -> Explain
 
 def cosine_attention(layer: CosineAttention, x: Tensor) -> Explained:
     (q, k, v, bias), size = layer.attended(layer.qkv(x)), x.shape[1:3]
-    weights = (q @ k.mT + bias).softmax(-1)
-    found = Map("attention", on_map(weights, size, size), ON_MAP)
+    logits = q @ k.mT + bias
+    weights = logits.softmax(-1)
+    found = Map("attention", on_map(weights, size, size), ON_MAP, logits=logits)
     return [found, *_gates_of_heads(layer, x)], layer.merge(weights @ v, x)
 
 
@@ -186,7 +196,8 @@ def aggregated_attention(layer: AggregatedAttention, x: Tensor) -> Explained:
     near_k, near_v = (_neighbours(each, size, K) for each in (unit_vectors(k), v))  # (B, heads, N, K^2, d)
     near = torch.einsum("bhnd,bhnjd->bhnj", query, near_k) + layer.relative_pos_bias_local[:, None]
     far = query @ unit_vectors(pooled_k).mT + layer.position_bias(size, pooled_size, query.dtype)
-    weights = torch.cat([near.masked_fill(~inside, -torch.inf), far], -1).softmax(-1)
+    logits = torch.cat([near.masked_fill(~inside, -torch.inf), far], -1)
+    weights = logits.softmax(-1)
     learned = (unit @ layer.learnable_tokens + layer.learnable_bias) * inside
     y = torch.einsum("bhnj,bhnjd->bhnd", weights[..., : K * K] + learned, near_v) + weights[..., K * K :] @ pooled_v
 
@@ -197,7 +208,7 @@ def aggregated_attention(layer: AggregatedAttention, x: Tensor) -> Explained:
     middles = [(start + end - 1) // 2 for start, end in pools]
     keys = torch.cat([beside, torch.cartesian_prod(*middles).expand(*size, -1, -1)], 2)
     maps = [
-        Map("attention", weights.unflatten(2, size), IN_WINDOWS, keys=keys, key_grid=size),
+        Map("attention", weights.unflatten(2, size), IN_WINDOWS, keys=keys, key_grid=size, logits=logits),
         Map("kernel", learned.unflatten(2, size), IN_WINDOWS, keys=beside, key_grid=size),
     ]
     return [*maps, *_gates_of_heads(layer, x)], layer.merge(y, x)
@@ -241,12 +252,14 @@ def context_mixing(
     biases = layer.biases(size, q.dtype)
     parts = zip(("small", "large"), layer.kernel_sizes, keys, values, biases, strict=True)
     for part, K, k, v, bias in parts:
-        weights = (q.flatten(2, 3) @ k.mT + bias.flatten(1, 2)).softmax(-1)
+        logits = q.flatten(2, 3) @ k.mT + bias.flatten(1, 2)
+        weights = logits.softmax(-1)
         rows, cols = (window_starts(n, K, x.device)[:, None] + torch.arange(K, device=x.device) for n in size)
         rows, cols = (t.expand(*size, K, K) for t in (rows[:, None, :, None], cols[None, :, None, :]))
         places = torch.stack([rows, cols], -1).flatten(2, 3)  # (H, W, K^2, 2)
         seen = v.flatten(2, 3)[:, :, (places[..., 0] * size[1] + places[..., 1]).flatten(0, 1)]
         out = torch.einsum("bgnk,bgnkd->bgdn", weights, seen)
         halves.append(out.flatten(1, 2).unflatten(2, size))
-        maps.append(Map("attention", weights.unflatten(2, size), IN_WINDOWS, part, keys=places, key_grid=size))
+        known = {"keys": places, "key_grid": size, "logits": logits}
+        maps.append(Map("attention", weights.unflatten(2, size), IN_WINDOWS, part, **known))
     return maps, adaptive_pool(torch.cat(halves, 1), tuple(x.shape[2:]))

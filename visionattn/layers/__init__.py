@@ -10,6 +10,7 @@ from .attentive_conv import TokenAttentiveConv2d as TokenAttentiveConv2d
 from .causal_attention import CausalSelfAttention as CausalSelfAttention
 from .channel_attention import ChannelAttention as ChannelAttention
 from .cog_attention import CogAttention as CogAttention
+from .clipping import clipped_softmax as clipped_softmax
 from .context_mixing import ContMix2d as ContMix2d
 from .context_mixing import ContMixBlock as ContMixBlock
 from .conv_position import ConvPosEnc as ConvPosEnc
@@ -20,6 +21,7 @@ from .focal_modulation import FocalModulation as FocalModulation
 from .focal_modulation import TokenFocalModulation as TokenFocalModulation
 from .gated_positional_attention import GatedPositionalSelfAttention as GatedPositionalSelfAttention
 from .halo_attention import HaloAttention2d as HaloAttention2d
+from .head_gate import HeadGate as HeadGate
 from .hilo_attention import HiLoAttention as HiLoAttention
 from .key_driven_gqa import KeyDrivenGQA as KeyDrivenGQA
 from .large_kernel_attention import LargeKernelAttention as LargeKernelAttention
@@ -44,6 +46,7 @@ from .reduced_attention import ReducedAttention as ReducedAttention
 from .reversed_attention import ReversedAttention as ReversedAttention
 from .selective_attention import SelectiveSelfAttention as SelectiveSelfAttention
 from .self_attention import SelfAttention as SelfAttention
+from .self_attention import SoftmaxAttention as SoftmaxAttention
 from .self_guided_attention import HybridScaleAttention as HybridScaleAttention
 from .self_guided_attention import SelfGuidedAttention as SelfGuidedAttention
 from .shifted_window_attention import ShiftedWindowAttention2d as ShiftedWindowAttention2d
