@@ -19,6 +19,7 @@ from visionattn.weights import convert_state_dict
 from torch import Tensor
 
 from visionattn.layers import SoftmaxAttention, clipped_softmax
+from visionattn.monitoring import activation_kurtosis, attention_entropy, entropy_bound
 
 GOLDENS = sorted((Path(__file__).parent / "goldens" / "methods").glob("*.npz"))
 
@@ -110,7 +111,19 @@ def gated(
     return {"y": layer(x), "gate": layer.gate(x)}
 
 
+def entropies(q: Tensor, k: Tensor, scale: float) -> dict[str, Tensor]:
+    found, logits = attention_entropy(q, k, scale), q @ k.mT * scale
+    norms = (logits - logits.mean(-1, keepdim=True)).norm(dim=-1)
+    return {"entropy": found, "mean_per_head": found.mean((0, 2)), "lower_bound": entropy_bound(norms, k.shape[2])}
+
+
+def outliers(x: Tensor, eps: float) -> dict[str, Tensor]:
+    return {"kurtosis": activation_kurtosis(x, eps), "inf_norm": x.abs().amax(-1)}
+
+
 METHODS: dict[str, Callable[..., dict[str, Tensor]]] = {
+    "activation_kurtosis": outliers,
+    "attention_entropy": entropies,
     "clipped_softmax": clipped,
     "gated_attention": gated,
 }

@@ -25,7 +25,7 @@ def clipped_softmax(logits: Tensor, gamma: float, zeta: float, dim: int = -1) ->
     Example:
         >>> import torch
         >>> clipped_softmax(torch.tensor([3.0, 0.0, 0.0, 0.0]), gamma=-0.1, zeta=1.0)
-        tensor([0.8569, 0.0000, 0.0000, 0.0000])
+        tensor([0.8571, 0.0000, 0.0000, 0.0000])
     """
     return ((zeta - gamma) * logits.softmax(dim) + gamma).clamp(0, 1)
 

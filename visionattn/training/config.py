@@ -161,6 +161,11 @@ class TrainConfig(TaskConfig):
     """Updates between loss values sent to the progress bar and the trackers."""
     trackers: tuple[str, ...] = ("tensorboard",)
     """Where metrics are sent besides metrics.csv: any trackers of accelerate, such as tensorboard, wandb, mlflow."""
+    monitor: Literal["none", "attention"] = "none"
+    """What of the model is watched as it trains; attention: entropy and largest logit of every head, and how large and
+    how peaked what its layers return is, for the trackers and metrics.csv."""
+    monitor_every: PositiveInt = 100
+    """Updates between looks at what is watched; the last update of each epoch, which metrics.csv tells of, is one."""
     profile: str = ""
     """Window of updates, such as 10-20, whose trace by torch.profiler is written to the run folder."""
     report: bool = True

@@ -56,6 +56,7 @@ class RunLog:
         self.unit = task.unit.strip()
         self.csv, self.png, self.pictures = folder / "metrics.csv", folder / "curves.png", folder / "predictions"
         self.rows: list[dict[str, Any]] = []
+        self.watched: dict[str, float] = {}
         self.bar: Progress | None = None
         accelerator.project_configuration.logging_dir = str(folder)
         accelerator.init_trackers("visionattn", init_kwargs={"tensorboard": {"purge_step": start * updates}})
@@ -73,6 +74,7 @@ class RunLog:
     def start_epoch(self, epoch: int, update: int) -> None:
         """Begin an epoch at an update."""
         self.epoch, self.first, self.update, self.images, self.speed = epoch, update, update, 0, 0.0
+        self.watched = {}
         self.rows = [row for row in self.rows if int(row["epoch"]) < epoch]  # where a run was rolled back
         self.began = self.told = time.time()
         if self.main and sys.stdout.isatty() and not is_quiet():
@@ -103,8 +105,16 @@ class RunLog:
         elif time.time() - self.told > 10 and not is_quiet():  # a line now and then
             self.told = time.time()
             print(f"epoch {self.epoch + 1}/{self.epochs}  update {self.update}/{self.updates}  {line}", flush=True)
-        step = self.epoch * self.updates + self.update
-        self.accelerator.log({"train/batch_loss": loss, "train/lr": lr}, step=step)
+        self.accelerator.log({"train/batch_loss": loss, "train/lr": lr}, step=self._step())
+
+    def watch(self, figures: dict[str, float]) -> None:
+        """Give the trackers what the monitor found in the last update; metrics.csv has the last ones of an epoch."""
+        self.watched = figures
+        if self.main:
+            self.accelerator.log(figures, step=self._step())
+
+    def _step(self) -> int:
+        return self.epoch * self.updates + self.update
 
     def show(self, epoch: int, picture: Image.Image) -> None:
         """Keep a picture of what the model makes of some images after an epoch, and give it to the trackers."""
@@ -127,6 +137,7 @@ class RunLog:
         row = {"epoch": self.epoch, "train_loss": f"{train_loss:.6f}"}
         row |= {f"val_{name}": f"{value:.6f}" if name == "loss" else f"{value:.4f}" for name, value in metrics.items()}
         row |= {"lr": f"{lr:.6e}", "seconds": f"{seconds:.2f}"}
+        row |= {name: f"{value:.6g}" for name, value in self.watched.items()}
         self.rows.append(row)
         self._write_rows()
         self.accelerator.log(

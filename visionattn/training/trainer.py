@@ -4,6 +4,7 @@ import math
 import os
 import warnings
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
@@ -19,6 +20,7 @@ from ..backbone import Mechanics
 from ..data.loader import Batch, Stream, choose_workers, derive_seed, read_batches
 from ..errors import VisionattnError
 from ..layers.product import get_pointwise, set_pointwise
+from ..monitoring import AttentionMonitor
 from ..tasks import make_task
 from ..weights.files import write_file
 from .build import check_resumable, make_loaders, make_model, memory_format
@@ -92,6 +94,7 @@ class Trainer(Kept):
             optimizer.add_param_group({"params": list(self.student.projection.parameters())})
         self.schedule = Schedule(config, optimizer, self.updates)
         self.ema = ModelEmaV3(model, config.ema.decay, use_warmup=config.ema.warmup) if config.ema.decay else None
+        self.monitor = AttentionMonitor(model) if config.monitor == "attention" else None
         if config.compile:
             self.student.compile()
         self.model, self.optimizer = distribute(accelerator, self.student, optimizer, self.ema and self.ema.module)
@@ -153,6 +156,8 @@ class Trainer(Kept):
             self.log.step(self.sampler.images_per_update)
             if (self.update - 1) % config.log_every == 0 or self.update == self.updates:
                 self.log.report(loss, self._lr())
+            if self.monitor and (found := self.monitor.take()):
+                self.log.watch(found)
             if config.save_every and self.update % config.save_every == 0 and self.update < self.updates:
                 self._save_last()
 
@@ -197,7 +202,8 @@ class Trainer(Kept):
             if isinstance(images, Tensor):
                 images = images.to(memory_format=memory_format(config))
             with accelerator.accumulate(self.model):
-                loss = self.loss(self.model, images, targets, update)
+                with self._watching(part):
+                    loss = self.loss(self.model, images, targets, update)
                 accelerator.backward(loss)
             losses.append(loss.detach())
         loss = torch.stack(losses).mean()
@@ -209,6 +215,13 @@ class Trainer(Kept):
         self._step(loss, bool(bad), torch.cat([batch.indices for batch in batches]))
         self.update += 1
         return loss, bool(stop)
+
+    def _watching(self, part: int) -> AbstractContextManager:
+        """Look at the forward pass of a batch, if it is one to be watched."""
+        due = self.update % self.config.monitor_every == 0 or self.update == self.updates - 1
+        if self.monitor is None or part or not due or not self.accelerator.is_main_process:
+            return nullcontext()
+        return self.monitor.watching()
 
     def _seed(self, seed: int) -> None:
         """Seed what the model draws with. torch.manual_seed keeps a stack trace for each device that is not there."""
