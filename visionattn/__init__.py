@@ -10,6 +10,7 @@ from .create import create_detector as create_detector
 from .create import create_model
 from .create import create_segmenter as create_segmenter
 from .layers.product import set_pointwise
+from .layers.spectral import fold, sigma_reparam
 from .models.mixers import list_mixers
 from .models.skeletons import mixer_info
 from .quantize import quantize
@@ -19,6 +20,7 @@ from .swap import replace_attention
 __version__ = "0.1.0"
 __all__ = [
     "create_model",
+    "fold",
     "list_mixers",
     "list_models",
     "mixer_info",
@@ -27,6 +29,7 @@ __all__ = [
     "register_model",
     "replace_attention",
     "set_pointwise",
+    "sigma_reparam",
 ]
 
 

@@ -91,6 +91,8 @@ def _reduced(module, inputs):
 
 def _temperatures(module, inputs):
     return len(module.on) * inputs[0].shape[1:].numel() * (module.token == "shared")
+
+
 def _head_gate(module, inputs):
     products = 0 if module.kind in ("constant", "token_all") else module.weight.numel()  # of all channels: a linear map
     hidden = 0 if module.hidden_weight is None else module.hidden_weight.numel()

@@ -9,8 +9,8 @@ from .attentive_conv import AttentiveConv2d as AttentiveConv2d
 from .attentive_conv import TokenAttentiveConv2d as TokenAttentiveConv2d
 from .causal_attention import CausalSelfAttention as CausalSelfAttention
 from .channel_attention import ChannelAttention as ChannelAttention
-from .cog_attention import CogAttention as CogAttention
 from .clipping import clipped_softmax as clipped_softmax
+from .cog_attention import CogAttention as CogAttention
 from .context_mixing import ContMix2d as ContMix2d
 from .context_mixing import ContMixBlock as ContMixBlock
 from .conv_position import ConvPosEnc as ConvPosEnc

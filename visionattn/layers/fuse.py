@@ -12,15 +12,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
+from .spectral import fold
+
 
 def fuse_modules(model: nn.Module) -> None:
-    """Merge all that can be merged inside `model`, in place; inner modules first.
+    """Merge all that can be merged inside `model`, in place; inner modules first, and before them all that
+    `sigma_reparam` changed.
 
     Args:
         model: a model in eval mode. A module that has several places in it is copied for each, as the norms and scales
             around them may differ.
     """
-    separate(model, set())
+    separate(fold(model), set())
     for module in reversed(list(model.modules())[1:]):
         if isinstance(module, nn.Sequential):
             names = list(module._modules)

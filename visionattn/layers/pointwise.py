@@ -24,10 +24,11 @@ class Pointwise(nn.Linear):
     """
 
     def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.weight, self.bias  # which may be made of others whenever it is asked for
         if not is_direct(x) or is_small(x, self.out_features):
-            return super().forward(x)
-        parameters = (self.weight,) if self.bias is None else (self.weight, self.bias)
-        return product(x, self.weight, self.bias) if is_direct(*parameters) else super().forward(x)
+            return F.linear(x, weight, bias)
+        parameters = (weight,) if bias is None else (weight, bias)
+        return product(x, weight, bias) if is_direct(*parameters) else F.linear(x, weight, bias)
 
 
 class Pointwise2d(Pointwise):

@@ -154,6 +154,7 @@ RULES = (
         Rule((f"schedule.{name}",), lambda c, users=users: c.schedule.name not in users, "to this schedule.name")
         for name, users in SCHEDULES.items()
     ),
+    Rule(("sigma_gamma",), lambda c: not c.sigma_reparam, "without sigma_reparam"),
     Rule(("monitor_every",), lambda c: c.monitor == "none", "without monitor"),
     Rule(("ema.warmup",), lambda c: not c.ema.decay, "without ema.decay"),
     Rule(

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from ..data.images import ImageSet
 from ..data.loader import Stream, TrainSampler, choose_workers, derive_seed, eval_loader, train_loader
 from ..errors import VisionattnError, user_input
+from ..layers.spectral import sigma_reparam
 from ..tasks import make_task
 from ..tasks.task import Task, image_mode
 from ..weights.description import Described, check_made
@@ -41,6 +42,8 @@ def make_model(
         if accelerator.device.type == "cpu":
             raise VisionattnError("sync_bn needs GPUs: torch shares the statistics of batch norms on those only")
         model = convert_sync_batchnorm(model)
+    if config.sigma_reparam:  # on the device, where decompositions are fast
+        sigma_reparam(model.to(accelerator.device), "norm" if config.sigma_gamma == "norm" else 1.0)
     frozen = freeze(model, config.freeze) if config.freeze else []
     if config.grad_checkpointing:
         with user_input(f"grad_checkpointing of {config.model}", AttributeError, AssertionError):

@@ -142,6 +142,11 @@ class TrainConfig(TaskConfig):
     """Sample order, augmentation and initial weights follow from it."""
     sync_bn: bool = False
     """Share the statistics of batch norms between processes."""
+    sigma_reparam: bool = False
+    """Learn the spectral norm of each weight of linear maps and ungrouped convolutions apart from the rest of it, which
+    keeps attention from collapsing at high rates. Checkpoints load into plain models."""
+    sigma_gamma: Literal["norm", "one"] = "norm"
+    """Where sigma_reparam's norms start; norm: at those of the weights that it starts from."""
     grad_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     early_stopping: NonNegativeInt = 0
@@ -250,7 +255,10 @@ class ValidateConfig(TaskConfig):
     probing: ProbingConfig = field(default_factory=ProbingConfig)
 
 
-FIXED = ("task", "model", "head", "pretrained", "checkpoint", "loss.multi_label", "output", "name")
+FIXED = (
+    *("task", "model", "head", "pretrained", "checkpoint", "loss.multi_label", "output", "name"),
+    *("sigma_reparam", "sigma_gamma"),
+)
 """Options of which a run that is resumed can make no other use."""
 
 

@@ -51,6 +51,7 @@ def check_sharding(config: TrainConfig, accelerator: Accelerator) -> None:
         "channels_last": config.channels_last,
         "compile": config.compile,
         "dry_run": config.dry_run,
+        "sigma_reparam": config.sigma_reparam,
         "distill.features": config.distill.model and config.distill.features,
         "optim.clip_mode agc: give norm or value": optim.clip_grad and optim.clip_mode == "agc",
         f"optim.name {optim.name}: give one of {', '.join(OPTIMIZERS)}": optim.name.lower() not in OPTIMIZERS,

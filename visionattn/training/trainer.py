@@ -20,6 +20,7 @@ from ..backbone import Mechanics
 from ..data.loader import Batch, Stream, choose_workers, derive_seed, read_batches
 from ..errors import VisionattnError
 from ..layers.product import get_pointwise, set_pointwise
+from ..layers.spectral import SETTLED, advance
 from ..monitoring import AttentionMonitor
 from ..tasks import make_task
 from ..weights.files import write_file
@@ -194,6 +195,8 @@ class Trainer(Kept):
             self.profiler.step(update)
         self.schedule.step(update)
         self.mechanics.advance(update / self.updates)
+        if config.sigma_reparam:
+            advance(self.bare_model)
         losses = []
         for part, (images, targets, _) in enumerate(batches):
             # What the model draws (drop path, dropout) follows from the step too, so no state of generators is kept.
@@ -262,6 +265,8 @@ class Trainer(Kept):
     def _validate(self) -> dict[str, float]:
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
         images, model = self.val_batches.dataset.images, self.validated_weights().eval()
+        if self.ema and self.config.sigma_reparam:  # averages of singular vectors are none
+            advance(model, SETTLED)
         metrics, gallery = self.task.metrics(images, rank, processes), Gallery(self.task, images.classes)
         # Several processes go on together to the next update, where they stop together.
         held = gathered(model, self.accelerator) if processes > 1 else self.signals.stopping()

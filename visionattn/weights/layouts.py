@@ -16,6 +16,7 @@ from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from ..errors import VisionattnError, printable, told_of
+from ..layers.spectral import folded
 from .files import read_checkpoint
 from .unwrap import flatten, some, unwrap
 
@@ -111,6 +112,8 @@ def _convert(
 ) -> _Conversion:
     """The part of a state dict, and the layout, that fit the model's names best."""
     own = model.state_dict()
+    if not any(key.rpartition(".")[2] == "u" for key in own):  # then it is no model from sigma_reparam
+        state_dict = folded(flatten(state_dict))
     layouts = [[], *getattr(model, "layouts", {}).values()]
     adapt = partial(model.adapt_state_dict, made_for=made_for or {}) if hasattr(model, "adapt_state_dict") else dict
     merge = getattr(model, "merge_state_dict", dict)
