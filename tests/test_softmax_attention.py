@@ -1,10 +1,14 @@
 """Options of softmax attention: weights that reach 0, gates of heads, normalised queries and keys."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+import visionattn
+from visionattn.errors import VisionattnError
 from visionattn.layers import HeadGate, SelfAttention, clipped_softmax
 from visionattn.layers.fuse import fuse_modules
 from visionattn.macs import count_macs
@@ -131,6 +135,16 @@ def test_a_gate_that_follows_nothing_is_merged(rescale):
     layer = made(gate="token")
     fuse_modules(nn.Sequential(layer))
     assert isinstance(layer.gate, HeadGate)
+
+
+def test_in_a_model():
+    options = {"gate": "token", "gate_opening": 0.25, "clip": [-0.02, 1.0]}  # as files have it
+    model = visionattn.create_model("test_agent_deit", agent_layer=0, attn_kwargs=options)
+    gates = [module for module in model.modules() if isinstance(module, HeadGate)]
+    assert len(gates) == 4 and all((gate.bias + math.log(3)).abs().max() < 1e-6 for gate in gates)
+    assert model(torch.randn(1, 3, 32, 32)).isfinite().all()
+    with pytest.raises(VisionattnError, match="gates"):
+        visionattn.create_model("test_agent_deit", agent_layer=0, attn_kwargs={"gates": "token"})
 
 
 @pytest.mark.parametrize("gate, more", [("token", 3 * 16), ("token_mlp", 3 * 16 + 3 * 4), ("token_all", 3 * 4 * 16)])

@@ -57,6 +57,7 @@ class AgentDeiT(Isotropic):
         agent_num: agents, of four parts of the network: a sixth of the blocks, another, three and one.
         agent_shapes: grid of the agents of each part, None for that of `agent_num`.
         agent_layer: number of leading blocks with agents; the others have plain attention. All have agents if -1.
+        attn_kwargs: further arguments of the plain attention, a `SelfAttention`: its `gate`, `clip`, `qk_norm`, ...
         mlp_ratio: hidden channels of the MLP per channel.
         qkv_bias: bias of the query, key and value projections.
         drop_rate: dropout rate of the position embedding and before the head.
@@ -79,6 +80,7 @@ class AgentDeiT(Isotropic):
         agent_num: Sequence[int] = (49, 49, 49, 49),
         agent_shapes: Sequence[tuple[int, int] | None] | None = None,
         agent_layer: int = -1,
+        attn_kwargs: dict[str, Any] | None = None,
         mlp_ratio: float = 4.0,
         qkv_bias: bool = True,
         drop_rate: float = 0.0,
@@ -96,7 +98,7 @@ class AgentDeiT(Isotropic):
                     embed_dim, num_heads, grid, agent_num[part], qkv_bias, True, agent_shape=shapes[part], **dd
                 )
             else:
-                mixer = SelfAttention(embed_dim, num_heads, qkv_bias, **dd)
+                mixer = SelfAttention(embed_dim, num_heads, qkv_bias, **attn_kwargs or {}, **dd)
             mlp = Mlp(embed_dim, int(embed_dim * mlp_ratio), **dd)
             blocks.append(Block(embed_dim, mixer, mlp, norm_layer=norm_layer, drop_path=rate, **dd))
         super().__init__(
