@@ -3,8 +3,10 @@
 import json
 import runpy
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -54,6 +56,8 @@ def test_help_and_misspelt_options(script, name):
         ("scaling", ["SelfAttention", "--sizes", "14"], "two sizes"),
         ("neighborhood_attention", ["--size", "100"], "size of 224 or more"),
         ("dynamic_conv", ["--batch", "0"], "from 1 up"),
+        ("mixers", ["0", "--mixers", "softmacks"], "no mixer is called softmacks"),
+        ("mixers", ["report", "--output", "nowhere"], "holds no results"),
     ],
 )
 def test_requests_that_cannot_be_met(script, name, argv, told):
@@ -88,6 +92,75 @@ def test_scaling(script, tmp_path):
     code, out, err = script("scaling", "WindowAttention2d", "GatedPositionalSelfAttention", *options)
     assert code == 0, err
     assert "WindowAttention2d" in out and (tmp_path / "scaling.png").stat().st_size
+
+
+def test_a_comparison_goes_on_where_it_was_stopped(script, tmp_path, monkeypatch):
+    """It ends with the same bits, and what is finished is not trained again; the page has all of it."""
+    from comparison import training
+
+    monkeypatch.setattr(training, "EXAMPLES", 16)
+    calls = []
+    more = ["--mixers", "softmax", "--data", "digits", "--epochs", "2", "--images", "32", "--batch", "16"]
+    sweep = ["0", *more, "--workers", "0", "--output"]
+    assert script("mixers", *sweep, str(tmp_path / "whole"))[0] == 0
+
+    def stop():
+        calls.append(None)
+        if len(calls) == 4:  # in the second epoch
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "stop_if_alone", stop)
+    broken = tmp_path / "broken"
+    assert script("mixers", *sweep, str(broken))[0] == 130
+    assert not (broken / "results.jsonl").exists() and len(list((broken / "unfinished").iterdir())) == 1
+    for trained in (6, 6):  # the second epoch anew, then nothing
+        assert script("mixers", *sweep, str(broken))[0] == 0
+        assert len(calls) == trained and not list((broken / "unfinished").iterdir())
+    found = [json.loads((tmp_path / name / "results.jsonl").read_text())["found"] for name in ("whole", "broken")]
+    for each in found:
+        del each["seconds"]
+    assert found[0] == found[1]
+    with (broken / "results.jsonl").open("a") as file:
+        file.write('{"what": "run", "ru')  # as a crash of the machine leaves it
+    code, _, err = script("mixers", "report", "--output", str(broken), "--page", str(tmp_path / "page.md"))
+    assert code == 0, err
+    assert f"| {100 * found[0]['accuracy']:.1f} |" in (tmp_path / "page.md").read_text()
+
+
+def test_same_or_different_does_not_leak(monkeypatch):
+    """Neither what the items are, one by one, nor where, tells the answer."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    from comparison.tasks import CANVAS, ITEM, SameOrDifferent, load_items
+
+    task = SameOrDifferent(*load_items("digits"), 4000)
+    pairs = [task.pair(False, 0, 1, i) for i in range(len(task))]
+    items, places, same = (np.array(each) for each in zip(*pairs, strict=True))
+    classes = task.train.labels[items]
+    assert ((classes[:, 0] == classes[:, 1]) == same).all() and same.mean() == 0.5
+    assert ((abs(places[:, 0] - places[:, 1]) >= ITEM).any(1)).all() and places.max() == CANVAS - ITEM
+    for which in (0, 1):
+        shares = [np.bincount(classes[same == s, which]) / 2000 for s in (0, 1)]
+        assert abs(shares[0] - shares[1]).max() < 0.03 and abs(shares[0] - 1 / len(shares[0])).max() < 0.03
+        assert abs(places[same == 1, which].mean(0) - places[same == 0, which].mean(0)).max() < 2
+    again = task.batch(0, 1, [5, 7])[0]
+    assert torch.equal(again[1], task.batch(0, 1, [7])[0][0]) and not torch.equal(again, task.batch(0, 2, [5, 7])[0])
+
+
+def test_a_difference_below_two_deviations_is_a_tie(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    from comparison.report import Found
+    from comparison.training import Row
+
+    def line(mixer, seed, accuracy):
+        run = {"row": asdict(Row("isotropic", mixer)), "tier": "0", "rate": 1.0, "seed": seed}
+        run |= {"epochs": 1, "images": 1, "batch": 1, "data": "digits"}
+        return {"what": "run", "run": run, "found": {"accuracy": accuracy}, "machine": {}}
+
+    softmax = [line("softmax", seed, 0.80 + 0.01 * seed) for seed in (0, 1, 2)]  # 81 +- 1
+    found = Found([*softmax, line("flow", 0, 0.825), line("agent", 0, 0.835), line("halo", 0, 0.785)])
+    each = {row.mixer: found.against(row, Row("isotropic", "softmax"), "0") for row in found.rows}
+    assert each["flow"] == "tie" and each["agent"] == "better" and each["halo"] == "worse"
+    assert found.verdict(Row("isotropic", "agent"), "0") == ""  # which is not known of the other rule
 
 
 def test_memory_is_what_a_step_holds_at_once():

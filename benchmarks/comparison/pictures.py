@@ -1,0 +1,74 @@
+"""The pictures of the comparison."""
+
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING
+
+from .training import DISTANCES
+
+if TYPE_CHECKING:
+    from .report import Found
+
+THICK = {"softmax": "black", "none": "tab:red", "activator": "tab:orange", "dw7": "tab:blue"}
+"""Controls, and their colours."""
+
+
+def _figure(panels: int):
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8 * panels, 6.5), layout="constrained")
+    return figure, figure.subplots(1, panels, squeeze=False)[0]
+
+
+def draw_time(found: "Found", path: Path) -> bool:
+    """Accuracy over the time of an image forward and backward, for each scaffold; whether anything is known of it."""
+    tier = "1a" if any(found.accuracies(row, "1a")[1] for row in found.rows) else "0"
+    points: dict[str, list] = {}
+    for row in found.rows:
+        time, (_, values) = found.milliseconds(row), found.accuracies(row, tier)
+        if time is not None and values:
+            points.setdefault(row.scaffold, []).append((time, fmean(values), row))
+    if not points:
+        return False
+    figure, panels = _figure(len(points))
+    for axes, (scaffold, known) in zip(panels, points.items(), strict=True):
+        for time, accuracy, row in known:
+            color = THICK.get(row.mixer, "0.35")
+            axes.plot(time, accuracy, "o", color=color, markersize=4)
+            style = {"fontsize": 7, "color": color, "xytext": (3, 2), "textcoords": "offset points"}
+            axes.annotate(row.name, (time, accuracy), **style)
+        axes.set(
+            xscale="log", title=f"{scaffold}, tier {tier}, equal parameters", ylabel="accuracy, %",
+            xlabel="ms an image, forward and backward",
+        )  # fmt: skip
+        axes.grid(alpha=0.3, which="both")
+    figure.savefig(path, dpi=110)
+    return True
+
+
+def draw_distance(found: "Found", path: Path) -> bool:
+    """Accuracy over the distance of the two items, for each scaffold; whether anything is known of it."""
+    lines: dict[str, list] = {}
+    for row in found.rows:
+        runs = [x for same in found.of(row, "1b").values() for x in same if "by_distance" in x]
+        if runs:
+            means = [100 * fmean(values) for values in zip(*(x["by_distance"] for x in runs), strict=True)]
+            lines.setdefault(row.scaffold, []).append((row, means))
+    if not lines:
+        return False
+    from matplotlib import colormaps
+
+    figure, panels = _figure(len(lines))
+    middles = [(low + high) / 2 for low, high in zip(DISTANCES, DISTANCES[1:], strict=False)]
+    for axes, (scaffold, known) in zip(panels, lines.items(), strict=True):
+        for i, (row, means) in enumerate(known):
+            thick = not row.variant and row.mixer in THICK
+            color = THICK[row.mixer] if thick else colormaps["tab20"](i % 20)
+            style = {"linewidth": 2.5 if thick else 1, "linestyle": ("-", "--", ":")[i // 20 % 3] if not thick else "-"}
+            axes.plot(middles, means, marker="o", markersize=3, color=color, label=row.name, **style)
+        axes.axhline(50, color="0.6", linewidth=0.8)
+        axes.set(title=f"{scaffold}, same or different", xlabel="pixels between the items", ylabel="accuracy, %")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=6, ncols=2, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(path, dpi=110)
+    return True
