@@ -33,7 +33,7 @@ from common import Parser
 from comparison.measuring import speed
 from comparison.report import CONTROLS, Results, write
 from comparison.tasks import DEBIAN
-from comparison.training import REFERENCE_RATE, Row, Run, file_of, train
+from comparison.training import REFERENCE_RATES, Row, Run, file_of, train
 
 from visionattn.errors import VisionattnError, one_line, require, run
 from visionattn.measure import add_machine, machine, positive, start
@@ -49,21 +49,23 @@ class Tier:
     Args:
         epochs: of training.
         images: of an epoch.
+        batch: images of an update.
         rates: factors on the reference learning rate.
         seeds: of initialisation and order.
     """
 
     epochs: int
     images: int
+    batch: int = 64
     rates: tuple[float, ...] = (1.0,)
     seeds: tuple[int, ...] = (0,)
 
 
 TIERS = {
     "0": Tier(15, 10_000),
-    "1a": Tier(60, 60_000, (0.5, 1.0, 2.0), (0, 1, 2)),
-    "1b": Tier(20, 10_000),
-    "2": Tier(100, 1_281_167),
+    "1a": Tier(60, 60_000, rates=(0.5, 1.0, 2.0), seeds=(0, 1, 2)),
+    "1b": Tier(10, 10_000, 32),
+    "2": Tier(100, 1_281_167, 1024),
 }
 
 
@@ -154,7 +156,7 @@ def measure(rows: Sequence[Row], args: Namespace) -> None:
 def show_imagenet(rows: Sequence[Row], args: Namespace) -> None:
     """Print what trains rows on ImageNet: 8 processes, 1024 images an update."""
     for row, rate, seed in product(rows, args.rates, args.seeds):
-        peak = rate * 1024 * REFERENCE_RATE
+        peak = rate * 1024 * REFERENCE_RATES[args.what]
         options = [
             *("--config", "configs/bases/imagenet.yaml", "--model", f"{row.scaffold}_small"),
             *("--model_kwargs.mixer", row.mixer, "--model_kwargs.drop_path_rate", "0.1"),
@@ -182,7 +184,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--seeds", nargs="+", type=int, help="of initialisation and order; of the tier if not given")
     parser.add_argument("--epochs", type=positive, help="of the tier if not given")
     parser.add_argument("--images", type=positive, help="of an epoch; of the tier if not given")
-    parser.add_argument("--batch", type=positive, default=64, help="images of an update")
+    parser.add_argument("--batch", type=positive, help="images of an update; of the tier if not given")
     parser.add_argument(
         "--head-dim", type=positive, default=16, help="channels of an attention head; 16 lets GQA enter"
     )

@@ -130,12 +130,14 @@ def test_a_comparison_goes_on_where_it_was_stopped(script, tmp_path, monkeypatch
 def test_same_or_different_does_not_leak(monkeypatch):
     """Neither what the items are, one by one, nor where, tells the answer."""
     monkeypatch.syspath_prepend(str(FOLDER))
-    from comparison.tasks import CANVAS, ITEM, SameOrDifferent, load_items
+    from comparison.tasks import CANVAS, CLASSES, ITEM, SameOrDifferent, load_items
 
-    task = SameOrDifferent(*load_items("digits"), 4000)
+    train, test = load_items("digits")
+    task = SameOrDifferent(train, test, 4000, epochs=1)
     pairs = [task.pair(False, 0, 1, i) for i in range(len(task))]
-    items, places, same = (np.array(each) for each in zip(*pairs, strict=True))
-    classes = task.train.labels[items]
+    items, classes, places = (np.array(each) for each in zip(*pairs, strict=True))
+    same = task.batch(0, 1, range(len(task)))[1].numpy()
+    assert (np.array(CLASSES)[classes] == train.labels[items]).all()
     assert ((classes[:, 0] == classes[:, 1]) == same).all() and same.mean() == 0.5
     assert ((abs(places[:, 0] - places[:, 1]) >= ITEM).any(1)).all() and places.max() == CANVAS - ITEM
     for which in (0, 1):

@@ -16,6 +16,10 @@ DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 """Where Debian's package dataset-fashion-mnist puts its files."""
 SIDE, CANVAS, ITEM = 32, 64, 16
 """Sides in pixels of an image, of a canvas, and of an item on it."""
+CLASSES = (1, 2, 5, 8, 9)
+"""Of the items on canvases, which are easily told apart: of Fashion-MNIST trousers, pullovers, sandals, bags, boots."""
+ALONE = 0.3
+"""Share of the epochs, the first ones, in which canvases have one item, of which the class is to be told."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,10 @@ class Classify:
     def __len__(self) -> int:
         return self.count
 
+    def outputs(self, epoch: int | None = None) -> slice:
+        """The outputs that answer, in an epoch or in tests."""
+        return slice(None)
+
     def batch(self, seed: int, epoch: int, samples: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Images and labels of samples to train on."""
         pixels = self.train.pixels[samples]
@@ -101,30 +109,37 @@ class SameOrDifferent:
     """Whether two items at random places of a canvas, which do not overlap, are of the same class (1) or not (0).
 
     Both items are of every class equally often and at every place equally often whatever the answer is, so that nothing
-    tells it but the two together. Every epoch has pairs of its own.
+    tells it but the two together. Every epoch has pairs of its own. In the first epochs the first item of each pair is
+    alone, and its class is asked for by outputs of their own: without that it takes much longer until anything is
+    learned.
 
     Args:
         train: items to make pairs of to train on.
         test: items to make pairs of to test on.
         count: pairs of an epoch.
+        epochs: of training.
         test_count: pairs to test on.
     """
 
-    img_size, patch_size, num_classes = CANVAS, 8, 2
+    img_size, patch_size, num_classes = CANVAS, 8, 2 + len(CLASSES)
 
-    def __init__(self, train: Items, test: Items, count: int, test_count: int = 4000) -> None:
-        self.train, self.test, self.count, self.test_count = train, test, count, test_count
-        self.members = [[np.flatnonzero(items.labels == c) for c in np.unique(train.labels)] for items in (train, test)]
-        self.small = [
-            items.pixels.reshape(-1, ITEM, SIDE // ITEM, ITEM, SIDE // ITEM).mean((2, 4)) for items in (train, test)
-        ]
+    def __init__(self, train: Items, test: Items, count: int, epochs: int, test_count: int = 4000) -> None:
+        self.count, self.test_count, self.alone = count, test_count, round(ALONE * epochs)
+        self.scale, both = train, (train, test)
+        self.members = [[np.flatnonzero(items.labels == label) for label in CLASSES] for items in both]
+        shape = (-1, ITEM, SIDE // ITEM, ITEM, SIDE // ITEM)
+        self.small = [items.pixels.reshape(shape).mean((2, 4)) for items in both]
 
     def __len__(self) -> int:
         return self.count
 
+    def outputs(self, epoch: int | None = None) -> slice:
+        """The outputs that answer, in an epoch or in tests."""
+        return slice(2, None) if epoch is not None and epoch < self.alone else slice(2)
+
     def batch(self, seed: int, epoch: int, samples: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Images and answers of samples to train on."""
-        return self._draw([self.pair(False, seed, epoch, int(i)) for i in samples], False)
+        return self._draw([self.pair(False, seed, epoch, int(i)) for i in samples], False, epoch < self.alone)
 
     def tests(self, samples: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Images and answers to test on."""
@@ -132,24 +147,25 @@ class SameOrDifferent:
 
     def distances(self) -> np.ndarray:
         """Pixels between the middles of the two items of every pair to test on."""
-        places = np.array([self.pair(True, 0, 0, i)[1] for i in range(self.test_count)])  # (n, 2, 2)
+        places = np.array([self.pair(True, 0, 0, i)[2] for i in range(self.test_count)])  # (n, 2, 2)
         return np.hypot(*(places[:, 0] - places[:, 1]).T)
 
-    def pair(self, test: bool, seed: int, epoch: int, sample: int) -> tuple[np.ndarray, np.ndarray, int]:
-        """Two items, their (top, left) each, and the answer: a function of seed, epoch and sample."""
+    def pair(self, test: bool, seed: int, epoch: int, sample: int) -> tuple[np.ndarray, ...]:
+        """Two items, their classes, and (top, left) of each: a function of seed, epoch and sample."""
         rng, members = np.random.default_rng((test, seed, epoch, sample)), self.members[test]
-        same = sample % 2
         first = rng.integers(len(members))
-        second = first if same else (first + rng.integers(1, len(members))) % len(members)
-        items = np.array([rng.choice(members[c]) for c in (first, second)])
+        second = first if sample % 2 else (first + rng.integers(1, len(members))) % len(members)
+        items = np.array([rng.choice(members[label]) for label in (first, second)])
         places = rng.integers(CANVAS - ITEM + 1, size=(2, 2))
         while (abs(places[0] - places[1]) < ITEM).all():
             places = rng.integers(CANVAS - ITEM + 1, size=(2, 2))
-        return items, places, same
+        return items, np.array([first, second]), places
 
-    def _draw(self, pairs: list[tuple[np.ndarray, np.ndarray, int]], test: bool) -> tuple[Tensor, Tensor]:
+    def _draw(self, pairs: list[tuple], test: bool, alone: bool = False) -> tuple[Tensor, Tensor]:
         canvas = np.zeros((len(pairs), CANVAS, CANVAS), np.float32)
-        for i, (items, places, _) in enumerate(pairs):
-            for item, (top, left) in zip(items, places, strict=True):
+        for i, (items, _, places) in enumerate(pairs):
+            for item, (top, left) in list(zip(items, places, strict=True))[: 1 if alone else 2]:
                 canvas[i, top : top + ITEM, left : left + ITEM] = self.small[test][item]
-        return self.train.images(canvas), torch.tensor([same for _, _, same in pairs])
+        labels = np.stack([labels for _, labels, _ in pairs])
+        answers = labels[:, 0] if alone else (labels[:, 0] == labels[:, 1]).astype(np.int64)
+        return self.scale.images(canvas), torch.from_numpy(answers)

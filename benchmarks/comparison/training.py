@@ -1,6 +1,7 @@
 """One run of the comparison: a mixer in a scaffold, trained and tested. It goes on where a killed one ended."""
 
 import hashlib
+import itertools
 import json
 import math
 import multiprocessing
@@ -26,8 +27,8 @@ from visionattn.models.mixers import MIXERS
 
 from .tasks import Classify, SameOrDifferent, load_items
 
-REFERENCE_RATE = 1e-3 / 1024
-"""Peak learning rate by images of a batch."""
+REFERENCE_RATES = {"0": 1e-3 / 1024, "1a": 1e-3 / 1024, "1b": 1e-3 / 32, "2": 1e-3 / 1024}
+"""Peak learning rate by images of a batch, of each tier."""
 SCHEDULE = 300
 """Epochs that mixers with a schedule count by, which is stretched to those of the run."""
 DISTANCES = (16, 22, 28, 36, 68)
@@ -112,7 +113,7 @@ class Run:
         """What it is trained on."""
         items = load_items(self.data)
         if self.tier == "1b":
-            return SameOrDifferent(*items, self.images)
+            return SameOrDifferent(*items, self.images, self.epochs)
         return Classify(*items, self.images, augment=self.tier == "1a")
 
     def make(self, task: Classify | SameOrDifferent, scale: float = 1.0) -> nn.Module:
@@ -148,11 +149,12 @@ def train(run: Run, folder: Path, device: torch.device, saved: Callable[[int], N
     torch.manual_seed(derive_seed(run.seed, Stream.MODEL))
     model = run.make(task).to(device)
     groups = param_groups_weight_decay(model, 0.05, model.no_weight_decay())
-    optimizer = torch.optim.AdamW(groups, run.rate * REFERENCE_RATE * run.batch, betas=(0.9, 0.999), fused=True)
+    peak = run.rate * REFERENCE_RATES[run.tier] * run.batch
+    optimizer = torch.optim.AdamW(groups, peak, betas=(0.9, 0.999), fused=True)
     updates = len(task) // run.batch
     total = updates * run.epochs
     schedule = CosineLRScheduler(
-        optimizer, total, lr_min=1e-6 * run.rate * REFERENCE_RATE * run.batch, warmup_t=math.ceil(0.05 * total),
+        optimizer, total, lr_min=1e-6 * peak, warmup_t=math.ceil(0.05 * total),
         warmup_lr_init=0.0, warmup_prefix=False, t_in_epochs=False,
     )  # fmt: skip
     done, losses, seconds = 0, [], 0.0
@@ -173,7 +175,7 @@ def train(run: Run, folder: Path, device: torch.device, saved: Callable[[int], N
             model.advance(SCHEDULE * (epoch + i / updates) / run.epochs)
             images, labels = task.batch(run.seed, epoch, order[i * run.batch : (i + 1) * run.batch])
             schedule.step_update(epoch * updates + i + 1)
-            loss = update(model, optimizer, images.to(device), labels.to(device))
+            loss = update(model, optimizer, images.to(device), labels.to(device), task.outputs(epoch))
             if not math.isfinite(loss):
                 return found | {"diverged": epoch * updates + i, "seconds": seconds + time.process_time() - begin}
             losses.append(loss)
@@ -185,14 +187,15 @@ def train(run: Run, folder: Path, device: torch.device, saved: Callable[[int], N
         saved(epoch)
     window = max(1, total // 20)
     means = [float(np.mean(losses[max(0, end - window) : end])) for end in (max(1, total // 10), total // 2, total)]
+    torch.manual_seed(derive_seed(run.seed, Stream.AUGMENT, run.epochs))
     return found | {"losses": means, "seconds": seconds} | examine(run, task, model.eval(), device)
 
 
-def update(model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor) -> float:
-    """One step of training; its loss."""
+def update(model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor, outputs: slice) -> float:
+    """One step of training; its loss, of these outputs."""
     with torch.autocast(images.device.type, torch.bfloat16, enabled=images.device.type == "cuda"):
         logits = model(images)
-    loss = cross_entropy(logits.float(), labels, label_smoothing=0.1)
+    loss = cross_entropy(logits[:, outputs].float(), labels, label_smoothing=0.1)
     model.training_loss(loss, images, logits).backward()
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
@@ -225,7 +228,7 @@ def right(
         images, labels = task.tests(np.arange(first, min(first + 250, count, task.test_count)))
         if scale != 1:
             images = interpolate(images, scale_factor=scale, mode="bilinear")
-        found.append(model(images.to(device)).argmax(1).cpu() == labels)
+        found.append(model(images.to(device))[:, task.outputs()].argmax(1).cpu() == labels)
     return torch.cat(found).numpy()
 
 
@@ -265,15 +268,13 @@ def entropies(model: nn.Module, images: Tensor) -> list[float]:
     with capture(model) as seen:
         model(images)
     found = []
-    for maps in maps_of(model, seen):
-        for each in maps:
-            p = (
-                each.values.flatten([axis.startswith("key") for axis in each.axes].index(True))
-                if "head" in each.axes and any(axis.startswith("key") for axis in each.axes)
-                else None
-            )
-            if p is not None and each.kind == "attention" and (p >= 0).all() and (p.sum(-1) - 1).abs().max() < 1e-3:
-                found.append(float(torch.special.entr(p).sum(-1).mean()))
+    for each in itertools.chain.from_iterable(maps_of(model, seen)):
+        keys = [i for i, axis in enumerate(each.axes) if axis.startswith("key")]
+        if each.kind != "attention" or not keys:
+            continue
+        weights = each.values.flatten(keys[0])
+        if (weights >= 0).all() and (weights.sum(-1) - 1).abs().max() < 1e-3:
+            found.append(float(torch.special.entr(weights).sum(-1).mean()))
     return found
 
 
@@ -286,11 +287,8 @@ def reach(model: nn.Module, images: Tensor, patch: int) -> float:
         patch: side of a patch in pixels.
     """
     images = images.clone().requires_grad_()
-    features = (
-        model.forward_intermediates(images, indices=[2], intermediates_only=True)[0]
-        if hasattr(model, "stages")
-        else model.forward_intermediates(images, indices=1, intermediates_only=True)[0]
-    )
+    which = [2] if hasattr(model, "stages") else [-1]
+    features = model.forward_intermediates(images, indices=which, intermediates_only=True)[0]
     middle = features.shape[-1] // 2
     features[..., middle, middle].sum().backward()
     energy = images.grad.square().sum((0, 1))
