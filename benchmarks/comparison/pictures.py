@@ -67,7 +67,11 @@ def draw_distance(found: "Found", path: Path) -> bool:
             style = {"linewidth": 2.5 if thick else 1, "linestyle": ("-", "--", ":")[i // 20 % 3] if not thick else "-"}
             axes.plot(middles, means, marker="o", markersize=3, color=color, label=row.name, **style)
         axes.axhline(50, color="0.6", linewidth=0.8)
-        axes.set(title=f"{scaffold}, same or different", xlabel="pixels between the items", ylabel="accuracy, %")
+        axes.set(
+            title=f"{scaffold}, same or different",
+            xlabel="pixels between the middles of the items",
+            ylabel="accuracy, %",
+        )
         axes.grid(alpha=0.3)
         axes.legend(fontsize=6, ncols=2, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=110)

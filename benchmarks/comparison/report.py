@@ -165,7 +165,7 @@ def columns(found: Found, row: Row) -> dict[str, str]:
     diverged = 0
     for tier in ("0", "1a", "1b"):
         for rule, each in (("equal", row), ("MLP 4", four)):
-            head = f"{tier}, {rule}"
+            head = f"tier {tier}, {rule}"
             if (values := found.accuracies(each, tier))[1]:
                 cells[f"{head}: accuracy"] = shown(*values)
                 if len(found.of(each, tier)) > 1:
@@ -174,26 +174,26 @@ def columns(found: Found, row: Row) -> dict[str, str]:
         own = [x for x in found.of(row, tier).get(1.0, []) if "accuracy" in x]
         if own:
             x = own[0]
-            cells[f"{tier}: loss at 10, 50, 100 %"] = ", ".join(f"{loss:.3f}" for loss in x["losses"])
+            cells[f"tier {tier}: loss at 10, 50, 100 %"] = ", ".join(f"{loss:.3f}" for loss in x["losses"])
             if "x2" in x:
                 mark = " (resized)" if mixer.fixed else ""
-                cells[f"{tier}: change at 1.5x, 2x"] = f"{100 * x['x1.5']:+.1f}, {100 * x['x2']:+.1f}{mark}"
+                cells[f"tier {tier}: change at 1.5x, 2x"] = f"{100 * x['x1.5']:+.1f}, {100 * x['x2']:+.1f}{mark}"
             if "by_distance" in x:
                 heads = "-".join(map(str, DISTANCES))
-                cells[f"{tier}: by distance, {heads} px"] = ", ".join(f"{100 * v:.0f}" for v in x["by_distance"])
-            cells[f"{tier}: change in bfloat16"] = f"{100 * x['bfloat16']:+.1f}"
-            cells[f"{tier}: change with the batch"] = f"{x['batch']:.0e}"
+                cells[f"tier {tier}: by distance, {heads} px"] = ", ".join(f"{100 * v:.0f}" for v in x["by_distance"])
+            cells[f"tier {tier}: change in bfloat16"] = f"{100 * x['bfloat16']:+.1f}"
+            cells[f"tier {tier}: change with the batch"] = f"{x['batch']:.0e}"
             if "reach" in x:
-                cells[f"{tier}: gradient beyond 7 x 7"] = f"{x['reach']:.0%}"
+                cells[f"tier {tier}: gradient beyond 7 x 7"] = f"{x['reach']:.0%}"
             if x["entropy"]:
-                cells[f"{tier}: entropy by layer, nats"] = ", ".join(f"{v:.1f}" for v in x["entropy"])
+                cells[f"tier {tier}: entropy by layer, nats"] = ", ".join(f"{v:.1f}" for v in x["entropy"])
         if found.verdict(row, tier):
-            cells[f"{tier}: against softmax"] = found.verdict(row, tier)
+            cells[f"tier {tier}: against softmax"] = found.verdict(row, tier)
         plain, mine = host(row), found.accuracies(row, tier)[1]
         if plain and mine and (theirs := found.accuracies(plain, tier)[1]) and found.milliseconds(row) is not None:
             longer = found.milliseconds(row) - (found.milliseconds(plain) or 0)
             gain = fmean(mine) - fmean(theirs)
-            cells[f"{tier}: gain over the host"] = f"{gain:+.1f} for {longer:+.2f} ms"
+            cells[f"tier {tier}: gain over the host"] = f"{gain:+.1f} for {longer:+.2f} ms"
     special = [mixer.init and f"start: {mixer.init}", mixer.remark, mixer.fixed and "fixed number of tokens"]
     return cells | {"diverged": str(diverged), "remarks": "; ".join(filter(None, special))}
 
