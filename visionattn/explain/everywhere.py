@@ -103,6 +103,11 @@ def causal_attention(
     return [Map("attention", weights, OF_TOKENS, logits=logits)], layer.merge(weights @ v)
 
 
+def soft_causal_attention(layer: CausalSelfAttention, x: Tensor, grid: tuple[int, int] | None = None) -> Explained:
+    """That with the mask that the layer has in evaluation."""
+    return causal_attention(layer, x, soft_mask_rate=layer.soft_mask_rate)
+
+
 def gated_attention(layer: GatedPositionalSelfAttention, x: Tensor, grid: tuple[int, int] | None = None) -> Explained:
     B, N, C = x.shape
     H, W = grid or (int(N**0.5),) * 2

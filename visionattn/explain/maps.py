@@ -56,6 +56,7 @@ from ..layers.self_guided_attention import (
 )
 from ..models.attnet import AttentiveMixer
 from ..models.hornet import GatedConvMixer
+from ..models.mixers import SoftCausalAttention
 from ..models.nalaformer import NormAwareMixer
 from .everywhere import (
     agent_attention,
@@ -71,6 +72,7 @@ from .everywhere import (
     reversed_attention,
     self_attention,
     self_guided_attention,
+    soft_causal_attention,
     sparse_attention,
 )
 from .gating import (
@@ -157,6 +159,7 @@ LAYERS: dict[type[nn.Module], Callable[..., Explained]] = {
     MixtureOfHeadAttention: mixture_of_head_attention,
     AgentAttention: agent_attention,
     CausalSelfAttention: causal_attention,
+    SoftCausalAttention: soft_causal_attention,
     GatedPositionalSelfAttention: gated_attention,
     SparseAttention: sparse_attention,
     PartialSelfAttention: partial_self_attention,
