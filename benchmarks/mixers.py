@@ -33,7 +33,7 @@ from common import Parser
 from comparison.measuring import speed
 from comparison.report import CONTROLS, Results, write
 from comparison.tasks import DEBIAN
-from comparison.training import REFERENCE_RATES, Row, Run, file_of, train
+from comparison.training import REFERENCE_RATES, Row, Run, file_of, settled, train
 
 from visionattn.errors import VisionattnError, one_line, require, run
 from visionattn.measure import add_machine, machine, positive, start
@@ -70,7 +70,8 @@ TIERS = {
 
 
 def rows_of(args: Namespace) -> list[Row]:
-    """The rows that options ask for, controls first, without those that cannot be made, of which a line tells."""
+    """The rows that options ask for, controls first, without those that cannot be made, of which a line tells. One row
+    stands for both rules where they make the same network."""
     names = [name for name in list_mixers() if any(fnmatch.fnmatch(name, p) for p in args.mixers or ["*"])]
     if unknown := [p for p in args.mixers or [] if not fnmatch.filter(list_mixers(), p)]:
         raise VisionattnError(f"no mixer is called {unknown[0]}: there are {', '.join(list_mixers())}")
@@ -81,12 +82,12 @@ def rows_of(args: Namespace) -> list[Row]:
             row = Row(scaffold, name, variant, RULES[rule], args.head_dim)
             try:
                 with torch.device("meta"):
-                    row.make()
+                    row = settled(row)
             except VisionattnError as error:
                 print(f"left out: {scaffold}, {row.name} ({one_line(error)})")
             else:
                 found.append(row)
-    return found
+    return list(dict.fromkeys(found))
 
 
 def work(each: Run, folder: Path, args: Namespace) -> None:

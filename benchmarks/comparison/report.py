@@ -12,7 +12,7 @@ from visionattn.errors import VisionattnError
 from visionattn.models.mixers import MIXERS, Place, PluggedIn
 
 from .pictures import draw_distance, draw_time
-from .training import DISTANCES, Row
+from .training import DISTANCES, Row, settled
 
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
 CONTROLS = ("softmax", "none", "activator", "dw7")
@@ -79,6 +79,7 @@ class Found:
 
     def of(self, row: Row, tier: str) -> dict[float, list[dict]]:
         """What the runs of a row found, by rate; those of the largest budget, if there are several."""
+        row = settled(row)
         lines = [x for x in self.runs.values() if Row(**x["run"]["row"]) == row and x["run"]["tier"] == tier]
         budgets = {(x["run"]["data"] != "digits", x["run"]["epochs"] * x["run"]["images"]) for x in lines}
         found: dict[float, list[dict]] = {}
@@ -146,7 +147,7 @@ def columns(found: Found, row: Row) -> dict[str, str]:
     """Cells of a row by head."""
     mixer, four = MIXERS[row.mixer], replace(row, rule="mlp 4")
     cells = {"scaffold": row.scaffold, "mixer": row.name}
-    speed, other = found.speeds.get(row), found.speeds.get(four)
+    speed, other = found.speeds.get(row), found.speeds.get(settled(four))
     if speed:
         cells["parameters, M (block, total: deviation)"] = (
             f"{speed['parameters'] / 1e6:.3f} ({speed['block_deviation']:+.1%}, {speed['deviation']:+.1%})"
@@ -170,7 +171,8 @@ def columns(found: Found, row: Row) -> dict[str, str]:
                 cells[f"{head}: accuracy"] = shown(*values)
                 if len(found.of(each, tier)) > 1:
                     cells[f"{head}: at the best rate"] = shown(*found.accuracies(each, tier, best=True), told=True)
-            diverged += sum("diverged" in x for same in found.of(each, tier).values() for x in same)
+            if settled(each) == each:
+                diverged += sum("diverged" in x for same in found.of(each, tier).values() for x in same)
         own = [x for x in found.of(row, tier).get(1.0, []) if "accuracy" in x]
         if own:
             x = own[0]

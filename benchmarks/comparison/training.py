@@ -8,7 +8,8 @@ import multiprocessing
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,15 @@ class Row:
             kwargs["mlp_ratio"] = 4.0
         name = f"{self.scaffold}_xsmall"
         return visionattn.create_model(name, mixer=self.mixer, head_dim=self.head_dim, in_chans=1, **kwargs)
+
+
+@cache
+def settled(row: Row) -> Row:
+    """The row, or that of equal parameters where the other rule makes the same network."""
+    equal = replace(row, rule="equal")
+    with torch.device("meta"):
+        sizes = {sum(p.numel() for p in each.make().parameters()) for each in (row, equal)}
+    return equal if len(sizes) == 1 else row
 
 
 @dataclass(frozen=True)
