@@ -56,7 +56,7 @@ from ..layers.self_guided_attention import (
 )
 from ..models.attnet import AttentiveMixer
 from ..models.hornet import GatedConvMixer
-from ..models.mixers import SoftCausalAttention
+from ..models.mixers.blocks import SoftCausalAttention
 from ..models.nalaformer import NormAwareMixer
 from .everywhere import (
     agent_attention,
