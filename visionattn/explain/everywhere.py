@@ -56,9 +56,10 @@ def self_attention(layer: SelfAttention, x: Tensor, grid: tuple[int, int] | None
 def reduced_attention(layer: ReducedAttention, x: Tensor, grid: tuple[int, int] | None = None) -> Explained:
     """The tokens of "super" are mixed first: its weights are the product of both steps, and rows do not sum to 1."""
     q, k, v = layer.heads(x)
-    weights = (q @ k.mT * q.shape[3] ** -0.5).softmax(-1)
+    logits = q @ k.mT * q.shape[3] ** -0.5
+    weights = logits.softmax(-1)
     of_input = weights if layer.align is None else weights @ layer.align.weight
-    return [Map("attention", of_input, OF_TOKENS)], layer.merge(weights @ v)
+    return [Map("attention", of_input, OF_TOKENS, logits=logits)], layer.merge(weights @ v)
 
 
 def reversed_attention(
@@ -72,7 +73,8 @@ def reversed_attention(
     q, k, v = layer.heads(x)
     gate, _ = reversed_gates(layer, x, message)
     weights = (gate * layer.weights(q, k)).mT
-    return [Map("attention", weights, OF_TOKENS)], layer.merge(weights @ v)
+    logits = q @ k.mT * layer.scale  # a row is who a message is spread over
+    return [Map("attention", weights, OF_TOKENS, logits=logits)], layer.merge(weights @ v)
 
 
 def mixture_of_head_attention(

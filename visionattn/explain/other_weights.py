@@ -15,8 +15,10 @@ def cog_attention(
 ) -> Explained:
     """Rows sum to 1 without their signs."""
     q, k, v = layer.heads(x)
-    weights = signed_softmax(q @ k.mT * layer.scale, mask)
-    return [Map("attention", weights, OF_TOKENS)], layer.merge(weights @ v)
+    logits = q @ k.mT * layer.scale
+    weights, size = signed_softmax(logits, mask), logits.abs()
+    size = size if mask is None else size.masked_fill(~mask, -torch.inf)
+    return [Map("attention", weights, OF_TOKENS, logits=size)], layer.merge(weights @ v)
 
 
 def log_normal_attention(layer: LinearLogNormalAttention, x: Tensor, grid: tuple[int, int] | None = None) -> Explained:
@@ -30,8 +32,9 @@ def log_normal_attention(layer: LinearLogNormalAttention, x: Tensor, grid: tuple
     (_, W), (height, width) = layer.blocks(x.shape[1], grid)
     place = torch.arange(x.shape[1], device=x.device)
     block = place // W // height * W + place % W // width
-    near = (q @ k.mT * q.shape[3] ** -0.5).masked_fill(block[:, None] != block, -torch.inf).softmax(-1)
-    maps = [Map("attention", each, OF_TOKENS, part) for each, part in ((weights, "linear"), (near, "blocks"))]
+    logits = (q @ k.mT * q.shape[3] ** -0.5).masked_fill(block[:, None] != block, -torch.inf)
+    near = logits.softmax(-1)
+    maps = [Map("attention", weights, OF_TOKENS, "linear"), Map("attention", near, OF_TOKENS, "blocks", logits=logits)]
     return maps, layer.proj(layer.combine(weights @ v, near @ v).transpose(1, 2).flatten(2))
 
 
@@ -47,5 +50,6 @@ def key_driven_gqa(
         runs = layer.allocation[None] if layer.keeps else torch.full((1, K), h // K, device=x.device)
     owner = owners(runs, h).expand(len(x), -1)
     sample = torch.arange(len(x), device=x.device)[:, None]
-    weights = (q @ k[sample, owner].mT * q.shape[3] ** -0.5).softmax(-1)
-    return [Map("attention", weights, OF_TOKENS)], layer.merge(weights @ v[sample, owner], noise)
+    logits = q @ k[sample, owner].mT * q.shape[3] ** -0.5
+    weights = logits.softmax(-1)
+    return [Map("attention", weights, OF_TOKENS, logits=logits)], layer.merge(weights @ v[sample, owner], noise)
