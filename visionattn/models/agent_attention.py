@@ -58,6 +58,7 @@ class AgentDeiT(Isotropic):
         agent_shapes: grid of the agents of each part, None for that of `agent_num`.
         agent_layer: number of leading blocks with agents; the others have plain attention. All have agents if -1.
         attn_kwargs: further arguments of the plain attention, a `SelfAttention`: its `gate`, `clip`, `qk_norm`, ...
+        norms: have LayerNorms; without them it takes `sigma_reparam` to train.
         mlp_ratio: hidden channels of the MLP per channel.
         qkv_bias: bias of the query, key and value projections.
         drop_rate: dropout rate of the position embedding and before the head.
@@ -81,6 +82,7 @@ class AgentDeiT(Isotropic):
         agent_shapes: Sequence[tuple[int, int] | None] | None = None,
         agent_layer: int = -1,
         attn_kwargs: dict[str, Any] | None = None,
+        norms: bool = True,
         mlp_ratio: float = 4.0,
         qkv_bias: bool = True,
         drop_rate: float = 0.0,
@@ -88,7 +90,7 @@ class AgentDeiT(Isotropic):
         device=None,
         dtype=None,
     ) -> None:
-        dd, norm_layer = {"device": device, "dtype": dtype}, partial(nn.LayerNorm, eps=1e-6)
+        dd, norm_layer = {"device": device, "dtype": dtype}, partial(nn.LayerNorm, eps=1e-6) if norms else nn.Identity
         grid = tuple(-(-length // patch_size) for length in to_2tuple(img_size))
         shapes, blocks = agent_shapes or (None,) * 4, []
         for i, rate in enumerate(calculate_drop_path_rates(drop_path_rate, depth)):
