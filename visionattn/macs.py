@@ -80,10 +80,6 @@ def _dense(module, inputs):
     return 2 * N * N * C
 
 
-def _temperatures(module, inputs):
-    return len(module.on) * inputs[0].shape[1:].numel() * (module.token == "shared")
-
-
 def _reduced(module, inputs):
     N, C = inputs[0].shape[1:]
     return (3 if module.kind == "super" else 2) * N * N * C

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from timm.layers import LayerNorm2d, calculate_drop_path_rates, to_2tuple
 from torch import Tensor, nn
 
-from ..backbone import Hierarchical, Stage
+from ..backbone import Hierarchical, Stage, check_lengths
 from ..errors import VisionattnError
 from ..layers.patch import PatchStem
 from ..registry import Family, Variant, register_family
@@ -98,10 +98,9 @@ class PyramidSkeleton(Skeleton, Hierarchical):
         dtype=None,
     ) -> None:
         dd = {"device": device, "dtype": dtype}
-        if len(embed_dims) != 4 or len(depths) != 4:
-            raise VisionattnError(
-                f"expected embed_dims and depths of 4 stages, got {len(embed_dims)} and {len(depths)}"
-            )
+        check_lengths(embed_dims=embed_dims, depths=depths)
+        if len(depths) != 4:
+            raise VisionattnError(f"expected embed_dims and depths of 4 stages, got {len(depths)}")
         if everywhere and not find_mixer(mixer).everywhere:
             raise VisionattnError(f"mixer {mixer} may fill the last two stages of a pyramid, not all four")
         first = 0 if everywhere else 2
