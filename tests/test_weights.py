@@ -92,6 +92,13 @@ def test_files(van, tmp_path, suffix):
     assert_same(van.state_dict(), before)
 
 
+def test_tensors_of_any_strides_are_written(tmp_path):
+    tensors = {"one": torch.empty_strided((1,), (5,)).fill_(2), "turned": torch.randn(4, 6).t()[1:]}
+    tensors |= {"scalar": torch.tensor(3.0), "none": torch.empty(0, 3), "half": torch.randn(3).bfloat16()}
+    write_checkpoint(tmp_path / "x.safetensors", tensors, {})
+    assert_same(read_checkpoint(tmp_path / "x.safetensors")[0], tensors)
+
+
 @pytest.mark.parametrize("length", [0x4B50, 0x0280])
 def test_a_header_whose_length_looks_like_a_pickle(tmp_path, length):
     """The first bytes of a safetensors file are a number, and those of an archive or a pickle may come up in it."""

@@ -27,7 +27,9 @@ from .layers import (
     PartialChannelAttention,
     PartialSelfAttention,
     PartialSpatialAttention,
+    PolarizedSelfAttention,
     RecursiveGatedConv,
+    SubspaceAttention,
 )
 from .layers.precision import without_autocast
 
@@ -40,6 +42,7 @@ OF_ALL_IMAGES = ("rotary", "mask")
 CHANNELS_FIRST = (
     *(AttentiveConv2d, ContMix2d, HaloAttention2d, LargeKernelAttention, NormAwareLinearAttention, RecursiveGatedConv),
     *(PartialChannelAttention, PartialSelfAttention, PartialSpatialAttention),
+    *(PolarizedSelfAttention, SubspaceAttention),
 )
 """Layers of `explain` on maps (B, C, H, W); channels come last elsewhere."""
 

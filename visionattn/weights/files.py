@@ -146,7 +146,9 @@ def content_hash(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> 
     digest = hashlib.sha256(repr(sorted(metadata.items())).encode())
     for key, value in sorted(tensors.items()):
         digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        value = value.detach().cpu().contiguous()
+        # One value alone is contiguous whatever its stride, which a view as bytes would mind.
+        digest.update(value.as_strided((value.numel(),), (1,)).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
