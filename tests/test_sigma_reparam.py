@@ -1,6 +1,7 @@
 """sigmaReparam: weights whose spectral norm is learned, in training, in checkpoints and folded."""
 
 import copy
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -137,6 +138,23 @@ def test_checkpoints_and_accumulated_batches():
     for key in ("parts", "checkpoints"):
         for name, tensor in found["plain"].items():
             torch.testing.assert_close(found[key][name], tensor, rtol=1e-9, atol=1e-11)
+
+
+def test_models_are_pickled_and_copied():
+    model = sigma_reparam(nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Conv2d(3, 4, 3)), split={"0": 2})
+    for again in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        assert type(again[0]) is type(model[0]) and again.state_dict().keys() == model.state_dict().keys()
+        assert torch.equal(again[0].weight, model[0].weight) and torch.equal(again[2].v, model[2].v)
+        assert type(fold(again)[0]) is nn.Linear
+
+
+@pytest.mark.parametrize("every_forward", [False, True])
+def test_an_iteration_may_come_before_the_backward_pass(every_forward):
+    layer = sigma_reparam(nn.Linear(6, 4), every_forward=every_forward)
+    y = layer(torch.randn(2, 6))
+    advance(layer)
+    (y + layer(torch.randn(2, 6))).sum().backward()
+    assert layer.gamma.grad.isfinite().all()
 
 
 def test_mixed_precision_does_not_round_norms():

@@ -1,7 +1,6 @@
 """Token mixers in the place of attention: what is kept is exact, and what cannot stand is refused."""
 
 import copy
-import inspect
 import logging
 
 import pytest
@@ -18,7 +17,6 @@ from visionattn.swap import ReplacedAttention
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "num_heads": 6, "depth": 2, "num_classes": 5}
 MAPS = {"class_token": False, "global_pool": "avg"}
 X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-HAS_NORMS = "qk_norm" in inspect.signature(layers.SelfAttention).parameters
 
 
 def made(name: str = "vit_tiny_patch16_224", **kwargs) -> nn.Module:
@@ -44,7 +42,7 @@ def told(caplog) -> str:
         ("vit_tiny_patch16_224", {"reg_tokens": 3, "qkv_bias": False, "proj_bias": False}),
         ("vit_tiny_patch16_224", {"init_values": 0.5, **MAPS}),
         ("beit_base_patch16_224", {"use_rel_pos_bias": False}),
-        pytest.param("vit_tiny_patch16_224", {"qk_norm": True}, marks=pytest.mark.skipif(not HAS_NORMS, reason="none")),
+        ("vit_tiny_patch16_224", {"qk_norm": True}),
     ],
 )
 @torch.no_grad()
@@ -131,6 +129,22 @@ def test_one_after_the_other():
     for mixer in ("none", "activator"):  # have no projections to give
         replace_attention(model, mixer)
     assert replace_attention(model, "softmax")(X).shape == expected.shape
+    model = replace_attention(replace_attention(made(**MAPS), "pat_sf"), "softmax")  # of a part of the channels
+    assert model(X).shape == expected.shape
+
+
+def test_attention_in_two_places_is_one_module_still():
+    model = made()
+    model.blocks[1].attn = model.blocks[0].attn
+    replace_attention(model, "flow")
+    assert type(model.blocks[0].attn) is ReplacedAttention and model.blocks[1].attn is model.blocks[0].attn
+
+
+def test_what_is_frozen_stays_so_and_what_is_fresh_learns():
+    model = replace_attention(made().requires_grad_(False), "selective")
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == {
+        f"blocks.{i}.attn.mixer.{name}" for i in (0, 1) for name in ("temp_q", "alpha_q", "temp_v", "alpha_v")
+    }
 
 
 @pytest.mark.parametrize(
@@ -223,5 +237,9 @@ def test_masks_and_unknown_sizes():
         replace_attention(bare, "halo")
     replace_attention(bare, "mixer_gate", num_tokens=9)
     assert bare["blocks"][0]["attn"](torch.randn(1, 9, 48)).shape == (1, 9, 48)
+    with pytest.raises(VisionattnError, match="it takes maps, and the model does not tell the size"):
+        replace_attention(made(dynamic_img_size=True, **MAPS), "halo")
+    with pytest.raises(VisionattnError, match="is called with a map: create the model with another mixer"):
+        replace_attention(visionattn.create_model("test_isotropic", mixer="agent"), "halo", "blocks.*.mixer")
     with pytest.raises(VisionattnError, match="ResNet has no module"):
         replace_attention(timm.create_model("test_resnet"), "flow")

@@ -20,6 +20,7 @@ from . import layers
 from .backbone import Isotropic
 from .errors import VisionattnError, one_line
 from .models.mixers import MIXERS, Mixer, Place, find_mixer, mix
+from .models.skeletons import MixerBlock
 
 _logger = logging.getLogger("visionattn")
 T = TypeVar("T", bound=nn.Module)
@@ -140,14 +141,17 @@ def replace_attention(
     """
     find_mixer(mixer)
     names, made = _matching(model, where), {}
+    modules = {name: model.get_submodule(name) for name in names}
     told: dict[str, dict[str, None]] = {"kept": {}, "fresh": {}, "dropped": {}}
-    for i, name in enumerate(names):
-        made[name], found = _replacement(_look(model, name), mixer, mixer_kwargs, keep_weights, i, len(names))
+    for i, (name, module) in enumerate(modules.items()):
+        if module in made:  # which has several places
+            continue
+        made[module], found = _replacement(_look(model, name), mixer, mixer_kwargs, keep_weights, i, len(names))
         for what, parts in found.items():
             told[what] |= dict.fromkeys(parts)
-    for name, new in made.items():
+    for name, module in modules.items():
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, new)
+        setattr(model.get_submodule(parent), child, made[module])
     text = "; ".join(f"{what} {', '.join(parts) or 'nothing'}" for what, parts in told.items())
     level = logging.WARNING if told["fresh"] or told["dropped"] else logging.INFO
     _logger.log(level, "%s in the place of %d x %s: %s", mixer, len(names), where, text)
@@ -156,7 +160,7 @@ def replace_attention(
 
 def _matching(model: nn.Module, where: str) -> list[str]:
     """Names of the modules that a pattern means."""
-    wanted, modules = where.split("."), dict(model.named_modules())
+    wanted, modules = where.split("."), dict(model.named_modules(remove_duplicate=False))
     names = []
     for name in modules:
         parts = name.split(".")
@@ -224,16 +228,19 @@ def _look(model: nn.Module, name: str) -> _Attention:
     layer = module.mixer if replaced else module
     weights = _read(layer)
     dim = module.dim if replaced else weights["q"][0].shape[1]
-    if "o" in weights and len(weights["o"][0]) != dim:
+    if not replaced and "o" in weights and len(weights["o"][0]) != dim:
         raise VisionattnError(f"{told} makes {len(weights['o'][0])} channels of {dim}; expected as many")
     path = name.split(".")
     around = [model.get_submodule(".".join(path[:i])) for i in reversed(range(len(path)))]  # the nearest first
+    if (block := around[0]) and isinstance(block, MixerBlock) and MIXERS[block.mixer_name].kind != "tokens":
+        raise VisionattnError(f"{told} is called with a map: create the model with another mixer instead")
     owner = next((each for each in around if hasattr(each, "num_prefix_tokens")), model)
     if isinstance(owner, Isotropic):
         grid, tokens = owner.grid_size, int(owner.class_token_at is not None)
         before, behind = (0, tokens) if owner.class_token_last else (tokens, 0)
     else:
-        grid = getattr(getattr(owner, "patch_embed", None), "grid_size", None)
+        one_size = not getattr(owner, "dynamic_img_size", False)
+        grid = getattr(getattr(owner, "patch_embed", None), "grid_size", None) if one_size else None
         before, behind = getattr(owner, "num_prefix_tokens", 0), 0
     positions = [each for each in POSITIONS if isinstance(getattr(owner, each, None), nn.Module)]
     parameter = next(chain(module.parameters(), model.parameters()))
@@ -345,6 +352,7 @@ def _transfer(old: _Attention, new: nn.Module, norms: Sequence[str], keep: bool)
     """Copy what means the same, with these norms, and tell of it."""
     told: dict[str, list[str]] = {"kept": [], "fresh": [], "dropped": []}
     head_dim = old.dim // old.module.num_heads
+    frozen = {part for _, linear, makes in _projections(old.layer) if not linear.weight.requires_grad for part in makes}
     for _, linear, makes in _projections(new):
         rows = linear.out_features // len(makes)
         for i, part in enumerate(makes):
@@ -362,6 +370,8 @@ def _transfer(old: _Attention, new: nn.Module, norms: Sequence[str], keep: bool)
                 told["dropped"].append(f"bias of {PARTS[part]}")
         if makes == "o" and "o" in old.weights and old.weights["o"][1] is None:
             linear.bias = None
+        if frozen.issuperset(makes) and told["kept"][-len(makes) :] == [PARTS[part] for part in makes]:
+            linear.requires_grad_(False)
     for name in norms if keep else ():
         told["kept"].append(name)
         setattr(new, name, copy.deepcopy(getattr(old.layer, name)))

@@ -36,7 +36,9 @@ class Reparametrised:
 
     @property
     def weight(self) -> Tensor:
-        return normalised(self._parameters["weight"], self.gamma, self.u, self.v if self.training else None)
+        # Copies, as the next iteration writes over them, which may come before the backward pass.
+        v = self.v.clone() if self.training else None
+        return normalised(self._parameters["weight"], self.gamma, self.u.clone(), v)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.every_forward and self.training:
@@ -49,6 +51,10 @@ class Reparametrised:
         u, v = iterated(*_float(self._parameters["weight"], self.u, len(self.gamma)))
         self.u.copy_(u.view_as(self.u))
         self.v.copy_(v)
+
+    def __reduce__(self) -> tuple:
+        """By the plain class: this one is made when it is needed, and pickle finds it under no name."""
+        return _blank, (self.plain,), self.__getstate__()
 
     @torch.no_grad()
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -91,6 +97,10 @@ def _class(plain: type[nn.Module]) -> type[nn.Module]:
     return type(f"Sigma{plain.__name__}", (Reparametrised, plain), {"plain": plain, "__module__": plain.__module__})
 
 
+def _blank(plain: type[nn.Module]) -> nn.Module:
+    return _class(plain).__new__(_class(plain))
+
+
 def sigma_reparam(
     model: T,
     gamma: float | Literal["norm"] = "norm",
@@ -115,7 +125,8 @@ def sigma_reparam(
             `{"*.qkv": 3}` for queries, keys and values.
         remove_norms: put identities in place of norms, as the paper does in vision transformers.
         every_forward: have each forward pass in training make an iteration by itself, as the published code does. It is
-            not for gradient checkpointing, which would compute with other vectors the second time.
+            not for gradient checkpointing, which would compute with other vectors the second time, nor for weights that
+            a layer reads without a call of the module that has them: these keep their vectors.
 
     Returns:
         the model.
