@@ -14,7 +14,8 @@ from torch import nn
 import visionattn
 from visionattn.errors import VisionattnError
 from visionattn.explain import attention_maps
-from visionattn.monitoring import AttentionMonitor, attention_entropy, entropy, entropy_bound
+from visionattn.explain.maps import LAYERS
+from visionattn.monitoring import CHANNELS_FIRST, AttentionMonitor, attention_entropy, entropy, entropy_bound
 from visionattn.training.config import parse_train
 from visionattn.training.trainer import Trainer
 
@@ -137,3 +138,10 @@ def test_what_cannot_be_watched():
         parse_train(["--monitor_every", "3"])
     with pytest.raises(VisionattnError, match="nothing to monitor"):
         AttentionMonitor(nn.Linear(2, 2))
+
+
+def test_layers_on_maps_whose_channels_come_first_are_known():
+    """Kurtosis is of channels."""
+    for each in LAYERS:
+        shape = (each.__doc__ or "").partition("Shape:")[2].partition("Example:")[0]
+        assert "(B, C, H, W)" not in shape or each in CHANNELS_FIRST, each

@@ -205,6 +205,7 @@ REFUSED = [
     ("flow", {"num_heads": 3, "embed_dim": 45, "mixer": {"num_heads": 2}}, "45 is not divisible by num_heads 2"),
     ("flow", {"mixer": {"window": 7}}, "unexpected keyword argument 'window'"),
     ("moh", {"mixer": {"balance": 0.1}}, "balance is the weight of a loss"),
+    ("soft_causal", {"mixer": {"soft_mask_epochs": 5}, **MAPS}, "soft_mask_epochs is of a schedule"),
     ("mixer_gate", {"mixer": {"num_tokens": 7}}, None),
     ("flow", {"mixer": {"where": "block.*.attn"}}, r"no module block.\*.attn; did you mean blocks.\*.attn\?"),
     ("flow", {"mixer": {"where": "blocks.*.mlp"}}, "blocks.0.mlp of VisionTransformer is Mlp; expected attention of"),

@@ -307,6 +307,8 @@ def _check(mixer: Mixer, old: _Attention, kwargs: dict[str, Any]) -> None:
         raise ValueError("it hands something on to the next block, which the model does not")
     if kwargs.get("balance"):
         raise ValueError("balance is the weight of a loss, which the model does not add")
+    if kwargs.get("soft_mask_epochs"):
+        raise ValueError("soft_mask_epochs is of a schedule, which the model does not follow")
 
 
 def _parameters(layer: nn.Module) -> set[str]:
