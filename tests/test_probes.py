@@ -118,6 +118,13 @@ def test_neighbours_vote_as_in_scikit_learn(monkeypatch):
             np.testing.assert_allclose(shares, theirs.predict_proba(test), rtol=1e-9)
 
 
+def test_votes_are_finite():
+    x, labels = torch.eye(4), torch.tensor([0, 1, 1, 1])
+    for dtype in (torch.float32, torch.bfloat16):
+        votes = knn_classifier(x.to(dtype), labels, (x[:2] + 0.5).to(dtype), 4, 1e-4, 2)
+        assert votes.isfinite().all() and votes.argmax(1).tolist() == [0, 1]
+
+
 @pytest.mark.parametrize("name", ["test_dinat", "test_convit", "test_illama", "timm/test_vit", "timm/test_convnext"])
 def test_features_are_those_of_the_last_block(name: str):
     make = timm.create_model if name.startswith("timm/") else visionattn.create_model
@@ -271,6 +278,7 @@ def test_the_attention_of_a_probe_is_drawn():
         (["--model", "test_dinot"], "unknown model test_dinot"),
         (["--probe", "forest"], "option probe"),
         (["--probe", "attentive", "--probing.queries", 7], "7 queries x d_out 1 do not divide 128 channels: 4 queries"),
+        (["--probe", "linear", "--probing.batch_size", 1], "two images or more in a batch, got 1 of 16"),
         (["--data.labels", "labels.csv"], "these have several"),
         (["--probing.folder", "images/val/dark/0.png"], "cannot write images/val/dark/0.png"),
     ],

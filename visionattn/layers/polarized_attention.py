@@ -81,7 +81,8 @@ def _gated(layer: PolarizedSelfAttention, x: Tensor) -> Tensor:
         full = x.to(torch.promote_types(x.dtype, torch.float32))
         y = full * channel_gate(layer, full)
         if layer.order == "parallel":
-            y.addcmul_(full, spatial_gate(layer, full))  # in half the time of a sum of gates in channels_last memory
+            # In channels_last memory in half the time of a sum of gates.
+            y = torch.addcmul(y, full, spatial_gate(layer, full))
         else:
             y = y * spatial_gate(layer, y)
     return y.to(x.dtype)

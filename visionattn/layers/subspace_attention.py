@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .direct import is_direct
+
 
 class SubspaceAttention(nn.Module):
     """Adds to every group of channels what one map of softmax weights, over all positions, lets pass of it.
@@ -70,7 +72,7 @@ def spatial_weights(layer: SubspaceAttention, x: Tensor) -> Tensor:
     """A (B, g, N) of a map (B, C, H, W), in float32 at least: in bfloat16 1 + A is 1 where A is below 0.004."""
     scale, shift = layer.conv_dws.weight[:, 0], layer.conv_dws.bias[:, None, None]
     z = F.relu(layer.bn_dws(torch.addcmul(shift, x, scale)))  # a tenth of the time of a convolution
-    if z.is_cpu:  # where pooling takes a sixth of the time
+    if is_direct(z):  # on CPUs, where pooling takes a sixth of the time
         z = z.contiguous(memory_format=torch.channels_last)
     logits = F.relu(layer.bn_point(layer.conv_point(F.max_pool2d(z, 3, 1, 1))))
     return logits.flatten(2).softmax(2, dtype=torch.promote_types(logits.dtype, torch.float32))

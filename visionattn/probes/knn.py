@@ -8,6 +8,8 @@ from torch import Tensor
 
 MOST = 2**24
 """Similarities that are held at once."""
+MOST_EXPONENT = 600.0
+"""Of a vote."""
 
 
 def knn_classifier(
@@ -26,7 +28,7 @@ def knn_classifier(
         num_classes: classes.
 
     Returns:
-        votes (M, num_classes).
+        votes (M, num_classes) in float64; where the largest of an image would be infinite, all of its are smaller.
     """
     return votes(*neighbours(train, test, k), train_labels, temperature, num_classes)
 
@@ -42,7 +44,7 @@ def neighbours(train: Tensor, test: Tensor, k: int) -> tuple[Tensor, Tensor]:
     Returns:
         (M, k) each.
     """
-    train, test = F.normalize(train, dim=1), F.normalize(test, dim=1)
+    train, test = (F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=1) for x in (train, test))
     parts: Iterable[Tensor] = test.split(max(1, MOST // len(train)))
     found = [(part @ train.T).topk(min(k, len(train)), dim=1) for part in parts]
     return torch.cat([each.values for each in found]), torch.cat([each.indices for each in found])
@@ -58,5 +60,7 @@ def votes(cosines: Tensor, nearest: Tensor, labels: Tensor, temperature: float, 
         temperature: of the weight of a vote.
         num_classes: classes.
     """
-    total = cosines.new_zeros(len(cosines), num_classes)
-    return total.scatter_add_(1, labels[nearest], (cosines / temperature).exp())
+    exponents = cosines.double() / temperature
+    exponents = exponents - (exponents.amax(1, keepdim=True) - MOST_EXPONENT).clamp(min=0)  # none is infinite
+    total = exponents.new_zeros(len(cosines), num_classes)
+    return total.scatter_add_(1, labels[nearest], exponents.exp())

@@ -12,6 +12,7 @@ from timm.optim import Lars
 from torch import Tensor, nn
 
 from ..data.loader import Stream, derive_seed
+from ..errors import VisionattnError
 from ..progress import track
 from .features import Stored
 
@@ -105,10 +106,15 @@ def fit(
         lr: peak learning rate for 256 images, to which that of a batch is in proportion.
         batch_size: features of an update; all where there are less.
         seed: of the order.
+
+    Raises:
+        VisionattnError: if there is but one image, or one in a batch.
     """
     device = next(probe.parameters()).device
     count = len(train.labels)
     batch_size = min(batch_size, count)
+    if batch_size < 2:  # of which batch norm makes nothing
+        raise VisionattnError(f"expected two images or more in a batch, got {batch_size} of {count} training images")
     updates, peak = count // batch_size, lr * batch_size / 256
     optimizer, best, weights = lars(probe.parameters(), peak), None, {}
     for epoch in track(range(epochs), "probing", epochs):

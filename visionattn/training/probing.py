@@ -205,7 +205,7 @@ def _nearest(options: ProbingConfig, train: Stored, val: Stored, classes: list[s
     found, grid = [], {}
     for k in counts:
         for temperature in options.temperature:
-            given = votes(cosines[:, :k].double(), nearest[:, :k], train.labels, temperature, len(classes))
+            given = votes(cosines[:, :k], nearest[:, :k], train.labels, temperature, len(classes))
             hits = given.topk(min(5, len(classes))).indices == val.labels[:, None]
             top1, top5 = (100 * each.double().mean().item() for each in (hits[:, 0], hits.any(1)))
             found.append((top1, top5, k, temperature, hits[:, 0].double()))
