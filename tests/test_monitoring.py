@@ -2,6 +2,7 @@
 
 import csv
 import math
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -145,3 +146,13 @@ def test_layers_on_maps_whose_channels_come_first_are_known():
     for each in LAYERS:
         shape = (each.__doc__ or "").partition("Shape:")[2].partition("Example:")[0]
         assert "(B, C, H, W)" not in shape or each in CHANNELS_FIRST, each
+
+
+def test_what_a_layer_draws_is_what_it_would_draw():
+    model = visionattn.create_model("test_isotropic", mixer="pgqa")
+    monitor, x, found = AttentionMonitor(model), torch.randn(2, 3, 32, 32), []
+    for watching in (nullcontext, monitor.watching):
+        torch.manual_seed(0)
+        with watching():
+            found.append(model(x))
+    assert torch.equal(*found)

@@ -24,6 +24,7 @@ from visionattn.probes import (
     frozen_features,
     knn_classifier,
     load_probe,
+    save_probe,
 )
 from visionattn.probes.features import Stored, has_class_token, stored
 from visionattn.probes.protocol import learning_rate
@@ -116,6 +117,26 @@ def test_neighbours_vote_as_in_scikit_learn(monkeypatch):
             assert (votes.argmax(1).numpy() == theirs.fit(train, labels).predict(test)).all()
             shares = (votes / votes.sum(1, keepdim=True)).numpy()
             np.testing.assert_allclose(shares, theirs.predict_proba(test), rtol=1e-9)
+
+
+@pytest.mark.parametrize("probe", [LinearProbe(8, 3), AttentiveProbe(8, 3, num_queries=2)])
+def test_a_probe_is_kept_with_its_norm_or_without(probe, tmp_path: Path):
+    x = torch.randn(4, 8) if type(probe) is LinearProbe else torch.randn(4, 5, 8)
+    expected = probe.eval()(x)
+    for _ in range(2):
+        save_probe(tmp_path / "probe.safetensors", probe, {"classes": ["a"]})
+        again, about = load_probe(tmp_path / "probe.safetensors")
+        torch.testing.assert_close(again(x), expected)
+        assert about == {"classes": ["a"]}
+        probe.fuse()
+
+
+def test_nothing_of_a_backbone_changes_that_allots_its_heads():
+    options = {"mixer": "dgqa_ema", "head_dim": 8}
+    model = visionattn.create_model("test_isotropic", **options).eval()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    frozen_features(model, torch.randn(2, 3, 32, 32))
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
 def test_votes_are_finite():
@@ -243,7 +264,7 @@ def test_three_probes(probed, monkeypatch, capsys):
     record = json.loads(Path("again.json").read_text())
     assert record["per_class"] == {name: {"images": 4, "top1": 100.0} for name in ("dark", "light")}
     assert record["images_per_second"] == 0 and record["loss"] == pytest.approx(float(rows[1]["loss"]))
-    probe, about = load_probe("runs/probes/test_convit-images-attentive.safetensors")
+    probe, about = load_probe("runs/probes/test_convit-random-images-attentive.safetensors")
     assert about["classes"] == ["dark", "light"] and about["features"] == "all" and probe.queries.shape[1] == 4
     assert probe(torch.randn(2, 17, probe.queries.shape[2])).shape == (2, 2)
 

@@ -148,6 +148,16 @@ def test_models_are_pickled_and_copied():
         assert type(fold(again)[0]) is nn.Linear
 
 
+def test_zeros_stay_zeros():
+    layer = nn.Linear(6, 8, bias=False)
+    nn.init.zeros_(layer.weight[:4])
+    expected = layer.weight.clone()
+    layer = sigma_reparam(layer, split={"": 2})
+    torch.testing.assert_close(layer.weight, expected)
+    layer(torch.randn(2, 6)).square().sum().backward()
+    assert layer._parameters["weight"].grad.isfinite().all()
+
+
 @pytest.mark.parametrize("every_forward", [False, True])
 def test_an_iteration_may_come_before_the_backward_pass(every_forward):
     layer = sigma_reparam(nn.Linear(6, 4), every_forward=every_forward)

@@ -240,7 +240,9 @@ def test_masks_and_unknown_sizes():
     assert bare["blocks"][0]["attn"](torch.randn(1, 9, 48)).shape == (1, 9, 48)
     with pytest.raises(VisionattnError, match="it takes maps, and the model does not tell the size"):
         replace_attention(made(dynamic_img_size=True, **MAPS), "halo")
-    with pytest.raises(VisionattnError, match="is called with a map: create the model with another mixer"):
+    with pytest.raises(VisionattnError, match="is called with a map"):
         replace_attention(visionattn.create_model("test_isotropic", mixer="agent"), "halo", "blocks.*.mixer")
+    with pytest.raises(VisionattnError, match="is called with a map"):
+        replace_attention(visionattn.create_model("test_flowformer"), "softmax", "stages.*.blocks.*.mixer")
     with pytest.raises(VisionattnError, match="ResNet has no module"):
         replace_attention(timm.create_model("test_resnet"), "flow")

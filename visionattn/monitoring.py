@@ -184,7 +184,8 @@ class AttentionMonitor:
         few = _part(layer, few)
         maps = []
         if few is not None:
-            with evaluating(layer), without_autocast(output):
+            drawn = [output.device] if output.is_cuda else []  # whatever the layer draws, the model draws what it would
+            with evaluating(layer), without_autocast(output), torch.random.fork_rng(drawn):
                 maps = layer_maps(layer, **few)[0]
         for each in maps:
             if each.logits is None:

@@ -17,7 +17,7 @@ from timm.models import beit, eva, vision_transformer_relpos
 from torch import Tensor, nn
 
 from . import layers
-from .backbone import Isotropic
+from .backbone import Hierarchical, Isotropic
 from .errors import VisionattnError, one_line
 from .models.mixers import MIXERS, Mixer, Place, find_mixer, mix
 from .models.skeletons import MixerBlock
@@ -232,8 +232,9 @@ def _look(model: nn.Module, name: str) -> _Attention:
         raise VisionattnError(f"{told} makes {len(weights['o'][0])} channels of {dim}; expected as many")
     path = name.split(".")
     around = [model.get_submodule(".".join(path[:i])) for i in reversed(range(len(path)))]  # the nearest first
-    if (block := around[0]) and isinstance(block, MixerBlock) and MIXERS[block.mixer_name].kind != "tokens":
-        raise VisionattnError(f"{told} is called with a map: create the model with another mixer instead")
+    of_maps = isinstance(around[0], MixerBlock) and MIXERS[around[0].mixer_name].kind != "tokens"
+    if of_maps or any(isinstance(each, Hierarchical) for each in around):
+        raise VisionattnError(f"{told} is called with a map: tokens are what it could be replaced for")
     owner = next((each for each in around if hasattr(each, "num_prefix_tokens")), model)
     if isinstance(owner, Isotropic):
         grid, tokens = owner.grid_size, int(owner.class_token_at is not None)

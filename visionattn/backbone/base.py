@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from ..errors import VisionattnError
 from ..layers.direct import is_direct, is_watched
 from ..layers.fuse import fuse_modules
+from ..layers.key_driven_gqa import changing_allocations, kept
 from ..layers.position import resize_table
 from .mechanics import Mechanics
 
@@ -160,9 +161,9 @@ def output_of(x: Tensor | tuple[Tensor, Any]) -> Tensor:
 
 def recomputed(block: nn.Module, *args) -> Tensor:
     """`block(*args)` with activations recomputed in the backward pass, which must not count twice for batch norm,
-    nor for attention that allots its heads over time, as long as it is not `frozen`."""
+    nor for attention that allots its heads over time."""
     norms = [m for m in block.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
-    allotting = [m for m in block.modules() if getattr(m, "frozen", True) is False]
+    allotting = changing_allocations(block)
 
     @contextmanager
     def frozen_statistics() -> Iterator[None]:
@@ -170,15 +171,12 @@ def recomputed(block: nn.Module, *args) -> Tensor:
         for norm in norms:
             norm.momentum = None if norm.momentum is None else 0.0  # None takes 0 where no batches are counted
             norm.num_batches_tracked = None
-        for layer in allotting:
-            layer.frozen = True
         try:
-            yield
+            with kept(allotting):
+                yield
         finally:
             for norm, momentum, count in zip(norms, momenta, counts, strict=True):
                 norm.momentum, norm.num_batches_tracked = momentum, count
-            for layer in allotting:
-                layer.frozen = False
 
     # Compiled graphs write to buffers once, at the end of the forward pass, whatever is recomputed.
     if (norms or allotting) and block.training and not torch.compiler.is_compiling():

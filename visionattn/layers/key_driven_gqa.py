@@ -1,6 +1,7 @@
 """Self-attention whose keys and values are shared by groups of heads, as many as the keys have weight."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -165,6 +166,23 @@ class KeyDrivenGQA(nn.Module):
     def extra_repr(self) -> str:
         shown = "num_heads", "num_kv_heads", "kind", "window_size", "per_sample", "frozen"
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in shown)
+
+
+def changing_allocations(module: nn.Module) -> list[KeyDrivenGQA]:
+    """The layers inside that find new allocations with every forward pass."""
+    return [each for each in module.modules() if isinstance(each, KeyDrivenGQA) and each.keeps and not each.frozen]
+
+
+@contextmanager
+def kept(layers: Sequence[KeyDrivenGQA]) -> Iterator[None]:
+    """The allocations of these layers stay as they are."""
+    for layer in layers:
+        layer.frozen = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.frozen = False
 
 
 def shared_out(shares: Tensor, heads: int) -> Tensor:

@@ -76,7 +76,8 @@ def normalised(W: Tensor, gamma: Tensor, u: Tensor, v: Tensor | None = None) -> 
         blocks, u = _float(W, u, len(gamma))
         if v is None:
             u, v = iterated(blocks.detach(), u)
-        factor = gamma.view(-1, 1, 1) / (v.mT.to(blocks.dtype) @ blocks @ u)
+        norms = v.mT.to(blocks.dtype) @ blocks @ u
+        factor = gamma.view(-1, 1, 1) / norms.clamp(min=torch.finfo(norms.dtype).tiny)  # zeros stay zeros
         return (factor.expand(-1, blocks.shape[1], 1).reshape(-1, *[1] * (W.ndim - 1)) * W).to(W.dtype)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..data.images import ImageSet
 from ..errors import VisionattnError, user_input
 from ..explain.capture import evaluating
+from ..layers.key_driven_gqa import changing_allocations, kept
 from ..weights.files import content_hash, locked
 
 KINDS = ("class", "mean", "patches", "all")
@@ -51,7 +52,7 @@ def last_block(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor | None]
     if not hasattr(model, "forward_intermediates"):
         raise VisionattnError(f"{type(model).__name__} has no forward_intermediates: its features cannot be probed")
     options = {"indices": 1, "norm": False, "output_fmt": "NCHW", "intermediates_only": True}
-    with evaluating(model):
+    with evaluating(model), kept(changing_allocations(model)):
         if has_class_token(model):
             ((patches, prefix),) = model.forward_intermediates(images, return_prefix_tokens=True, **options)
             return patches, prefix[:, 0] if prefix.shape[1] else None

@@ -39,6 +39,8 @@ def load_probe(path: str | PathLike) -> tuple[LinearProbe, dict[str, Any]]:
     content, metadata = read_checkpoint(path)
     with user_input(f"{path} holds no probe", LookupError, ValueError, TypeError, AttributeError, RecursionError):
         probe = _made(content)
+        if not any(name.endswith("running_mean") for name in content):
+            probe.fuse()
         probe.load_state_dict(convert_state_dict(content, probe))
         about = dict(json.loads(metadata.get(ENTRY, "{}")))
     return probe.eval(), about

@@ -240,7 +240,8 @@ def _trained(
     metrics.update(found.logits, val.labels)
     figures = metrics.compute() | metrics.details()
     path = Path(options.folder, f"{_file_name(config, about['model'])}-{config.probe}.safetensors")
-    save_probe(path, head, about | {"probe": config.probe, "classes": classes, "epoch": found.epoch} | figures)
+    about = about | {"weights": weights_of(config), "probe": config.probe, "classes": classes, "epoch": found.epoch}
+    save_probe(path, head, about | figures)
     parameters = sum(p.numel() for p in head.parameters())
     lines = [
         ("parameters", f"{parameters} of the probe{queries}"),
@@ -256,6 +257,7 @@ def _trained(
 
 
 def _file_name(config: ValidateConfig, model: str) -> str:
-    """Model and images, as run folders are called."""
+    """Model, what its weights are called and images, as run folders are called."""
     images = config.data.root if config.data.root is not None else config.data.name or "digits"
-    return f"{model.replace('/', '-')}-{Path(images).resolve().name}"
+    weights = f"-{Path(config.checkpoint).stem}" if config.checkpoint else "" if config.pretrained else "-random"
+    return f"{model.replace('/', '-')}{weights}-{Path(images).resolve().name}"
