@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import visionattn
+from visionattn import sigma_reparam
 from visionattn.errors import VisionattnError
 from visionattn.layers import HeadGate, SelfAttention, clipped_softmax
 from visionattn.layers.fuse import fuse_modules
@@ -169,3 +170,11 @@ def test_multiply_adds(gate, more):
 def test_wrong_options(options, message):
     with pytest.raises(ValueError, match=message):
         SelfAttention(16, 4, **options)
+
+
+def test_a_gate_goes_into_a_projection_whose_norm_is_learned():
+    layer, x = sigma_reparam(SelfAttention(16, 2, gate="constant", gate_opening=0.3)).eval(), torch.randn(2, 5, 16)
+    expected = layer(x)
+    layer.fuse()
+    assert layer.gate is None
+    torch.testing.assert_close(layer(x), expected)

@@ -177,6 +177,8 @@ class AttentionMonitor:
             return
         self.seen.add(name)
         output = (output if isinstance(output, Tensor) else output[0]).detach().float()
+        if not output.numel():
+            return
         tokens = output.movedim(1, -1) if _channels_first(layer) else output
         found = {"kurtosis": activation_kurtosis(tokens).mean(), "max_abs": output.abs().max()}
         inputs = inspect.signature(entry_of(layer)).bind(layer, *args, **kwargs)

@@ -20,6 +20,11 @@ LEVEL = 1.05
 """Ratio of two times up to which they count as equal."""
 
 
+def _budget(run: dict) -> tuple[bool, int, int]:
+    """What a run was trained with, so that the largest comes last."""
+    return run["data"] != "digits", run["epochs"] * run["images"], run["epochs"]
+
+
 class Results:
     """A file of one JSON object a line, of everything that is finished. Several processes may add to it.
 
@@ -78,15 +83,15 @@ class Found:
         self.rows = sorted(rows, key=lambda row: (row.scaffold, row.head_dim, order[row.mixer], row.variant))
 
     def of(self, row: Row, tier: str) -> dict[float, list[dict]]:
-        """What the runs of a row found, by rate; those of the largest budget, if there are several."""
+        """What the runs of a row found, by rate; those of the largest budget that the tier was run with, so that no
+        others stand beside them."""
         row = settled(row)
-        lines = [x for x in self.runs.values() if Row(**x["run"]["row"]) == row and x["run"]["tier"] == tier]
-        budgets = {(x["run"]["data"] != "digits", x["run"]["epochs"] * x["run"]["images"]) for x in lines}
+        runs = [(x["run"], x["found"]) for x in self.runs.values() if x["run"]["tier"] == tier]
+        largest = max((_budget(run) for run, _ in runs), default=None)
         found: dict[float, list[dict]] = {}
-        for line in lines:
-            run = line["run"]
-            if (run["data"] != "digits", run["epochs"] * run["images"]) == max(budgets):
-                found.setdefault(run["rate"], []).append(line["found"])
+        for run, each in runs:
+            if Row(**run["row"]) == row and _budget(run) == largest:
+                found.setdefault(run["rate"], []).append(each)
         return found
 
     def accuracies(self, row: Row, tier: str, best: bool = False) -> tuple[float | None, list[float]]:

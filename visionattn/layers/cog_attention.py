@@ -94,7 +94,7 @@ def _plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def _pieces(q: Tensor) -> Iterator[tuple[tuple, tuple]]:
     """Of (B, heads, N, d): some queries of a head, or some heads with all, and the keys that they have."""
     B, heads, N, _ = q.shape
-    some_heads, some_queries = max(1, PAIRS // N**2), max(1, PAIRS // N)
+    some_heads, some_queries = (max(1, PAIRS // max(1, n)) for n in (N**2, N))
     for b in range(B):
         for h in range(0, heads, some_heads):
             of_heads = b, slice(h, h + some_heads)
