@@ -173,7 +173,7 @@ def test_bad_arguments_of_the_layers(arguments, message):
 
 
 def test_bad_arguments_of_the_model():
-    with pytest.raises(VisionattnError, match="of one length, got 4, 3, 4 and 4"):
+    with pytest.raises(VisionattnError, match="of one length, got 4, 3, 4, 4"):
         visionattn.create_model("test_hornet", orders=(2, 3, 4))
     with pytest.raises(VisionattnError, match="in filter_hw for stage 0 with gflayer, got None"):
         visionattn.create_model("test_hornet", gflayer=(True,) * 4)

@@ -130,7 +130,7 @@ def test_dropout():
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         HiLoAttention(*arguments)
-    with pytest.raises(VisionattnError, match="of one length, got 4, 4, 4 and 2"):
+    with pytest.raises(VisionattnError, match="of one length, got 4, 4, 4, 2"):
         visionattn.create_model("test_litv2", local_ws=(2, 1))
 
 

@@ -267,5 +267,5 @@ def test_half_precision_keeps_the_neighbours_share():
 
 
 def test_stages_of_several_lengths():
-    with pytest.raises(VisionattnError, match="3 of top_k"):
+    with pytest.raises(VisionattnError, match="shared, top_k of one length, got 4, 4, 4, 4, 4, 4, 3"):
         create(top_k=(0, 0, 2))

@@ -91,7 +91,12 @@ def entropy_bound(norm: Tensor, keys: int) -> Tensor:
 
     Returns:
         log(1 + (N - 1) b) + t sqrt(N (N - 1)) b / (1 + (N - 1) b) with b = exp(-t sqrt(N / (N - 1))), (...).
+
+    Raises:
+        ValueError: if there are fewer keys.
     """
+    if keys < 2:
+        raise ValueError(f"expected two keys or more, got {keys}")
     others = keys - 1
     b = torch.exp(-norm * math.sqrt(keys / others))
     return torch.log1p(others * b) + norm * math.sqrt(keys * others) * b / (1 + others * b)

@@ -107,7 +107,7 @@ def scale_output(product: nn.Linear | nn.Conv2d | nn.LayerNorm, scale: Tensor, s
         scale: per output channel.
         shift: per output channel, None for none.
     """
-    weight, scale = product.weight, scale.double()
+    weight, scale = fold(product).weight, scale.double()
     product.weight = like(weight.double() * scale.view(-1, *[1] * (weight.ndim - 1)), weight)
     bias = product.bias
     if bias is not None:
@@ -125,7 +125,7 @@ def scale_input(product: nn.Linear, scale: Tensor | None, shift: Tensor) -> None
         scale: per input channel, None for 1.
         shift: per input channel.
     """
-    weight, bias = product.weight.double(), product.bias
+    weight, bias = fold(product).weight.double(), product.bias
     product.bias = like(weight @ shift.double() + (0 if bias is None else bias.double()), product.weight)
     if scale is not None:
         product.weight = like(weight * scale.double(), product.weight)

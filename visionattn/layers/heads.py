@@ -9,7 +9,7 @@ from .direct import in_own_precision
 
 def check_heads(dim: int, num_heads: int) -> None:
     """Raise ValueError unless `num_heads` divides `dim`."""
-    if dim % num_heads:
+    if num_heads < 1 or dim % num_heads:
         raise ValueError(f"dim {dim} is not divisible by num_heads {num_heads}")
 
 

@@ -9,7 +9,6 @@ from .fuse import scale_input
 from .head_gate import Gate, HeadGate
 from .heads import check_heads
 from .pointwise import Pointwise
-from .spectral import fold
 
 
 class SelfAttention(nn.Module):
@@ -117,7 +116,7 @@ class SelfAttention(nn.Module):
 
     def fuse(self) -> None:
         """Merge a gate that follows nothing into the output projection, for inference."""
-        if self.gate is None or self.gate.weight is not None or "weight" not in fold(self.proj)._parameters:
+        if self.gate is None or self.gate.weight is not None or "weight" not in self.proj._parameters:
             return
         gate = self.gate(None).detach().flatten().repeat_interleave(self.proj.in_features // self.num_heads)
         scale_input(self.proj, gate, torch.zeros_like(gate))

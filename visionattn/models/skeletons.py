@@ -289,5 +289,5 @@ def _count(module: nn.Module) -> int:
 
 ORIGIN = "https://github.com/visionattn/visionattn", "apache-2.0"
 """Of the design, and its licence."""
-RECIPE = {"drop_path_rate": 0.1}
-"""Of the small ones."""
+RECIPE = {"mixer": "softmax", "drop_path_rate": 0.1}
+"""Of the small ones, with the mixer that they have unless another is given."""
