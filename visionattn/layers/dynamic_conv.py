@@ -56,48 +56,57 @@ def dynamic_conv2d(weights: Tensor, value: Tensor, kernel_size: int) -> Tensor:
     if min(H, W) < K:
         raise ValueError(f"expected a map of at least {K} x {K}, got {H} x {W}")
     if not is_direct(weights, value):
-        return _forward(weights, value, K)
-    weights, value = weights.flatten(0, 1), value.flatten(0, 1)
-    compute = _DynamicConv.apply if torch.is_grad_enabled() else _by_groups
-    return compute(weights, value, K).unflatten(0, shape)
+        compute = _forward
+    else:
+        compute = _DynamicConv.apply if torch.is_grad_enabled() else _by_groups
+    return compute(weights.flatten(0, 1), value.flatten(0, 1), K).unflatten(0, shape)
 
 
 def _forward(weights: Tensor, value: Tensor, K: int) -> Tensor:
-    H, W = value.shape[2:4]
+    """`dynamic_conv2d` of (G, H, W, ...)."""
+    H, W = value.shape[1:3]
     columns = _columns(W, K, value.device)
     band, rows = _band(weights, columns, K), _rows(value, columns)
     out = []
     for top, end, start in segments(H, K):
-        part = band[:, :, :, top:end]  # (B, G, tiles, h, T, K w)
-        if start is None:
-            out.append(part @ _windows(rows[:, :, :, 1:-1], K))
-        else:
-            window = rows[:, :, :, start : start + K].flatten(3, 4)
-            out.append((part.flatten(3, 4) @ window).unflatten(3, part.shape[3:5]))
-    out = torch.cat(out, 3) if len(out) > 1 else out[0]
-    return out.transpose(2, 3).flatten(3, 4)[:, :, :, :W]
+        out.append(band[top:end] @ _windows(rows, K, end - top, start))
+    out = torch.cat(out) if len(out) > 1 else out[0]
+    return _across(out)[:, :, :W]
 
 
 def _band(weights: Tensor, columns: "Columns", K: int) -> Tensor:
-    """The weights (B, G, H, W, K^2) among zeros, for each column that a tile sees: (B, G, tiles, H, T, K w)."""
+    """The weights (G, H, W, K^2) among zeros, for each column that a tile sees: (H, tiles, G, T, K w)."""
     places = columns.places
-    if missing := places.shape[0] * places.shape[1] - weights.shape[3]:
-        weights = F.pad(weights, (0, 0, 0, missing))
-    taps = weights.unflatten(-1, (K, K)).unflatten(3, places.shape[:2]).transpose(2, 3)
+    taps = _along(weights, columns).unflatten(-1, (K, K))
     if columns.width > K:
         band = taps.new_zeros(*taps.shape[:-1], columns.width)
         taps = band.scatter_(-1, places[:, None, :, None].expand(taps.shape), taps)
     return taps.flatten(-2)
 
 
+def _along(x: Tensor, columns: "Columns") -> Tensor:
+    """(G, H, W, ...) to (H, tiles, G, T, ...): rows first, so that some of them are a batch of products as they lie."""
+    tiles, T = columns.places.shape[:2]
+    if missing := tiles * T - x.shape[2]:
+        x = F.pad(x, (0, 0, 0, missing))
+    return x.unflatten(2, (tiles, T)).movedim(0, 2)
+
+
+def _across(x: Tensor) -> Tensor:
+    """(H, tiles, G, T, ...) back to (G, H, tiles T, ...)."""
+    return x.movedim(2, 0).flatten(2, 3)
+
+
 def _rows(value: Tensor, columns: "Columns") -> Tensor:
-    """What each tile sees of the values (B, G, H, W, c): (B, G, tiles, H, w, c)."""
-    return torch.stack([value[:, :, :, first : first + columns.width] for first in columns.first], 2)
+    """What each tile sees of the values (G, H, W, c): (H, tiles, G, w, c)."""
+    return torch.stack([value[:, :, first : first + columns.width].transpose(0, 1) for first in columns.first], 1)
 
 
-def _windows(rows: Tensor, K: int) -> Tensor:
-    """Every K rows that follow each other, (B, G, tiles, H - K + 1, K w, c)."""
-    return rows.unfold(3, K, 1).movedim(-1, 4).flatten(4, 5)
+def _windows(rows: Tensor, K: int, count: int, start: int | None) -> Tensor:
+    """The K rows that each query sees, (queries, tiles, G, K w, c): all from `start`, or from 1, 2, 3, ..."""
+    if start is not None:
+        return rows[start : start + K].permute(1, 2, 0, 3, 4).flatten(2, 3).expand(count, -1, -1, -1, -1)
+    return rows[1 : count + K].unfold(0, K, 1).movedim(-1, 3).flatten(3, 4)
 
 
 def _step(weights: Tensor, K: int) -> int:
@@ -109,7 +118,7 @@ def _by_groups(weights: Tensor, value: Tensor, K: int) -> Tensor:
     """`_forward` of (B G, H, W, ...) on some groups after the other."""
     step, out = _step(weights, K), torch.empty_like(value)
     for part, v, o in zip(weights.split(step), value.split(step), out.split(step), strict=True):
-        o.copy_(_forward(part[None], v[None], K)[0])
+        o.copy_(_forward(part, v, K))
     return out
 
 
@@ -127,43 +136,36 @@ class _DynamicConv(Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         (weights, value), K, wanted = ctx.saved_tensors, ctx.K, ctx.needs_input_grad[:2]
         if replays(grad):
-            return *replayed(partial(_plain, K=K), [weights, value], wanted, grad), None
+            return *replayed(partial(_forward, K=K), [weights, value], wanted, grad), None
         step, dweights, dvalue = _step(weights, K), torch.empty_like(weights), torch.zeros_like(value)
         tensors = weights, value, grad, dweights, dvalue
         for parts in zip(*(each.split(step) for each in tensors), strict=True):
-            _backward(*(part[None] for part in parts), K)
+            _backward(*parts, K)
         return dweights, dvalue, None
-
-
-def _plain(weights: Tensor, value: Tensor, K: int) -> Tensor:
-    return _forward(weights[None], value[None], K)[0]
 
 
 def _backward(weights: Tensor, value: Tensor, grad: Tensor, dweights: Tensor, dvalue: Tensor, K: int) -> None:
     """Writes the gradient of the weights, and adds that of the values."""
-    H, W = value.shape[2:4]
+    H, W = value.shape[1:3]
     columns = _columns(W, K, value.device)
-    tiles, T = columns.places.shape[:2]
     band, rows, w = _band(weights, columns, K), _rows(value, columns), columns.width
-    grad = F.pad(grad, (0, 0, 0, tiles * T - W)).unflatten(3, (tiles, T)).transpose(2, 3)  # (B, G, tiles, H, T, c)
+    grad = _along(grad, columns).contiguous()
     dband, drows = torch.empty_like(band), torch.zeros_like(rows)
     for top, end, start in segments(H, K):
-        part, g = band[:, :, :, top:end], grad[:, :, :, top:end]
+        part, g = band[top:end], grad[top:end]
+        torch.matmul(g, _windows(rows, K, end - top, start).mT, out=dband[top:end])
+        dwindows = (part.mT @ g).unflatten(3, (K, w))
         if start is None:
-            dband[:, :, :, top:end] = g @ _windows(rows[:, :, :, 1:-1], K).mT
-            dwindows = (part.mT @ g).unflatten(4, (K, w))
             for i in range(K):
-                drows[:, :, :, 1 + i : 1 + i + end - top] += dwindows[:, :, :, :, i]
+                drows[1 + i : 1 + i + end - top] += dwindows[:, :, :, i]
         else:
-            window, g = rows[:, :, :, start : start + K].flatten(3, 4), g.flatten(3, 4)
-            dband[:, :, :, top:end] = (g @ window.mT).unflatten(3, part.shape[3:5])
-            drows[:, :, :, start : start + K] += (part.flatten(3, 4).mT @ g).unflatten(3, (K, w))
+            drows[start : start + K] += dwindows.sum(0).movedim(2, 0)
     dband = dband.unflatten(-1, (K, w))
     if w > K:
         dband = dband.gather(-1, columns.places[:, None, :, None].expand(*dband.shape[:-1], K))
-    dweights.copy_(dband.flatten(-2).transpose(2, 3).flatten(3, 4)[:, :, :, :W])
+    dweights.copy_(_across(dband.flatten(-2))[:, :, :W])
     for i, first in enumerate(columns.first):
-        dvalue[:, :, :, first : first + w] += drows[:, :, i]
+        dvalue[:, :, first : first + w] += drows[:, i].transpose(0, 1)
 
 
 def segments(length: int, kernel_size: int) -> list[tuple[int, int, int | None]]:
