@@ -76,7 +76,7 @@ def test_list_filters_and_sorts(capsys):
 @pytest.mark.parametrize("name", ["van_b0", "convit_tiny", "dinat_mini", "halonet26t", "test_sparsifiner"])
 def test_info_adds_up(capsys, name):
     """The stages have all parameters but those of tokens and positions, and all multiply-adds."""
-    facts = json.loads(told(capsys, "info", name, "--json"))
+    facts = json.loads(told(capsys, "info", name, "--format", "json"))
     assert sum(stage["gmacs"] for stage in facts["stages"]) == pytest.approx(facts["gmacs"], rel=2e-3)
     params = sum(stage["params"] for stage in facts["stages"])
     assert 0.96 * facts["parameters"] <= params <= facts["parameters"]
@@ -86,10 +86,12 @@ def test_info_adds_up(capsys, name):
 
 
 def test_benchmark_and_compare(capsys):
-    found = json.loads(told(capsys, "benchmark", "test_van", "test_patnet", "--rounds", "2", "--json"))
+    found = json.loads(told(capsys, "benchmark", "test_van", "test_patnet", "--rounds", "2", "--format", "json"))
     assert [row["model"] for row in found["models"]] == ["test_van", "test_patnet"]
     assert all(row["ms"] > 0 and row["MiB"] > 0 for row in found["models"]) and found["about"]["torch"]
-    rows = json.loads(told(capsys, "compare", "test_van", "test_van", "--rounds", "2", "--fuse", "--json", "--quiet"))
+    rows = json.loads(
+        told(capsys, "compare", "test_van", "test_van", "--rounds", "2", "--fuse", "--format", "json", "--quiet")
+    )
     assert rows[0]["speed"] == 1 and rows[1]["params"] == rows[0]["params"]
     assert "test_van" in told(capsys, "benchmark", "test_van", "--training", "--rounds", "2")
 

@@ -149,7 +149,7 @@ def print_table(heads: Sequence[str], rows: Sequence[Sequence[Any]], markdown: b
 
 def _add_info(parser: Parser) -> None:
     parser.add_argument("name", help="name of the model, with or without the tag of its weights")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--format", choices=("text", "json"), default="text", help="what is printed")
 
 
 def _info(args: Any) -> None:
@@ -173,7 +173,7 @@ def _info(args: Any) -> None:
         "stages": stages(model, info.input_size),
         "bibtex": [bibtex(*paper) for paper in info.papers],
     }
-    if args.json:
+    if args.format == "json":
         print(json.dumps(facts, indent=1))
         return
     rows = [

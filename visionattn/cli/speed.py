@@ -30,7 +30,7 @@ def _add_common(parser: Parser) -> None:
     parser.add_argument("--compile", action="store_true", help="torch.compile the models")
     parser.add_argument("--fuse", action="store_true", help="fold batch norms and layer scales first")
     parser.add_argument("--int8", action="store_true", help="int8 weights, on a CPU")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--format", choices=("table", "json"), default="table", help="what is printed")
     add_machine(parser)
 
 
@@ -105,7 +105,7 @@ def _benchmark(args: Any) -> None:
         row |= {"ms": 1e3 * median(times), "images/s": args.batch / median(times)}
         row["MiB"] = peak_memory(call, device) / 2**20
         rows.append(row)
-    if args.json:
+    if args.format == "json":
         options = {key: getattr(args, key) for key in ("batch", "dtype", "layout", "compile", "fuse", "int8")}
         print(json.dumps({"about": machine(device) | options, "models": rows}, indent=1))
         return
@@ -142,7 +142,7 @@ def _compare(args: Any) -> None:
     for row, call, time in zip(rows, calls, times, strict=True):
         row |= {"ms": 1e3 * time, "images/s": args.batch / time, "MiB": peak_memory(call, device) / 2**20}
         row["speed"] = times[0] / time
-    if args.json:
+    if args.format == "json":
         print(json.dumps(rows, indent=1))
         return
     heads = list(dict.fromkeys(key for row in rows for key in row))
