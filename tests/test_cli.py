@@ -5,11 +5,13 @@ import subprocess
 import sys
 
 import pytest
+from PIL import Image
 
 import visionattn
 from visionattn.cli import commands, main
 from visionattn.cli.catalog import COLUMNS
 from visionattn.recipes import folder, list_recipes
+from visionattn.weights.files import DESCRIPTION, write_checkpoint
 
 
 def told(capsys: pytest.CaptureFixture, *argv: str) -> str:
@@ -83,6 +85,28 @@ def test_info_adds_up(capsys, name):
     assert all(f"eprint = {{{paper['arxiv']}}}" in facts["bibtex"][i] for i, paper in enumerate(facts["papers"]))
     text = told(capsys, "info", name)
     assert facts["stages"][-1]["output"] in text and "licence" in text
+
+
+def test_arguments_of_a_model(capsys, tmp_path):
+    """A mixer in a skeleton can be asked for wherever a name can; a checkpoint says its own, channels too."""
+    kwargs = ["--kwargs", "mixer=agent", "in_chans=1", "num_classes=7"]
+    facts = json.loads(told(capsys, "info", "isotropic_xsmall", "--format", "json", *kwargs, "img_size=64"))
+    model = visionattn.create_model("isotropic_xsmall", mixer="agent", in_chans=1, num_classes=7, img_size=64)
+    assert facts["parameters"] == sum(p.numel() for p in model.parameters()) and facts["input"] == [1, 64, 64]
+    assert facts["gmacs"] == pytest.approx(sum(stage["gmacs"] for stage in facts["stages"]), rel=1e-3)
+    image = tmp_path / "image.png"
+    Image.new("L", (40, 40), 90).save(image)
+    explained = ["explain", str(image), "--model", "test_isotropic", *kwargs, "--output", str(tmp_path / "explained")]
+    assert "image" in told(capsys, *explained, "--method", "attention")
+    exported = ["export", "test_isotropic", str(tmp_path / "a.pt2"), "--format", "torch"]
+    assert "test_isotropic" in told(capsys, *exported, *kwargs)
+    kept = tmp_path / "kept.safetensors"
+    entries = {"task": "classification", "model": "test_van", "model_kwargs": {"num_classes": 7, "in_chans": 1}}
+    weights = visionattn.create_model("test_van", num_classes=7, in_chans=1).state_dict()
+    write_checkpoint(kept, weights, {DESCRIPTION: json.dumps(entries)})
+    assert json.loads(told(capsys, "benchmark", str(kept), "--rounds", "1", "--format", "json"))["models"][0]["ms"] > 0
+    for command in (["explain", str(image), "--checkpoint", str(kept)], ["export", str(kept), "x.onnx"]):
+        assert main([*command, *kwargs]) == 2 and "--kwargs" in capsys.readouterr().err
 
 
 def test_benchmark_and_compare(capsys):

@@ -10,7 +10,7 @@ import torch
 
 from ..create import create_model
 from ..errors import VisionattnError
-from ..macs import stages
+from ..macs import count_macs, stages
 from ..recipes import TASKS, recipes_of
 from ..registry import ModelInfo, list_models, model_info
 from .parser import Command, Parser
@@ -149,20 +149,25 @@ def print_table(heads: Sequence[str], rows: Sequence[Sequence[Any]], markdown: b
 
 def _add_info(parser: Parser) -> None:
     parser.add_argument("name", help="name of the model, with or without the tag of its weights")
+    parser.add_kwargs()
     parser.add_argument("--format", choices=("text", "json"), default="text", help="what is printed")
 
 
 def _info(args: Any) -> None:
+    from ..data.preprocessing import model_preprocessing
+
     info = model_info(args.name)
     _, _, tag = args.name.partition(".")
     with torch.device("meta"):
-        model = create_model(args.name).eval()
+        model = create_model(args.name, **dict(args.kwargs)).eval()
+    size = model_preprocessing(model)["input_size"]
+    gmacs = count_macs(model, size)[""] / 1e9 if args.kwargs else info.gmacs  # those of the family's table
     facts = {
         "name": info.name,
         "family": info.family,
-        "parameters": info.params,
-        "gmacs": info.gmacs,
-        "input": list(info.input_size),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "gmacs": gmacs,
+        "input": list(size),
         "top1": info.top1,
         "recipe": info.recipe,
         "recipes": [recipe for task in TASKS for recipe in recipes_of(info.name, task)],
@@ -170,7 +175,7 @@ def _info(args: Any) -> None:
         "licence": info.license,
         "papers": [{"title": title, "arxiv": arxiv} for title, arxiv in info.papers],
         "weights": {tag: _weights(weights) for tag, weights in info.weights.items()},
-        "stages": stages(model, info.input_size),
+        "stages": stages(model, size),
         "bibtex": [bibtex(*paper) for paper in info.papers],
     }
     if args.format == "json":
@@ -178,9 +183,9 @@ def _info(args: Any) -> None:
         return
     rows = [
         ("family", info.family),
-        ("parameters", f"{info.params / 1e6:.3f} M"),
-        ("multiply-adds", f"{info.gmacs:g} G" if info.gmacs is not None else "not stated"),
-        ("input", " x ".join(map(str, info.input_size))),
+        ("parameters", f"{facts['parameters'] / 1e6:.3f} M"),
+        ("multiply-adds", f"{gmacs:.4g} G" if gmacs is not None else "not stated"),
+        ("input", " x ".join(map(str, size))),
         ("top-1", f"{info.top1} %" if info.top1 is not None else "none published"),
         ("facts", ", ".join(f"{k} {v}" for k, v in info.recipe.items()) or "none"),
         ("recipes", ", ".join(facts["recipes"]) or "none"),

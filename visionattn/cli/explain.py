@@ -42,6 +42,7 @@ def _add(parser: Parser) -> None:
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="image file")
     parser.add_argument("--model", help="name of a model, or hf-hub:user/repository")
     parser.add_argument("--pretrained", action="store_true", help="load the published weights of --model")
+    parser.add_kwargs()
     parser.add_argument("--checkpoint", help="what train.py saved, in place of --model")
     parser.add_argument(
         "--method",
@@ -124,14 +125,15 @@ def _load(args: Any) -> Loaded:
     if (args.model is None) == (args.checkpoint is None):
         raise VisionattnError("give --model or --checkpoint, and one of them alone")
     if args.checkpoint is not None:
-        if args.pretrained:
-            raise VisionattnError("option --pretrained is for --model: a checkpoint has its weights")
+        if args.pretrained or args.kwargs:
+            option, own = ("--pretrained", "weights") if args.pretrained else ("--kwargs", "arguments")
+            raise VisionattnError(f"option {option} is for --model: a checkpoint has its {own}")
         from ..weights.description import read_description
 
         entries = read_description(args.checkpoint)
         if entries.get("task", "classification") != "classification":
             return _load_dense(args.checkpoint)
-    model = create_model(args.checkpoint or args.model, args.pretrained or None).eval()
+    model = create_model(args.checkpoint or args.model, args.pretrained or None, **dict(args.kwargs)).eval()
     if not model.num_classes and args.method != "attention":
         raise VisionattnError(f"{args.checkpoint or args.model} has no classes: --method attention needs none")
     own, classes = model_preprocessing(model), class_names(model)

@@ -24,6 +24,7 @@ def _add(parser: Parser) -> None:
     parser.add_argument("--data", help="folder of images, to measure on what it costs, and to find ranges for int8")
     parser.add_argument("--pretrained", action="store_true", help="the published weights of a registered name")
     parser.add_argument("--num_classes", type=positive, help="classes of a registered name")
+    parser.add_kwargs()
     parser.add_argument("--features", action="store_true", help="export the maps of all stages, not the classifier")
     parser.add_argument("--overwrite", action="store_true", help="replace a file that is there")
 
@@ -41,11 +42,11 @@ def _export(args: Any) -> None:
     if args.int8 == "static" and not args.data:
         raise VisionattnError("--int8 static finds the ranges of values with images: give a folder of some with --data")
     place = is_place(args.model)
-    if place and (args.pretrained or args.num_classes):
-        option = "--pretrained" if args.pretrained else "--num_classes"
-        raise VisionattnError(f"option {option} is for registered names: {args.model} says itself what it holds")
+    for option in ("pretrained", "num_classes", "kwargs"):
+        if place and getattr(args, option):
+            raise VisionattnError(f"option --{option} is for registered names: {args.model} says itself what it holds")
     check_place(Path(args.out), FORMATS[args.format], args.overwrite)
-    kwargs = {"num_classes": args.num_classes} if args.num_classes else {}
+    kwargs = dict(args.kwargs) | ({"num_classes": args.num_classes} if args.num_classes else {})
     if args.features:
         kwargs["features_only"] = True
     if not place:

@@ -52,6 +52,11 @@ class Parser(ArgumentParser):
         told = re.sub(r'Parser key "([^"]*)":\s*', r"option \1: ", re.sub(r"<class '(\w+)'>", r"\1", message))
         raise VisionattnError(f"{told.rstrip('.')} (see {self.prog.replace(' [options]', '')} --help)")
 
+    def add_kwargs(self) -> None:
+        """The option by which a model is made with arguments of its own."""
+        told = "arguments of the model, 'mixer=agent' for one"
+        self.add_argument("--kwargs", nargs="+", type=key_value, default=[], metavar="KEY=VALUE", help=told)
+
 
 def key_value(text: str) -> tuple[str, Any]:
     """`KEY=VALUE`, whose value is JSON if it can be read so, else the text.

@@ -3,7 +3,7 @@
 from typing import Any
 
 from ..errors import VisionattnError
-from .parser import Command, Parser, key_value
+from .parser import Command, Parser
 
 
 def _add_convert(parser: Parser) -> None:
@@ -15,7 +15,7 @@ def _add_convert(parser: Parser) -> None:
     parser.add_argument(
         "--to", choices=("timm", "official", "hf"), help="write what timm, the paper's code or transformers loads"
     )
-    parser.add_argument("--kwargs", nargs="+", type=key_value, default=[], metavar="KEY=VALUE", help="its arguments")
+    parser.add_kwargs()
     parser.add_argument("--source", default="", help="where the file is from, for the header")
     parser.add_argument("--replace", action="store_true", help="write over a file that is there")
     parser.add_argument("--checkpoint_prefix", default="", help="where in the file the weights are, student for one")

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from copy import deepcopy
 from functools import partial
 from statistics import median
 from typing import Any
@@ -45,10 +46,15 @@ def _add_compare(parser: Parser) -> None:
     _add_common(parser)
 
 
-def _made(name: str, args: Any, device: torch.device, training: bool = False) -> nn.Module:
-    """A model as the options want it run."""
+def _made(name: str, args: Any, device: torch.device, training: bool = False) -> tuple[nn.Module, dict[str, Any]]:
+    """A model as the options want it run, and facts of it as it was made: its name, the size of its images, million
+    parameters and multiply-adds in 1e9."""
     kwargs = {"img_size": args.size} if args.size and not is_place(name) else {}
     model = create_model(name, **kwargs).train(training)
+    channels, size = _input(model, args.size)
+    macs = count_macs(deepcopy(model).eval().to("meta"), (channels, size, size))[""]
+    params = sum(p.numel() for p in model.parameters())
+    facts = {"model": name, "size": size, "params": params / 1e6, "gmacs": macs / 1e9}
     if args.fuse:
         model.fuse()
     if args.int8:
@@ -56,7 +62,7 @@ def _made(name: str, args: Any, device: torch.device, training: bool = False) ->
     model = model.to(device, DTYPES[args.dtype], memory_format=LAYOUTS[args.layout])
     if args.compile:
         model.compile()
-    return model
+    return model, facts
 
 
 def _step(model: nn.Module, x: torch.Tensor, targets: torch.Tensor) -> None:
@@ -68,12 +74,11 @@ def _step(model: nn.Module, x: torch.Tensor, targets: torch.Tensor) -> None:
         model(x)
 
 
-def _call(model: nn.Module, args: Any, device: torch.device) -> tuple[Callable[[], None], int]:
-    size = args.size or model.pretrained_cfg["input_size"][-1]
-    channels = model.pretrained_cfg["input_size"][0]
+def _call(model: nn.Module, args: Any, device: torch.device) -> Callable[[], None]:
+    channels, size = _input(model, args.size)
     x = torch.randn(args.batch, channels, size, size, device=device, dtype=DTYPES[args.dtype])
     targets = torch.zeros(args.batch, dtype=torch.long, device=device)
-    return partial(_step, model, x.contiguous(memory_format=LAYOUTS[args.layout]), targets), size
+    return partial(_step, model, x.contiguous(memory_format=LAYOUTS[args.layout]), targets)
 
 
 def _start(args: Any, training: bool = False) -> tuple[torch.device, Seconds]:
@@ -98,9 +103,8 @@ def _benchmark(args: Any) -> None:
     device, seconds = _start(args, args.training)
     rows = []
     for name in args.models:
-        model = _made(name, args, device, args.training)
-        call, size = _call(model, args, device)
-        row = {"model": name, "size": size} | _facts(name, size)
+        model, row = _made(name, args, device, args.training)
+        call = _call(model, args, device)
         (times,) = in_turns([call], args.rounds, seconds)
         row |= {"ms": 1e3 * median(times), "images/s": args.batch / median(times)}
         row["MiB"] = peak_memory(call, device) / 2**20
@@ -113,12 +117,12 @@ def _benchmark(args: Any) -> None:
     print_table(heads, [[_rounded(row[head]) for head in heads] for row in rows])
 
 
-def _facts(name: str, size: int) -> dict[str, Any]:
-    """Million parameters and multiply-adds in 1e9 of a model."""
-    with torch.device("meta"):
-        model = create_model(name).eval()
-    macs = count_macs(model, (model.pretrained_cfg["input_size"][0], size, size))[""]
-    return {"params": sum(p.numel() for p in model.parameters()) / 1e6, "gmacs": macs / 1e9}
+def _input(model: nn.Module, size: int | None) -> tuple[int, int]:
+    """Channels of its images, and their side."""
+    from ..data.preprocessing import model_preprocessing
+
+    channels, _, own = model_preprocessing(model)["input_size"]
+    return channels, size or own
 
 
 def _rounded(value: Any) -> Any:
@@ -131,11 +135,9 @@ def _compare(args: Any) -> None:
     device, seconds = _start(args)
     rows, calls = [], []
     for name in args.models:
-        model = _made(name, args, device)
-        call, size = _call(model, args, device)
-        cfg = model.pretrained_cfg
-        calls.append(call)
-        rows.append({"model": name, "size": size} | _facts(name, size) | {"licence": cfg.get("license")})
+        model, row = _made(name, args, device)
+        calls.append(_call(model, args, device))
+        rows.append(row | {"licence": model.pretrained_cfg.get("license")})
         if not is_place(name):
             rows[-1]["top1"] = model_info(name).top1
     times = [median(each) for each in in_turns(calls, args.rounds, seconds)]
