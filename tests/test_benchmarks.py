@@ -130,7 +130,7 @@ def test_a_comparison_goes_on_where_it_was_stopped(script, tmp_path, monkeypatch
 def test_same_or_different_does_not_leak(monkeypatch):
     """Neither what the items are, one by one, nor where, tells the answer."""
     monkeypatch.syspath_prepend(str(FOLDER))
-    from comparison.tasks import CANVAS, CLASSES, ITEM, SameOrDifferent, load_items
+    from comparison.tasks import CANVAS, CLASSES, ITEM, STEP, SameOrDifferent, load_items
 
     train, test = load_items("digits")
     task = SameOrDifferent(train, test, 4000, epochs=1)
@@ -139,13 +139,30 @@ def test_same_or_different_does_not_leak(monkeypatch):
     same = task.batch(0, 1, range(len(task)))[1].numpy()
     assert (np.array(CLASSES)[classes] == train.labels[items]).all()
     assert ((classes[:, 0] == classes[:, 1]) == same).all() and same.mean() == 0.5
-    assert ((abs(places[:, 0] - places[:, 1]) >= ITEM).any(1)).all() and places.max() == CANVAS - ITEM
+    assert ((abs(places[:, 0] - places[:, 1]) >= ITEM).any(1)).all()
+    assert places.max() == CANVAS - ITEM and not (places % STEP).any()
     for which in (0, 1):
         shares = [np.bincount(classes[same == s, which]) / 2000 for s in (0, 1)]
         assert abs(shares[0] - shares[1]).max() < 0.03 and abs(shares[0] - 1 / len(shares[0])).max() < 0.03
         assert abs(places[same == 1, which].mean(0) - places[same == 0, which].mean(0)).max() < 2
     again = task.batch(0, 1, [5, 7])[0]
     assert torch.equal(again[1], task.batch(0, 1, [7])[0][0]) and not torch.equal(again, task.batch(0, 2, [5, 7])[0])
+
+
+def test_what_is_not_decided_counts_one_half(monkeypatch):
+    """Sums over items tell nothing on average, but their sign may be right for two pairs in three, or for one."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    from comparison.tasks import CLASSES, SameOrDifferent, load_items
+
+    task, count = SameOrDifferent(*load_items("digits"), 2, epochs=1), len(CLASSES)
+    pairs = np.array([(a, b) for a in range(count) for b in range(count)])
+    weights = np.where(pairs[:, 0] == pairs[:, 1], 0.5 / count, 0.5 / (count * (count - 1)))
+    labels = torch.from_numpy((pairs[:, 0] == pairs[:, 1]).astype(np.int64))
+    sums = torch.from_numpy(np.array([-1.0, -1.0, 1.0, 1.0])[pairs].sum(1) - 0.5)  # what places say of their items
+    assert float(sums @ (weights * np.where(labels, 1, -1))) == pytest.approx(0, abs=1e-12)
+    for scale, expected in ((1.0, 2 / 3), (-1.0, 1 / 3), (0.01, 0.5), (-0.01, 0.5)):
+        logits = torch.stack([torch.zeros_like(sums), scale * sums], 1)
+        assert float(task.credit(logits, labels) @ weights) == pytest.approx(expected)
 
 
 def test_a_difference_below_two_deviations_is_a_tie(monkeypatch):

@@ -186,6 +186,7 @@ def columns(found: Found, row: Row) -> dict[str, str]:
                 mark = " (resized)" if mixer.fixed else ""
                 cells[f"tier {tier}: change at 1.5x, 2x"] = f"{100 * x['x1.5']:+.1f}, {100 * x['x2']:+.1f}{mark}"
             if "by_distance" in x:
+                cells[f"tier {tier}: decided"] = f"{x['decided']:.0%}"
                 heads = "-".join(map(str, DISTANCES))
                 cells[f"tier {tier}: by distance, {heads} px"] = ", ".join(f"{100 * v:.0f}" for v in x["by_distance"])
             cells[f"tier {tier}: change in bfloat16"] = f"{100 * x['bfloat16']:+.1f}"

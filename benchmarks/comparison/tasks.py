@@ -14,12 +14,14 @@ from visionattn.data.images import ImageSet, load_datasets
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 """Where Debian's package dataset-fashion-mnist puts its files."""
-SIDE, CANVAS, ITEM = 32, 64, 16
-"""Sides in pixels of an image, of a canvas, and of an item on it."""
+SIDE, CANVAS, ITEM, STEP = 32, 64, 16, 8
+"""Sides in pixels of an image, of a canvas, and of an item on it, and what the places of items are multiples of."""
 CLASSES = (1, 2, 8, 9)
 """Of the items on canvases, which are easily told apart: of Fashion-MNIST trousers, pullovers, bags and boots."""
 ALONE = 1 / 3
 """Share of the epochs, the first ones, in which canvases have one item, of which the class is to be told."""
+UNDECIDED = 0.05
+"""An answer whose probability is nearer to one half counts one half."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,10 @@ class Classify:
         top, left, mirror = rng.integers((5, 5, 2))
         return np.pad(x[:, ::-1] if mirror else x, 2)[top : top + SIDE, left : left + SIDE]
 
+    def credit(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """(B,) what answers are worth, 1 if they are right."""
+        return (logits.argmax(1) == labels).double()
+
     def tests(self, samples: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Images and labels to test on."""
         return self.test.images(self.test.pixels[samples]), torch.from_numpy(self.test.labels[samples])
@@ -109,9 +115,12 @@ class SameOrDifferent:
     """Whether two items at random places of a canvas, which do not overlap, are of the same class (1) or not (0).
 
     Both items are of every class equally often and at every place equally often whatever the answer is, so that nothing
-    tells it but the two together. Every epoch has pairs of its own. In the first epochs the first item of each pair is
-    alone, and its class is asked for by outputs of their own: without that it takes much longer until anything is
-    learned.
+    tells it but the two together: the least loss of a network that adds up what each place says by itself is that of no
+    answer. Training comes so near to it that the sign of what is left is accident, and right for one to two pairs in
+    three. Hence what is not decided counts one half.
+
+    Every epoch has pairs of its own. In the first epochs the first item of each pair is alone, and its class is asked
+    for by outputs of their own: without that it takes much longer until anything is learned.
 
     Args:
         train: items to make pairs of to train on.
@@ -145,6 +154,11 @@ class SameOrDifferent:
         """Images and answers to test on."""
         return self._draw([self.pair(True, 0, 0, int(i)) for i in samples], True)
 
+    def credit(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """(B,) what answers are worth: 1 if they are right, one half if they are not decided."""
+        own = logits.double().softmax(1).gather(1, labels[:, None])[:, 0]
+        return torch.where((own - 0.5).abs() < UNDECIDED, 0.5, (own > 0.5).double())
+
     def distances(self) -> np.ndarray:
         """Pixels between the middles of the two items of every pair to test on."""
         places = np.array([self.pair(True, 0, 0, i)[2] for i in range(self.test_count)])  # (n, 2, 2)
@@ -156,9 +170,9 @@ class SameOrDifferent:
         first = rng.integers(len(members))
         second = first if sample % 2 else (first + rng.integers(1, len(members))) % len(members)
         items = np.array([rng.choice(members[label]) for label in (first, second)])
-        places = rng.integers(CANVAS - ITEM + 1, size=(2, 2))
+        places = np.zeros((2, 2), int)
         while (abs(places[0] - places[1]) < ITEM).all():
-            places = rng.integers(CANVAS - ITEM + 1, size=(2, 2))
+            places = STEP * rng.integers((CANVAS - ITEM) // STEP + 1, size=(2, 2))
         return items, np.array([first, second]), places
 
     def _draw(self, pairs: list[tuple], test: bool, alone: bool = False) -> tuple[Tensor, Tensor]:

@@ -221,10 +221,10 @@ def stop_if_alone() -> None:
 
 
 @torch.no_grad()
-def right(
+def credit(
     model: nn.Module, task: Classify | SameOrDifferent, device: torch.device, count: int, scale: float = 1.0
 ) -> np.ndarray:
-    """Which of the images to test on a model gets right.
+    """What a model's answers on the images to test on are worth, 1 if they are right.
 
     Args:
         model: in evaluation mode.
@@ -238,20 +238,22 @@ def right(
         images, labels = task.tests(np.arange(first, min(first + 250, count, task.test_count)))
         if scale != 1:
             images = interpolate(images, scale_factor=scale, mode="bilinear")
-        found.append(model(images.to(device))[:, task.outputs()].argmax(1).cpu() == labels)
+        found.append(task.credit(model(images.to(device))[:, task.outputs()].cpu().float(), labels))
     return torch.cat(found).numpy()
 
 
 def examine(run: Run, task: Classify | SameOrDifferent, model: nn.Module, device: torch.device) -> dict:
-    """Accuracy on the images to test on, by distance for pairs; on the first of them at 1.5 and 2 times their size, and
-    how much of it bfloat16 costs; the largest change of an output, relative to the largest output, between a batch of
-    64 and one of 1; the entropy of weights by layer, in nats; and how far the receptive field reaches."""
-    each = right(model, task, device, task.test_count)
+    """Accuracy on the images to test on, by distance for pairs, and which share of those is decided; on the first of
+    them at 1.5 and 2 times their size, and how much of it bfloat16 costs; the largest change of an output, relative to
+    the largest output, between a batch of 64 and one of 1; the entropy of weights by layer, in nats; and how far the
+    receptive field reaches."""
+    each = credit(model, task, device, task.test_count)
     found: dict[str, Any] = {"accuracy": float(each.mean())}
     few = float(each[:EXAMPLES].mean())
     with torch.autocast(device.type, torch.bfloat16):
-        found["bfloat16"] = float(right(model, task, device, EXAMPLES).mean()) - few
+        found["bfloat16"] = float(credit(model, task, device, EXAMPLES).mean()) - few
     if isinstance(task, SameOrDifferent):
+        found["decided"] = float((each != 0.5).mean())
         bins = np.digitize(task.distances(), DISTANCES[1:-1])
         found["by_distance"] = [float(each[bins == i].mean()) for i in range(len(DISTANCES) - 1)]
     images = task.tests(np.arange(64))[0].to(device)
@@ -265,7 +267,7 @@ def examine(run: Run, task: Classify | SameOrDifferent, model: nn.Module, device
         large = run.make(task, scale).to(device).eval()
         large.load_state_dict(large.adapt_state_dict(model.state_dict(), {"img_size": task.img_size}))
         if isinstance(task, Classify):
-            found[f"x{scale:g}"] = float(right(large, task, device, EXAMPLES, scale).mean()) - few
+            found[f"x{scale:g}"] = float(credit(large, task, device, EXAMPLES, scale).mean()) - few
     found["reach"] = reach(large, interpolate(images[:16], scale_factor=2, mode="bilinear"), task.patch_size)
     return found
 
