@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from visionattn.errors import VisionattnError
 from visionattn.export import export, export_aoti, export_onnx, export_openvino, export_torch, files, load
 from visionattn.export.graph import traceable, traced
 from visionattn.export.measured import open_folder
-from visionattn.export.running import disagreement
+from visionattn.export.running import disagreement, usual_disagreement
 from visionattn.weights.files import DESCRIPTION, write_checkpoint
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "onnx_runtime.py"
@@ -31,7 +32,7 @@ QUICK = "test_illama"
 PUBLISHED = (
     *("attnet_xxs", "convit_tiny", "davit_tiny", "focalnet_tiny_srf", "halonet26t", "hornet_tiny_7x7", "illama_tiny"),
     *("flowformer", "litv2_small", "nalaformer_xt", "dinat_mini", "nat_mini", "patnet_t0"),
-    *("sparsifiner_deit_small", "van_b0"),
+    *("agent_deit_tiny", "moh_vit_small_75", "overlock_xt", "sgformer_s", "sparsifiner_deit_small", "van_b0"),
 )
 
 
@@ -44,12 +45,39 @@ def test_one_onnx_file_agrees_at_any_size(name, tmp_path):
     shallow = {"depth": 2} if name == QUICK else {}
     model = filled(visionattn.create_model(name, num_classes=10, **shallow))
     made = export_onnx(model, tmp_path / "model.onnx")  # which compares at three sizes, with one image and with two
-    assert made.disagreement < 1e-4 and len({shape[2:] for shape in made.shapes}) == 3
+    assert (made.disagreement < 1e-4 or made.usual) and len({shape[2:] for shape in made.shapes}) == 3
     assert os.listdir(tmp_path) == ["model.onnx"]
     run, about = load(tmp_path / "model.onnx")
-    assert disagreement(run, traced(model), SHAPES) < 1e-4
+    file, own = (
+        usual_disagreement(run, traced(model), SHAPES) if made.usual else (disagreement(run, traced(model), SHAPES), 0)
+    )
+    assert file <= max(1e-4, 2 * own)
     assert about["model"] == name and about["opset"] >= 18 and about["classes"] is None
     assert about["preprocessing"]["mean"] == list(model.pretrained_cfg["mean"])
+
+
+@pytest.mark.parametrize("mixer, kept", [("moh", (True, False)), ("softmax", (False, False))])
+def test_ranks_may_turn_on_last_digits_of_some_images(mixer, kept, tmp_path, monkeypatch, capsys):
+    """A model that goes by ranks may differ on few images of a shape, but not on most; any other on none."""
+    images: dict[tuple, int] = {}
+
+    def loaded(file, every):
+        run, about = load(file)
+
+        def off(x):
+            images[tuple(x.shape)] = count = images.get(tuple(x.shape), -1) + 1  # the first is compared, then five
+            return [out + 0.01 * (every or count in (0, 3)) for out in run(x)]
+
+        return off, about
+
+    for every in (False, True):
+        images.clear()
+        monkeypatch.setattr(files, "load", partial(loaded, every=every))
+        options = ["--format", "torch", "--quiet", "--kwargs", f"mixer={mixer}", "depth=1"]
+        code = main(["export", "test_isotropic", str(tmp_path / f"{every}.pt2"), *options])
+        told = capsys.readouterr()
+        assert (code == 0) == kept[every] == (tmp_path / f"{every}.pt2").exists()
+        assert ("ranks of values" in told.out) if kept[every] else ("is not kept" in told.err)
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from torch import nn
 
 
 @cache
+@torch.inference_mode(False)  # what is kept may be needed for gradients
 def coordinates(size, key_size, pretrain_size, device):
     """Distinct relative coordinates (M, 2), and which of them each pair of query and key has."""
     axes = []
@@ -30,6 +31,7 @@ def coordinates(size, key_size, pretrain_size, device):
 
 
 @cache
+@torch.inference_mode(False)  # what is kept may be needed for gradients
 def in_map(size, device):
     """Whether each of the nine neighbours is in the map: (1, N, 9)."""
     return F.unfold(torch.ones(1, 1, *size, device=device), 3, padding=1).transpose(1, 2) > 0

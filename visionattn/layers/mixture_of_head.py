@@ -40,6 +40,9 @@ class HeadRouter(nn.Module):
         (torch.Size([1, 15, 8]), tensor([5]))
     """
 
+    by_rank = True
+    """Values are told by their rank, which may turn on last digits: see `export.running.usual_disagreement`."""
+
     def __init__(self, dim: int, num_heads: int, shared: int, top_k: int, device=None, dtype=None) -> None:
         super().__init__()
         routed = num_heads - shared

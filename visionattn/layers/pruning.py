@@ -21,6 +21,9 @@ class PruningBlock(Block):
         (B, N, C), the class token first, and the grid (H, W) of the N - 1 patches to (B, N, C).
     """
 
+    by_rank = True
+    """Values are told by their rank, which may turn on last digits: see `export.running.usual_disagreement`."""
+
     def __init__(self, *args, arriving: float = 1.0, leaving: float = 1.0, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self.arriving, self.leaving = arriving, leaving

@@ -178,6 +178,9 @@ class SelfGuidedAttention(EnhancedAttention):
         torch.Size([1, 30, 41, 64])
     """
 
+    by_rank = True
+    """Values are told by their rank, which may turn on last digits: see `export.running.usual_disagreement`."""
+
     def __init__(
         self,
         dim: int,

@@ -89,6 +89,9 @@ class ConnectivityPredictor(nn.Module):
         (torch.Size([1, 2, 49, 50]), tensor([13]))
     """
 
+    by_rank = True
+    """Values are told by their rank, which may turn on last digits: see `export.running.usual_disagreement`."""
+
     def __init__(
         self,
         head_dim: int,
