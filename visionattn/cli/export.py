@@ -68,7 +68,7 @@ def _export(args: Any) -> None:
     sizes, batches = len({shape[2:] for shape in made.shapes}), len({shape[0] for shape in made.shapes})
     print(f"differs from PyTorch by {made.disagreement:.1e} at most, at {sizes} sizes and {batches} batch sizes")
     if made.usual:
-        told = "by {:.1e} on most images, as float32 from float64 by {:.1e}: ranks of values turn on last digits"
+        told = "by {:.1e} on most images, float32 from float64 by {:.1e} at most: ranks of values turn on last digits"
         print(told.format(*made.usual))
     if folder:
         rows = compare(load(made.path)[0], model, folder, size or made.shapes[0][2:])

@@ -40,7 +40,7 @@ class Exported:
         shapes: of the images that it was compared at.
         about: what the file says of itself.
         usual: where `disagreement` is above `TOLERANCE`, as ranks of values turn on last digits: what most images
-            differ by, and most of those of float32 from float64.
+            differ by, and by how much float32 itself differs from float64 at most.
     """
 
     path: Path

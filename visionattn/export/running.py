@@ -125,7 +125,7 @@ def disagreement(run: Run, model: torch.nn.Module, shapes: Sequence[tuple[int, .
 
 
 def usual_disagreement(run: Run, model: torch.nn.Module, shapes: Sequence[tuple[int, ...]]) -> tuple[float, float]:
-    """The disagreement of most images, and likewise how far a model in float32 is from itself in float64.
+    """The disagreement of most images, and how far a model in float32 is at most from itself in float64.
 
     Where layers go by the rank of values (`by_rank`), what runs a file may put two of them the other way round, as they
     differ in the last digits. On small maps this befalls a few images, on large ones all, and float32 itself as much.
@@ -137,5 +137,5 @@ def usual_disagreement(run: Run, model: torch.nn.Module, shapes: Sequence[tuple[
     """
     precise = copy.deepcopy(model).double()
     sides = run, lambda x: as_list(precise(x.double()))
-    file, own = ([median(disagreement(f, model, [s], i) for i in range(IMAGES)) for s in shapes] for f in sides)
-    return max(file), max(own)
+    file, own = ([[disagreement(f, model, [s], i) for i in range(IMAGES)] for s in shapes] for f in sides)
+    return max(map(median, file)), max(map(max, own))
