@@ -329,7 +329,10 @@ def test_masked_model(mask):
         ({"act_layer": "gelu"}, "expected act_layer one of"),
         ({"channel_attn": "cbam"}, "expected channel_attn one of"),
         ({"downsample": "avg"}, "expected downsample one of"),
-        ({"num_heads": (2, 2, 4)}, "expected num_heads of the 4 stages of layout, got 3"),
+        (
+            {"num_heads": (2, 2, 4)},
+            "expected layout, channels, strides, bottle_ratio, num_heads of one length, got 4, 4, 4, 4, 3",
+        ),
         ({"layout": ("c", "c", "b", "h")}, "expected letters of layout one of 'c', 'h', got 'b'"),
     ],
 )

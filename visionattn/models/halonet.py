@@ -12,7 +12,7 @@ from operator import mul
 from timm.layers import DropPath, EcaModule, SEModule, calculate_drop_path_rates, make_divisible, to_ntuple
 from torch import Tensor, nn
 
-from ..backbone import Hierarchical, Stage
+from ..backbone import Hierarchical, Stage, check_lengths
 from ..errors import VisionattnError
 from ..layers import HaloAttention2d
 from ..layers.conv_norm import ConvNorm, product_norm
@@ -217,9 +217,7 @@ class HaloNet(Hierarchical):
         each, dd = to_ntuple(len(layout)), {"device": device, "dtype": dtype}
         per_stage = {"channels": channels, "strides": strides}
         per_stage |= {"bottle_ratio": each(bottle_ratio), "num_heads": each(num_heads)}
-        for name, values in per_stage.items():
-            if len(values) != len(layout):
-                raise VisionattnError(f"expected {name} of the {len(layout)} stages of layout, got {len(values)}")
+        check_lengths(layout=layout, **per_stage)
         act = ACTIVATIONS[act_layer]
 
         def block(letter: str, width: int, dim: int, hidden: int, stride: int, heads: int, rate: float) -> Bottleneck:
