@@ -56,6 +56,17 @@ def test_one_onnx_file_agrees_at_any_size(name, tmp_path):
     assert about["preprocessing"]["mean"] == list(model.pretrained_cfg["mean"])
 
 
+def test_large_graphs_are_folded_alone(tmp_path, monkeypatch):
+    model = filled(visionattn.create_model("test_isotropic", num_classes=10, depth=1))
+    nodes = {}
+    for limit in (files.REWRITTEN, 10):
+        monkeypatch.setattr(files, "REWRITTEN", limit)
+        made = export_onnx(model, tmp_path / f"{limit}.onnx")
+        nodes[limit] = len(onnx.load(made.path).graph.node)
+        assert made.disagreement < 1e-5
+    assert nodes[10] > nodes[10_000]
+
+
 @pytest.mark.parametrize("mixer, kept", [("moh", (True, False)), ("softmax", (False, False))])
 def test_ranks_may_turn_on_last_digits_of_some_images(mixer, kept, tmp_path, monkeypatch, capsys):
     """A model that goes by ranks may differ on few images of a shape, but not on most; any other on none."""

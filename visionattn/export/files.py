@@ -26,6 +26,8 @@ from .running import EXTRA, NAME, TOLERANCE, disagreement, load, usual_disagreem
 
 LARGEST = 2**31 - 2**20
 """Bytes of an ONNX file with its weights inside: protobuf's limit, less the rest of the file."""
+REWRITTEN = 10_000
+"""Most nodes of an ONNX graph that onnxscript rewrites, whose time goes with their square; larger ones are folded."""
 INT8 = ("weights", "static")
 
 
@@ -191,8 +193,10 @@ def check_place(path: Path, suffix: str, overwrite: bool) -> None:
 
 
 def _write_onnx(file: Path, order: Order) -> None:
+    from onnxscript.optimizer import fold_constants, remove_unused_nodes
+
     names = {"input_names": ["image"], "output_names": order.about["outputs"]}
-    options = {"dynamo": True, "opset_version": order.opset, "verbose": False, **names}
+    options = {"dynamo": True, "opset_version": order.opset, "verbose": False, "optimize": False, **names}
     if task_of(order.model) == "detection":
         program = torch.onnx.export(make_program(order.model, order.size), **options)
     else:  # from the module: graphs of torch.export with open sizes hold for maps of more than one tile alone
@@ -202,6 +206,11 @@ def _write_onnx(file: Path, order: Order) -> None:
             program = torch.onnx.export(traced(order.model), (image,), dynamic_shapes=(axes,), **options)
     assert program is not None
     graph = program.model.graph
+    if len(graph) > REWRITTEN:
+        fold_constants(program.model)
+        remove_unused_nodes(program.model)
+    else:
+        program.optimize()
     program.model.metadata_props.update(as_text(order.about | {"opset": program.model.opset_imports[""]}))
     weights = sum(value.const_value.nbytes for value in graph.initializers.values() if value.const_value is not None)
     program.save(file, external_data=weights > LARGEST)
