@@ -56,6 +56,18 @@ def test_one_onnx_file_agrees_at_any_size(name, tmp_path):
     assert about["preprocessing"]["mean"] == list(model.pretrained_cfg["mean"])
 
 
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), 0.01])
+def test_a_file_that_computes_anything_else_is_not_kept(wrong, tmp_path, monkeypatch, capsys):
+    def loaded(file):
+        run, about = load(file)
+        return lambda x: [torch.cat([out[..., :-1], out[..., -1:] + wrong], -1) for out in run(x)], about
+
+    monkeypatch.setattr(files, "load", loaded)
+    options = ["--format", "torch", "--quiet", "--kwargs", "depth=1"]
+    assert main(["export", "test_isotropic", str(tmp_path / "a.pt2"), *options]) == 2
+    assert "is not kept" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
 def test_large_graphs_are_folded_alone(tmp_path, monkeypatch):
     model = filled(visionattn.create_model("test_isotropic", num_classes=10, depth=1))
     nodes = {}

@@ -120,7 +120,7 @@ class SameOrDifferent:
     three. Hence what is not decided counts one half.
 
     Every epoch has pairs of its own. In the first epochs the first item of each pair is alone, and its class is asked
-    for by outputs of their own: without that it takes much longer until anything is learned.
+    for by outputs of their own, so that what is learned after them is the exchange.
 
     Args:
         train: items to make pairs of to train on.

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -120,7 +121,9 @@ def disagreement(run: Run, model: torch.nn.Module, shapes: Sequence[tuple[int, .
         for out, theirs in zip(found, expected, strict=True):
             if theirs.numel():
                 scale = max(1.0, theirs.abs().max().item())
-                worst = max(worst, (out - theirs).abs().max().item() / scale)
+                if not math.isfinite(far := (out - theirs).abs().max().item() / scale):
+                    return float("inf")  # of numbers that are none, max() takes the other
+                worst = max(worst, far)
     return worst
 
 
