@@ -139,7 +139,7 @@ def export(
                 usual = usual_disagreement(run, module, shapes)
         except Exception as error:  # so do those that run what they made
             raise VisionattnError(f"{path} is not kept: {kind} fails with it{hint} ({one_line(error)})") from error
-        if unlike and not (usual and usual[0] <= max(TOLERANCE, 2 * usual[1])):
+        if unlike and not (usual and usual[0] <= max(TOLERANCE, 2 * usual[1]) < float("inf")):
             raise VisionattnError(f"{path} is not kept: it is {far:.1e} from what the model computes{hint}")
         written = sorted(folder.iterdir(), key=lambda each: each.name == path.name)  # the file itself comes last
         for each in written:
