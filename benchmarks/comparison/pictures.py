@@ -9,8 +9,8 @@ from .training import DISTANCES
 if TYPE_CHECKING:
     from .report import Found
 
-THICK = {"softmax": "black", "none": "tab:red", "activator": "tab:orange", "dw7": "tab:blue"}
-"""Controls, and their colours."""
+THICK = {"softmax": ("black", "-"), "dw7": ("0.55", "-"), "none": ("black", ":"), "activator": ("0.55", "--")}
+"""Controls, their colours and how their lines are drawn."""
 
 
 def _figure(panels: int):
@@ -33,7 +33,7 @@ def draw_time(found: "Found", path: Path) -> bool:
     figure, panels = _figure(len(points))
     for axes, (scaffold, known) in zip(panels, points.items(), strict=True):
         for time, accuracy, row in known:
-            color = THICK.get(row.mixer, "0.35")
+            color = "black" if row.mixer in THICK else "tab:blue"
             axes.plot(time, accuracy, "o", color=color, markersize=4)
             style = {"fontsize": 7, "color": color, "xytext": (3, 2), "textcoords": "offset points"}
             axes.annotate(row.name, (time, accuracy), **style)
@@ -61,11 +61,13 @@ def draw_distance(found: "Found", path: Path) -> bool:
     figure, panels = _figure(len(lines))
     middles = [(low + high) / 2 for low, high in zip(DISTANCES, DISTANCES[1:], strict=False)]
     for axes, (scaffold, known) in zip(panels, lines.items(), strict=True):
-        for i, (row, means) in enumerate(known):
+        for i, (row, means) in enumerate(sorted(known, key=lambda each: -fmean(each[1]))):  # as they lie in the picture
             thick = not row.variant and row.mixer in THICK
-            color = THICK[row.mixer] if thick else colormaps["tab20"](i % 20)
-            style = {"linewidth": 2.5 if thick else 1, "linestyle": ("-", "--", ":")[i // 20 % 3] if not thick else "-"}
-            axes.plot(middles, means, marker="o", markersize=3, color=color, label=row.name, **style)
+            color, line = (
+                THICK[row.mixer] if thick else (colormaps["tab10"](i % 10), ("-", "--", ":", "-.")[i // 10 % 4])
+            )
+            style = {"color": color, "linestyle": line, "linewidth": 2.5 if thick else 1}
+            axes.plot(middles, means, marker="o", markersize=3, label=f"{row.name} {fmean(means):.0f}", **style)
         axes.axhline(50, color="0.6", linewidth=0.8)
         axes.set(
             title=f"{scaffold}, same or different",
