@@ -89,9 +89,9 @@ def test_info_adds_up(capsys, name):
 
 def test_arguments_of_a_model(capsys, tmp_path):
     """A mixer in a skeleton can be asked for wherever a name can; a checkpoint says its own, channels too."""
-    kwargs = ["--kwargs", "mixer=agent", "in_chans=1", "num_classes=7"]
+    kwargs = ["--kwargs", "mixer=agent", "in_chans=1", "num_classes=7", "depth=1"]
     facts = json.loads(told(capsys, "info", "isotropic_xsmall", "--format", "json", *kwargs, "img_size=64"))
-    model = visionattn.create_model("isotropic_xsmall", mixer="agent", in_chans=1, num_classes=7, img_size=64)
+    model = visionattn.create_model("isotropic_xsmall", mixer="agent", in_chans=1, num_classes=7, depth=1, img_size=64)
     assert facts["parameters"] == sum(p.numel() for p in model.parameters()) and facts["input"] == [1, 64, 64]
     assert facts["gmacs"] == pytest.approx(sum(stage["gmacs"] for stage in facts["stages"]), rel=1e-3)
     image = tmp_path / "image.png"
