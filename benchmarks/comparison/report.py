@@ -192,7 +192,7 @@ def columns(found: Found, row: Row) -> dict[str, str]:
             cells[f"tier {tier}: change in bfloat16"] = f"{100 * x['bfloat16']:+.1f}"
             cells[f"tier {tier}: change with the batch"] = f"{x['batch']:.0e}"
             if "reach" in x:
-                cells[f"tier {tier}: gradient beyond 7 x 7"] = f"{x['reach']:.0%}"
+                cells[f"tier {tier}: gradient beyond 7 x 7"] = f"{max(0.0, x['reach']):.0%}"
             if x["entropy"]:
                 cells[f"tier {tier}: entropy by layer, nats"] = ", ".join(f"{v:.1f}" for v in x["entropy"])
         if found.verdict(row, tier):
