@@ -67,13 +67,14 @@ def test_onnx(name, tmp_path):
     session = runtime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
     assert session.get_inputs()[0].shape == ["batch", 3, "height", "width"]
     images = 5 if any(getattr(layer, "by_rank", False) for layer in model.modules()) else 1  # of which most count
+    double = copy.deepcopy(model).double()
     for size in ((1, 3, 32, 32), (3, 3, 97, 61), (2, 3, 160, 96), (1, 3, 64, 131)):
         far, own = [], [0.0]
         for x in torch.randn(images, *size):
             outs = session.run(None, {session.get_inputs()[0].name: x.numpy()})
             with torch.no_grad():
                 expected = model(x)
-                precise = copy.deepcopy(model).double()(x.double()) if images > 1 else expected
+                precise = double(x.double()) if images > 1 else expected
             assert [out.shape for out in outs] == [out.shape for out in expected]
             far.append(apart(map(torch.from_numpy, outs), expected))
             own.append(apart(precise, expected))
