@@ -165,6 +165,12 @@ def test_what_depends_on_no_parameter_is_kept_on_every_device(kept):
     assert len(built) == 2
 
 
+def test_a_graph_takes_several_tensors_of_a_function(kept):
+    table, other = size_constant.size_constant(torch.ones), size_constant.size_constant(torch.zeros)
+    graph = torch.compile(lambda x: x + table(3) + table(1) + other(3), fullgraph=True, backend="aot_eager")
+    assert graph(torch.ones(3)).tolist() == [3.0] * 3
+
+
 def test_only_results_of_moderate_size_are_kept(monkeypatch):
     monkeypatch.setattr(ParameterCache, "max_bytes", 16)
     cache, p, built = ParameterCache(), torch.zeros(1), []

@@ -343,5 +343,7 @@ def fused_attention(
         out = F.scaled_dot_product_attention(*tiles, attn_mask=group_bias, dropout_p=dropout, scale=scale)
         tiles, length = group.queries.shape
         out = out.unflatten(0, (B, tiles)).transpose(1, 2) if join else out
-        outs.append(out[..., :dim].reshape(B, heads, tiles * length, dim))
+        if places is not None:  # a graph that reshapes a part would ask how many images there are
+            out = out[..., :dim].clone(memory_format=torch.contiguous_format)
+        outs.append(out.reshape(B, heads, tiles * length, dim))
     return torch.cat(outs, 2).index_select(2, plan.inverse)

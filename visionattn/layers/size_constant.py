@@ -28,23 +28,23 @@ def size_constant(make: Callable[..., T]) -> Callable[..., T]:
     """
 
     @torch.compiler.assume_constant_result
-    def constant(*args) -> T:
+    def constant(*args) -> tuple[T]:  # not a tensor itself: Dynamo takes those of one function's name for the same one
         key = make, *args
         with _lock:
             if key in _kept:
                 _kept.move_to_end(key)
-                return _kept[key][0]
+                return (_kept[key][0],)
         value, size = made(lambda: make(*args))
         if size is not None and size <= MAX_BYTES:
             with _lock:
                 _kept[key] = value, size
                 while sum(size for _, size in _kept.values()) > MAX_BYTES:
                     _kept.popitem(last=False)
-        return value
+        return (value,)
 
     @wraps(make)
     def call(*args) -> T:
         is_open = is_symbolic(*(size for size in args if isinstance(size, Size)))
-        return (make if is_open else constant)(*args)
+        return make(*args) if is_open else constant(*args)[0]
 
     return call
