@@ -1,5 +1,6 @@
 """Published files of every family through `pretrained=True`: as they are, and fitted to other models."""
 
+import json
 import re
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from visionattn.errors import VisionattnError
 from visionattn.publish import convert_file
 from visionattn.weights import read_checkpoint
 from visionattn.weights.download import MIRROR
+from visionattn.weights.files import DESCRIPTION, write_checkpoint
 from visionattn.weights.layouts import convert_state_dict, fit_state_dict
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -108,6 +110,26 @@ def test_conversion_reads_classes_and_channels_from_the_file(tmp_path):
     model = visionattn.create_model(str(tmp_path / "w.safetensors"))
     assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
     assert read_checkpoint(tmp_path / "w.safetensors")[1]["format"] == "pt"
+
+
+def test_a_file_of_ours_is_converted_by_what_it_says(tmp_path, caplog):
+    """Arguments of which no shape tells are not lost, nor silently others."""
+    first, again, other = (str(tmp_path / f"{i}.safetensors") for i in range(3))
+    kwargs = {"mixer": "flow", "num_classes": 3, "drop_path_rate": 0.1}
+    model = visionattn.create_model("test_isotropic", **kwargs)
+    header = {"model": "test_isotropic", "model_kwargs": kwargs, "classes": ["a", "b", "c"]}
+    write_checkpoint(first, model.state_dict(), {"format": "pt", DESCRIPTION: json.dumps(header)})
+    for name in ("", "test_isotropic"):
+        made = convert_file(first, again, name, replace=True)
+        assert made["model_kwargs"] == kwargs and made["classes"] == ["a", "b", "c"]
+    visionattn.create_model("test_isotropic", mixer="flow", num_classes=3, img_size=64, checkpoint_path=again)
+    assert "made with" not in caplog.text
+    convert_file(first, other, model_kwargs={"mixer": "softmax"})
+    visionattn.create_model("test_isotropic", num_classes=3, checkpoint_path=again)
+    assert caplog.text.count("made with mixer='flow', loaded into a model with 'softmax'") == 2
+    with pytest.raises(VisionattnError, match="does not say which model it is of: give --model"):
+        torch.save(model.state_dict(), tmp_path / "w.pth")
+        convert_file(str(tmp_path / "w.pth"), str(tmp_path / "w.safetensors"))
 
 
 def test_a_changed_file_is_noticed(tmp_path):

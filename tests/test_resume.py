@@ -225,7 +225,7 @@ def test_weights_that_are_gone_are_no_best(begun, tmp_path: Path):
         (["--model", "test_van"], "option model cannot change"),
         (["--task", "segmentation"], "option task cannot change"),
         (["--loss.multi_label", "true"], "option loss.multi_label cannot change"),
-        (["--model_kwargs.embed_dim", "8"], "cannot resume .* of another model"),
+        (["--model_kwargs.embed_dim", "8"], "option model_kwargs.embed_dim cannot change"),
         (["--profile", "1-3"], "profile is of no use: 1-3 is over"),
         (["--profile", "90-99"], "profile is of no use: 90-99 is past the end"),
     ],

@@ -74,8 +74,9 @@ def test_every_mixer_stands_in_both_skeletons(mixer, model):
     without = [n for n, p in network.named_parameters() if p.grad is None or not p.grad.any()]
     assert [n for n in without if FROZEN not in n] == []
     if MIXERS[mixer].fixed:
-        with pytest.raises(ValueError, match=r"tokens?"):
-            network.eval()(torch.randn(1, 3, 97, 61))
+        for size in ((97, 61), (16, 64)):
+            with pytest.raises(VisionattnError, match=r"made for images of 32 x 32 \(img_size\), got"):
+                network.eval()(torch.randn(1, 3, *size))
     else:
         assert network.eval()(torch.randn(1, 3, 97, 61)).shape == (1, 10)
 
@@ -218,6 +219,14 @@ def test_controls_mix_nothing(mixer):
         x[..., :4, :4] += 1
         changed = (network.forward_tokens(x) != before).any(2)[0]
     assert changed.nonzero().flatten().tolist() == [0]
+
+
+@pytest.mark.parametrize(("model", "size"), [("test_isotropic", 8), ("test_pyramid", 32)])
+def test_a_single_place_is_refused_where_it_has_no_deviation(model, size):
+    network = visionattn.create_model(model, mixer="pat_ch", num_classes=3).eval()
+    with pytest.raises(VisionattnError, match=f"{model} expects at least {size + 1} x {size + 1} input"):
+        network(torch.randn(2, 3, size, size))
+    assert network(torch.randn(2, 3, size + 1, size + 1)).isfinite().all()
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import re
 import reprlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,9 @@ from .errors import UnknownArgumentError, VisionattnError, one_line
 
 UNFIT = (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError)
 """What layers raise that are asked for what cannot be: 0 heads, or other numbers of stages than of dilations."""
+
+FREE = re.compile("num_classes|in_chans|img_size|.*drop.*|.*_rate")
+"""Arguments of models that change no use of the same weights, or to which weights are fitted and it is told."""
 
 
 @cache
@@ -140,6 +144,33 @@ def check_types(values: Mapping[str, Any], types: Mapping[str, Any], before: str
     for name, value in values.items():
         if name in types and not fits(value, types[name]):
             raise UnknownArgumentError(f"{before}{name}{after} {describe(types[name])}, got {reprlib.repr(value)}")
+
+
+def differing(one: Mapping[str, Any], other: Mapping[str, Any], made: Callable | None = None) -> dict[str, tuple]:
+    """Values by name of arguments of a model that differ and change what is computed from the same weights.
+
+    Args:
+        one: arguments of a model.
+        other: likewise.
+        made: what they are arguments of: its defaults stand for those that are not given. None: what is not given is
+            None.
+    """
+    known = {} if made is None else inspect.signature(made).parameters
+    defaults = {name: each.default for name, each in known.items() if each.default is not each.empty}
+    found = {}
+    for name in sorted(one.keys() | other.keys()):
+        pair = tuple(_plain(values.get(name, defaults.get(name))) for values in (one, other))
+        comparable = made is None or name in defaults or name in one.keys() & other.keys()
+        if comparable and pair[0] != pair[1] and not FREE.fullmatch(name):
+            found[name] = pair
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """Without the differences between what was given and what was read from a file."""
+    if isinstance(value, Mapping):
+        return {key: _plain(each) for key, each in value.items()} or None
+    return [_plain(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 
 @contextmanager

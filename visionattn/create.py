@@ -251,10 +251,11 @@ def make_variant(name: str, kwargs: dict[str, Any], pretrained: bool = False, lo
     chosen, pooled = set(kwargs), {}
 
     def construct(**kwargs) -> nn.Module:
-        with made_with(name, {key: value for key, value in kwargs.items() if key in chosen}):
+        chosen_kwargs = {key: value for key, value in kwargs.items() if key in chosen}
+        with made_with(name, chosen_kwargs):
             model = cls(**kwargs)
         model.pretrained_cfg = cfg
-        model.check.name = name
+        model.check.name, model.made_as = name, variant.kwargs | chosen_kwargs
         if size and min(_checked_size(size)) < (least := model.check.size):
             raise UnknownArgumentError(f"{name} expects an img_size of at least {least}, got {size}")
         if output_stride is not None:

@@ -12,7 +12,7 @@ from .create import create_described, create_model, find_widths
 from .data.preprocessing import model_preprocessing
 from .errors import VisionattnError, one_line, told_of
 from .registry import find, model_info, timm_name
-from .weights.description import describe_file, made_for
+from .weights.description import describe_file, entries_of, made_for, tell_differences
 from .weights.files import DESCRIPTION, find_file, read_checkpoint, write_checkpoint
 from .weights.layouts import fit_state_dict
 
@@ -20,7 +20,7 @@ from .weights.layouts import fit_state_dict
 def convert_file(
     path: str,
     out: str,
-    name: str,
+    name: str = "",
     model_kwargs: dict[str, Any] | None = None,
     source: str = "",
     replace: bool = False,
@@ -31,9 +31,9 @@ def convert_file(
     Args:
         path: a file, or folder with one, in any published layout of the model's family, wrapped as may be.
         out: the safetensors file to write.
-        name: registered name, with the tag of the weights where there are several.
-        model_kwargs: arguments of the model, where they are not the default ones; numbers of classes and input
-            channels are read from the file.
+        name: registered name, with the tag of the weights where there are several; "" for a file that says it.
+        model_kwargs: arguments of the model, where they are not the default ones or those that a file of this model
+            says; numbers of classes and input channels are read from the file.
         source: where the file is from; found by its name among the published ones if empty.
         replace: write over a file that is there.
         checkpoint_prefix: where in the file the weights are, if there are several that fit equally well.
@@ -49,25 +49,39 @@ def convert_file(
         raise VisionattnError(f"expected a name that ends in .safetensors, got {out}")
     if Path(out).exists() and not replace:
         raise VisionattnError(f"{out} exists: choose another name, or replace it with --replace")
-    content, _ = read_checkpoint(path := str(find_file(path)), digest := hashlib.sha256())
-    model_kwargs = model_kwargs or {}
+    content, metadata = read_checkpoint(path := str(find_file(path)), digest := hashlib.sha256())
+    entries, model_kwargs = entries_of(content, metadata, path), model_kwargs or {}
+    own = entries.get("model", "")
+    if not (name or own):
+        raise VisionattnError(f"{path} does not say which model it is of: give --model")
+    if not name and entries.get("task", "classification") != "classification":
+        raise VisionattnError(f"{path} is of {entries['task']}: name a model (--model) for its backbone alone")
+    if not own or name and find(name)[0] != find(own)[0]:
+        entries = {}
+    name, known = name or own, entries.get("model_kwargs", {})
+    model_kwargs = known | model_kwargs
     with told_of(f"checkpoint {path}"):
         model_kwargs = find_widths(content, name, model_kwargs, checkpoint_prefix) | model_kwargs
         model = create_model(name, **model_kwargs)
-        tensors, report = fit_state_dict(content, model, made_for(name, model_kwargs), checkpoint_prefix)
+        made = made_for(own, known) if entries else made_for(name, model_kwargs)
+        tensors, report = fit_state_dict(content, model, made, checkpoint_prefix)
+    tell_differences(model, made, path)
     tag, info = find(name)[1], model_info(name)
     published = info.weights.get(tag) or next(iter(info.weights.values()), None)
     urls = published.urls if published else ()
     imagenet = model.num_classes == 1000 and bool(published and published.num_classes == 1000)
+    names = ImageNetInfo("imagenet-1k").label_names() if imagenet else None
+    if len(entries.get("classes") or ()) == model.num_classes:
+        names = entries["classes"]
     description = {
         "model": name,
         "model_kwargs": model_kwargs,
         "source": source or next((url for url in urls if Path(path).name in url), Path(path).name),
-        "license": info.license,
+        "license": entries.get("license", info.license),
         "sha256": digest.hexdigest(),
-        "classes": ImageNetInfo("imagenet-1k").label_names() if imagenet else None,
+        "classes": names,
         "num_classes": model.num_classes,
-        "preprocessing": model_preprocessing(model),
+        "preprocessing": model_preprocessing(model) | entries.get("preprocessing", {}),
         "adapted": {what: keys for what, keys in report.items() if keys},
     }
     write_checkpoint(out, tensors, {"format": "pt", DESCRIPTION: json.dumps(description)})

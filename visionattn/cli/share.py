@@ -33,8 +33,6 @@ def _convert(args: Any) -> None:
             )
         print("\n".join(write_layout(args.file, args.out, args.to, args.model, args.replace, **dict(args.kwargs))))
         return
-    if not args.model:
-        raise VisionattnError("option --model is needed: the name of the model that the file is of")
     from ..publish import convert_file
 
     made = convert_file(

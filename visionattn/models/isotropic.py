@@ -72,6 +72,7 @@ class IsotropicSkeleton(Ending, Skeleton, Isotropic):
             pos_embed=True, class_token=None,
             num_classes=num_classes, in_chans=in_chans, global_pool=global_pool, drop_rate=drop_rate, **dd,
         )  # fmt: skip
+        self._expect_several(mixer)
         self.apply(init_mixers)
 
 

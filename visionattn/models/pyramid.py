@@ -128,6 +128,7 @@ class PyramidSkeleton(Skeleton, Hierarchical):
             num_classes=num_classes, in_chans=in_chans, global_pool=global_pool, drop_rate=drop_rate,
             reductions=[patch_size * 2**i for i in range(4)], **dd,
         )  # fmt: skip
+        self._expect_several(mixer)
         self.apply(init_mixers)
 
 

@@ -19,6 +19,7 @@ from ..layers.block import Block
 from ..layers.init import init_weights
 from ..layers.pointwise import Mlp
 from ..layers.position import grid_of
+from ..layers.symbolic import Size, is_symbolic
 from ..registry import find
 from .mixers import MIXERS, Place, find_mixer, mix
 
@@ -97,11 +98,20 @@ class MixerBlock(Block):
     def forward(self, x: Tensor | tuple[Tensor, Any], grid: tuple[int, int] | None = None) -> Tensor | tuple:
         x, state = x if isinstance(x, tuple) else (x, None)
         mixer = MIXERS[self.mixer_name]
+        if mixer.fixed:
+            self._check_grid(grid or tuple(x.shape[1:3]))
         x = self.position(x)
         y, state = mix(mixer, self.mixer, self.norm1(x), grid, state)
         x = x + self.drop_path1(y)
         x = x + self.drop_path2(self.mlp(self.norm2(x)))
         return (x, state) if mixer.state else x
+
+    def _check_grid(self, grid: tuple[Size, Size]) -> None:
+        if is_symbolic(*grid):
+            raise VisionattnError(f"a graph of mixer {self.mixer_name} has a fixed height and width")
+        if grid != self.grid:
+            made, given = (" x ".join(str(side * self.stride) for side in sides) for sides in (self.grid, grid))
+            raise VisionattnError(f"mixer {self.mixer_name} is made for images of {made} (img_size), got {given}")
 
 
 class WeighingNorm(nn.LayerNorm):
@@ -145,6 +155,11 @@ def _make(name: str, dim: int, place: Place, kwargs: Mapping[str, Any], **dd: An
 
 class Skeleton(Mechanics):
     """What both networks share."""
+
+    def _expect_several(self, mixer: str) -> None:
+        """Refuse images of which the last map has a single place, if the mixer cannot do with that."""
+        if MIXERS[mixer].several:
+            self.check.size = max(self.check.size, self.feature_info[-1]["reduction"] + 1)
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters without weight decay, besides those with one dimension: tables."""

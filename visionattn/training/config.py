@@ -17,6 +17,7 @@ from jsonargparse.typing import (
     PositiveInt,
 )
 
+from ..arguments import differing
 from ..data.config import AugmentConfig
 from ..errors import VisionattnError
 from ..tasks.config import LossConfig, TaskConfig, TtaConfig
@@ -296,9 +297,12 @@ def parse_train(argv: list[str]) -> tuple[TrainConfig, Path | None]:
         config = brought = parse(parser, TrainConfig, begun)
         if any(argument.startswith("--") and not argument.startswith("--resume") for argument in argv):
             config = parse(parser, TrainConfig, [*begun, *argv])
-        for name in FIXED:
-            if any(given(config, brought, name)):
-                raise VisionattnError(f"option {name} cannot change when {resume} is resumed: leave it out")
+        changed = [name for name in FIXED if any(given(config, brought, name))]
+        for group in ("model_kwargs", "head_kwargs"):
+            both = (getattr(each, group) for each in (config, brought))
+            changed += [f"{group}.{name}" for name in differing(*both)]
+        if changed:
+            raise VisionattnError(f"option {changed[0]} cannot change when {resume} is resumed: leave it out")
         refuse(useless(config, brought))
         return config, resume
     config = parse(parser, TrainConfig, argv)

@@ -5,6 +5,7 @@ from anybody: every entry is checked by its type, and sizes by what the file hol
 weights are, is not theirs to say.
 """
 
+import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from timm.models._hub import _parse_model_cfg
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from ..arguments import check_types
+from ..arguments import check_types, differing
 from ..errors import UnknownModelError, VisionattnError, one_line, told_of
 from ..registry import Entry, find
 from .download import HUB, fetch, from_hub
@@ -39,6 +40,7 @@ from .layouts import check_held, load_pretrained
 from .pickled import MOST_TENSORS
 from .unwrap import flatten
 
+_logger = logging.getLogger("visionattn")
 REPOSITORIES = ("hf-hub", "hf_hub", "local-dir")
 FILE_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt")
 
@@ -110,10 +112,21 @@ def read_described(path: str | PathLike) -> tuple[dict[str, Any], dict[str, Any]
         path: of the file.
     """
     content, metadata = read_checkpoint(path)
+    return entries_of(content, metadata, path), content
+
+
+def entries_of(content: dict[str, Any], metadata: dict[str, str], path: str | PathLike) -> dict[str, Any]:
+    """What a file's header says of its model, checked.
+
+    Args:
+        content: what `read_checkpoint` finds in the file.
+        metadata: likewise.
+        path: of the file.
+    """
     place = f"checkpoint {path}"
     entries = parse(metadata.get(DESCRIPTION, "{}"), place)
     check_header(entries, place, longest_side(content))
-    return entries, content
+    return entries
 
 
 def load_described(model: nn.Module, path: str | PathLike, checkpoint_prefix: str = "") -> None:
@@ -126,12 +139,27 @@ def load_described(model: nn.Module, path: str | PathLike, checkpoint_prefix: st
     """
     entries, content = read_described(path)
     known = made_for(entries["model"], entries.get("model_kwargs", {})) if "model" in entries else {}
+    tell_differences(getattr(model, "inner", model), known, path)
     try:
         load_pretrained(model, content, known, path, checkpoint_prefix)
     except VisionattnError:
         if not hasattr(model, "inner"):
             raise
         load_pretrained(model.inner, content, known, path, checkpoint_prefix)
+
+
+def tell_differences(model: nn.Module, made_for: Mapping[str, Any], path: str | PathLike) -> None:
+    """Log which arguments of a model its weights were made for with others, and which change what is computed.
+
+    Args:
+        model: a classifier or backbone.
+        made_for: those arguments; empty if they are not known.
+        path: of the weights.
+    """
+    if not made_for or not hasattr(model, "made_as"):
+        return
+    for name, (own, theirs) in differing(model.made_as, made_for, type(model)).items():
+        _logger.warning("%s: made with %s=%r, loaded into a model with %r", Path(path).name, name, theirs, own)
 
 
 def is_place(name: str) -> bool:

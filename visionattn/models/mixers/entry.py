@@ -57,6 +57,7 @@ class Mixer:
             (B, H, W, C).
         everywhere: it may fill all four stages of the pyramid, and not only the last two.
         fixed: its number of tokens is that of the construction.
+        several: it cannot do with a single token.
         call: of one that takes a state from the block before it, or hands one to the next: takes layer, input, grid and
             state (None in the first block of a stage) and returns output and state. Maps of a state are (B, N).
         final: what becomes of the last state: "weigh" tokens by it before the mean, add it to the "loss", or nothing.
@@ -74,6 +75,7 @@ class Mixer:
     paper: str = ""
     everywhere: bool = True
     fixed: bool = False
+    several: bool = False
     call: Call | None = None
     final: str = ""
     start: Callable[[nn.Module], None] | None = None

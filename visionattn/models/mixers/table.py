@@ -213,7 +213,7 @@ MIXERS: dict[str, Mixer] = {
         variants={"soft mask in the first epochs": {"soft_mask_epochs": 50}},
         remark="causal in raster order; the mean takes the place of a last token",
     ),
-    "pat_ch": Mixer(lambda at: (layers.PartialChannelAttention, {}), "map", PATNET, remark=BATCH_NORM),
+    "pat_ch": Mixer(lambda at: (layers.PartialChannelAttention, {}), "map", PATNET, several=True, remark=BATCH_NORM),
     "pat_sf": Mixer(
         choices.heads(layers.PartialSelfAttention, attn_drop=0.0, proj_drop=0.0, qkv_bias=True),
         "map",
