@@ -123,10 +123,12 @@ def test_a_file_of_ours_is_converted_by_what_it_says(tmp_path, caplog):
         made = convert_file(first, again, name, replace=True)
         assert made["model_kwargs"] == kwargs and made["classes"] == ["a", "b", "c"]
     visionattn.create_model("test_isotropic", mixer="flow", num_classes=3, img_size=64, checkpoint_path=again)
+    visionattn.create_model(again, num_classes=5)
     assert "made with" not in caplog.text
     convert_file(first, other, model_kwargs={"mixer": "softmax"})
     visionattn.create_model("test_isotropic", num_classes=3, checkpoint_path=again)
-    assert caplog.text.count("made with mixer='flow', loaded into a model with 'softmax'") == 2
+    visionattn.create_model(again, mixer="softmax")
+    assert caplog.text.count("made with mixer='flow', loaded into a model with 'softmax'") == 3
     with pytest.raises(VisionattnError, match="does not say which model it is of: give --model"):
         torch.save(model.state_dict(), tmp_path / "w.pth")
         convert_file(str(tmp_path / "w.pth"), str(tmp_path / "w.safetensors"))

@@ -79,6 +79,7 @@ class Described:
 
     def load(self, model: nn.Module) -> None:
         """Load the weights, fitted to the model as `load_pretrained` does."""
+        tell_differences(getattr(model, "inner", model), self.made_for, self.path or self.place)
         load_pretrained(model, self.state_dict, self.made_for, self.path)
 
 
