@@ -154,7 +154,7 @@ def test_costs(layer, macs):
     "make, message",
     [
         (lambda: WindowAttention2d(10, 3), "dim 10 is not divisible by num_heads 3"),
-        (lambda: WindowAttention2d(8, 2, 0), "expected window_size >= 1, got 0"),
+        (lambda: WindowAttention2d(8, 2, 0), "expected an integer window_size >= 1, got 0"),
         (lambda: ChannelAttention(10, 3), "dim 10 is not divisible by num_heads 3"),
         (lambda: ChannelAttention(8, 2, version=3), "expected version 1 or 2, got 3"),
         (lambda: ConvPosEnc(8, 4), "expected an odd kernel_size, got 4"),

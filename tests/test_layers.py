@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import gradcheck
 
+from visionattn import layers
 from visionattn.layers import (
     CausalSelfAttention,
     GatedPositionalSelfAttention,
@@ -142,6 +143,59 @@ def test_attention_dropout():
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         NeighborhoodAttention2d(*arguments)
+
+
+@pytest.mark.parametrize(
+    "name, arguments, message",
+    [
+        ("FlowAttention", {"num_heads": 2, "eps": -1.0}, "eps >= 0, got -1.0"),
+        ("LinearLogNormalAttention", {"eps": math.nan}, "eps >= 0, got nan"),
+        ("ReversedAttention", {"num_heads": 2, "temperature": 0}, "temperature > 0, got 0"),
+        ("ReversedAttention", {"num_heads": 2, "controller_ratio": 0.01}, r"dim \* controller_ratio >= 1, got 0"),
+        ("ActivatorGate", {"hidden_dim": 0}, "an integer hidden_dim >= 1, got 0"),
+        ("ActivatorBlock", {"hidden_dim": 8, "mlp_dim": 0}, "an integer hidden_dim >= 1, got 0"),
+        ("MixerGate", {"num_tokens": 4, "token_dim": 0, "channel_dim": 8}, "an integer token_dim >= 1, got 0"),
+        ("ReducedAttention", {"kind": "super", "num_tokens": 0}, "an integer num_tokens >= 1, got 0"),
+        ("SelectiveSelfAttention", {"on": ""}, "on to be some of the letters q, k and v, got ''"),
+        ("SelectiveSelfAttention", {"on": None}, "some of the letters q, k and v, got None"),
+        ("SelectiveSelfAttention", {"token": "mlp", "hidden_ratio": 0.01}, r"dim \* hidden_ratio >= 1, got 0"),
+        ("SelfAttention", {"gate_rescale": True}, "gate_opening and gate_rescale are of a gate: expected one of const"),
+        ("SelfAttention", {"clip": 0.5}, r"clip \(gamma, zeta\) with gamma <= 0 and zeta >= 1, got 0.5"),
+        ("SelfAttention", {"num_heads": "a"}, "an integer num_heads >= 1, got 'a'"),
+        ("SelfAttention", {"num_heads": -4}, "an integer num_heads >= 1, got -4"),
+        ("SelfAttention", {"num_heads": 2.0}, "an integer num_heads >= 1, got 2.0"),
+        ("SelfAttention", {"num_heads": True}, "an integer num_heads >= 1, got True"),
+        ("SubspaceAttention", {"num_subspaces": 0}, "an integer num_subspaces >= 1, got 0"),
+        ("KeyDrivenGQA", {"num_kv_heads": 0}, "an integer num_kv_heads >= 1, got 0"),
+        ("HaloAttention2d", {"num_heads": 0}, "an integer num_heads >= 1, got 0"),
+        ("ContMix2d", {"num_heads": -2}, "an integer num_heads >= 1, got -2"),
+        ("PartialConv2d", {"n_div": 0}, "an integer n_div >= 1, got 0"),
+        ("PartialSelfAttention", {"num_heads": 0}, "an integer num_heads >= 1, got 0"),
+        ("LargeKernelAttention", {"kernel_size": -1}, "an integer kernel_size >= 1, got -1"),
+        ("LargeKernelAttention", {"dilation": 0}, "an integer dilation >= 1, got 0"),
+        ("AttentiveConv2d", {"kernel_size": -1}, "an integer kernel_size >= 1, got -1"),
+        ("AgentAttention", {"map_size": 0}, "an integer map_size >= 1, got 0"),
+        ("SparseAttention", {"num_tokens": 17, "reduce_n_factor": 0}, "an integer reduce_n_factor >= 1, got 0"),
+        ("SparseAttention", {"num_tokens": 17, "attn_keep_rate": 2.0}, "attn_keep_rate between 0 and 1, got 2.0"),
+    ],
+)
+def test_nonsense_is_refused_at_once(name, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        getattr(layers, name)(16, **arguments)
+
+
+WITHOUT_DEFAULT = {
+    "MixtureOfHeadAttention": {"shared": 1, "top_k": 1},
+    "HybridScaleAttention": {"sr_ratio": 1},
+    "SelfGuidedAttention": {"sections": ((1.0, 1),)},
+}
+
+
+@pytest.mark.parametrize("layer", [each for each in vars(layers).values() if inspect.isclass(each)])
+def test_dropout_rates_are_rates(layer):
+    if "attn_drop" in inspect.signature(layer).parameters:
+        with pytest.raises(ValueError, match="attn_drop between 0 and 1, got 2.0"):
+            layer(16, num_heads=2, **WITHOUT_DEFAULT.get(layer.__name__, {}), attn_drop=2.0)
 
 
 def test_large_kernel_attention():

@@ -124,7 +124,7 @@ def test_dropout():
     [
         ((10, 3), "dim 10 is not divisible by num_heads 3"),
         ((12, 3, False, None, 0.0, 0.0, 0), "window_size >= 1, got 0"),
-        ((12, 3, False, None, 0.0, 0.0, 2, 1.1), "0 <= alpha <= 1, got 1.1"),
+        ((12, 3, False, None, 0.0, 0.0, 2, 1.1), "alpha between 0 and 1, got 1.1"),
     ],
 )
 def test_bad_arguments(arguments, message):

@@ -118,7 +118,7 @@ def test_concentration_of_softmax_attention():
 
 def test_details():
     for arguments, told in (({"mode": "mean"}, "one of average, learnable_scale, learnable_ratio, got 'mean'"),
-                            ({"window_size": 0}, "window_size >= 1, or None, got 0"),
+                            ({"window_size": 0}, "an integer window_size >= 1, got 0"),
                             ({"num_heads": 5}, "dim 16 is not divisible by num_heads 5")):  # fmt: skip
         with pytest.raises(ValueError, match=told):
             LinearLogNormalAttention(16, **arguments)

@@ -3,6 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .checks import check_counts
 from .pointwise import Mlp, Pointwise
 
 
@@ -33,6 +34,7 @@ class ActivatorGate(nn.Module):
 
     def __init__(self, dim: int, hidden_dim: int, device=None, dtype=None) -> None:
         super().__init__()
+        check_counts(dim=dim, hidden_dim=hidden_dim)
         dd = {"device": device, "dtype": dtype}
         self.proj_1 = Pointwise(dim, hidden_dim, **dd)
         self.proj_2 = Pointwise(dim, hidden_dim, **dd)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .adaptive_pool import adaptive_pool
 from .cache import ParameterCache
+from .checks import check_counts
 from .depthwise import depthwise
 from .heads import check_heads, split_heads
 from .pointwise import Pointwise
@@ -75,11 +76,14 @@ class AgentAttention(nn.Module):
     ) -> None:
         super().__init__()
         check_heads(dim, num_heads)
-        if math.isqrt(agent_num) ** 2 != agent_num or agent_num < 1:
+        check_counts(agent_num=agent_num)
+        if math.isqrt(agent_num) ** 2 != agent_num:
             raise ValueError(f"expected a square number as agent_num, got {agent_num}")
         dd = {"device": device, "dtype": dtype}
         self.num_heads = num_heads
         self.map_size = to_2tuple(map_size)
+        for side in self.map_size:
+            check_counts(map_size=side)
         self.agent_num = agent_num
         self.class_token = class_token
         self.agent_shape = tuple(agent_shape or (math.isqrt(agent_num),) * 2)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .adaptive_pool import adaptive_pool, bins
 from .cache import ParameterCache
+from .checks import check_counts
 from .heads import check_heads, split_heads
 from .mixture_of_head import HeadRouter, head_gates
 from .pointwise import Pointwise
@@ -253,6 +254,7 @@ class AggregatedAttention(_CosineAttention):
         dtype=None,
     ) -> None:
         super().__init__(dim, num_heads, pretrain_size, shared, top_k, router, device, dtype)
+        check_counts(window=window, pool_ratio=pool_ratio)
         if window % 2 == 0:
             raise ValueError(f"expected an odd window, got {window}")
         dd = {"device": device, "dtype": dtype}

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .checks import check_counts
 from .direct import is_direct
 from .pointwise import Pointwise, Pointwise2d
 from .precision import without_autocast
@@ -54,6 +55,7 @@ class AttentiveConv2d(nn.Module):
         dtype=None,
     ) -> None:
         super().__init__()
+        check_counts(dim=dim, kernel_size=kernel_size)
         if kernel_size % 2 == 0:
             raise ValueError(f"expected an odd kernel_size, got {kernel_size}")
         dd = {"device": device, "dtype": dtype}

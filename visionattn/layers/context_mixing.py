@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from .adaptive_pool import adaptive_pool
 from .cache import ParameterCache
+from .checks import check_counts, check_not_negative
 from .conv_norm import PointwiseNorm
 from .dilated_reparam import ChannelScale, DilatedReparamNorm, GrnMlp, ResidualDepthwise
 from .dynamic_conv import dynamic_conv2d, segments, window_starts
@@ -71,6 +72,11 @@ class ContMix2d(nn.Module):
         dtype=None,
     ) -> None:
         super().__init__()
+        check_counts(
+            dim=dim, num_heads=num_heads, kernel_size=kernel_size, small_kernel_size=small_kernel_size,
+            context_dim=dim if context_dim is None else context_dim, pool_size=pool_size,
+        )  # fmt: skip
+        check_not_negative(bias_std=bias_std)
         if dim % (4 * num_heads):
             raise ValueError(f"dim {dim} is not divisible by 4 * num_heads {num_heads}")
         if kernel_size % 2 == 0 or small_kernel_size % 2 == 0:
@@ -81,7 +87,7 @@ class ContMix2d(nn.Module):
         self.kernel_sizes = small_kernel_size, kernel_size
         self.pool_size = pool_size
         self.q = PointwiseNorm(dim, dim // 2, **dd)
-        self.k = PointwiseNorm(context_dim or dim, dim // 2, **dd)
+        self.k = PointwiseNorm(dim if context_dim is None else context_dim, dim // 2, **dd)
         self.v = PointwiseNorm(dim, dim, **dd) if value_proj else nn.Identity()
         self.taps = nn.Linear(pool_size**2, small_kernel_size**2 + kernel_size**2, **dd)
         tables = [(self.groups, 2 * k - 1, 2 * k - 1) for k in self.kernel_sizes]

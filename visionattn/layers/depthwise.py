@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from .checks import check_counts
 from .direct import in_own_precision, is_direct
 
 REACH = 6
@@ -47,6 +48,7 @@ def depthwise(
     dim: int, kernel_size: int, dilation: int = 1, bias: bool = True, device=None, dtype=None
 ) -> DepthwiseConv2d:
     """Depthwise convolution of (B, C, H, W) that keeps the size, and raises ValueError if `kernel_size` is even."""
+    check_counts(dim=dim, kernel_size=kernel_size, dilation=dilation)
     if kernel_size % 2 == 0:
         raise ValueError(f"expected an odd kernel_size, got {kernel_size}")
     padding = kernel_size // 2 * dilation

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from .checks import check_counts
 from .depthwise import DepthwiseConv2d, depthwise, depthwise_backward, depthwise_conv
 from .direct import in_own_precision, is_direct, is_watched, replayed, replays
 from .int8 import Int8Linear
@@ -27,6 +28,7 @@ class DepthwiseMlp(nn.Module):
 
     def __init__(self, dim: int, hidden_dim: int, drop: float = 0.0, device=None, dtype=None) -> None:
         super().__init__()
+        check_counts(dim=dim, hidden_dim=hidden_dim)
         dd = {"device": device, "dtype": dtype}
         self.fc1 = Pointwise2d(dim, hidden_dim, **dd)
         self.dwconv = depthwise(hidden_dim, 3, **dd)

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from .checks import check_not_negative
 from .conv_position import ConvPosEnc
 from .depthwise import DepthwiseConv2d, depthwise
 from .direct import is_direct, is_watched
@@ -182,6 +183,7 @@ class GlobalResponseNorm2d(nn.Module):
 
     def __init__(self, dim: int, eps: float = 1e-6, device=None, dtype=None) -> None:
         super().__init__()
+        check_not_negative(eps=eps)
         self.eps = eps
         self.gamma = nn.Parameter(torch.zeros(1, dim, 1, 1, device=device, dtype=dtype))
         self.beta = nn.Parameter(torch.zeros(1, dim, 1, 1, device=device, dtype=dtype))

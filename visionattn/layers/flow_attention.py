@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from .checks import check_not_negative
 from .heads import check_heads, split_heads
 from .pointwise import Pointwise
 from .precision import without_autocast
@@ -48,6 +49,7 @@ class FlowAttention(nn.Module):
     ) -> None:
         super().__init__()
         check_heads(dim, num_heads)
+        check_not_negative(eps=eps)
         self.num_heads = num_heads
         self.eps = eps
         self.qkv = Pointwise(dim, 3 * dim, bias=qkv_bias, device=device, dtype=dtype)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from .checks import check_counts
 from .depthwise import DepthwiseConv2d, depthwise
 from .direct import in_own_precision, is_direct, is_watched, replayed, replays
 from .norm import ChannelRmsNorm
@@ -37,6 +38,7 @@ class GatedMlp(nn.Module):
         act_layer: Callable[[], nn.Module] = nn.GELU, drop: float = 0.0, device=None, dtype=None,
     ) -> None:  # fmt: skip
         super().__init__()
+        check_counts(dim=dim, hidden_dim=hidden_dim)
         dd = {"device": device, "dtype": dtype}
         self.fc1 = Pointwise2d(dim, 2 * hidden_dim, **dd)
         self.dwconv = depthwise(hidden_dim, 3, **dd) if dconv else nn.Identity()

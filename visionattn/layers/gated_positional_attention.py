@@ -8,6 +8,7 @@ from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from .cache import ParameterCache
+from .checks import check_rates
 from .heads import check_heads, split_heads
 from .pointwise import Pointwise
 from .symbolic import is_symbolic
@@ -60,6 +61,7 @@ class GatedPositionalSelfAttention(nn.Module):
     ) -> None:
         super().__init__()
         check_heads(dim, num_heads)
+        check_rates(attn_drop=attn_drop)
         dd = {"device": device, "dtype": dtype}
         self.num_heads = num_heads
         self.scale = qk_scale or (dim // num_heads) ** -0.5

@@ -7,6 +7,7 @@ from timm.layers import make_divisible, trunc_normal_
 from torch import Tensor, nn
 
 from .cache import ParameterCache
+from .checks import check_counts, check_positive
 from .local_attention import AxisTiles, local_attention, local_plan
 from .pointwise import Pointwise
 from .symbolic import Size, ceil_div, fixed, is_symbolic
@@ -113,6 +114,8 @@ class HaloAttention2d(nn.Module):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         dim_out = dim_out or dim
+        check_counts(dim=dim, dim_out=dim_out, num_heads=num_heads)
+        check_positive(qk_ratio=qk_ratio)
         if dim_out % num_heads:
             raise ValueError(f"dim_out {dim_out} is not divisible by num_heads {num_heads}")
         dim_head = dim_head or make_divisible(dim_out * qk_ratio) // num_heads

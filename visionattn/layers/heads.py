@@ -4,12 +4,14 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from .checks import check_counts
 from .direct import in_own_precision
 
 
 def check_heads(dim: int, num_heads: int) -> None:
     """Raise ValueError unless `num_heads` divides `dim`."""
-    if num_heads < 1 or dim % num_heads:
+    check_counts(dim=dim, num_heads=num_heads)
+    if dim % num_heads:
         raise ValueError(f"dim {dim} is not divisible by num_heads {num_heads}")
 
 

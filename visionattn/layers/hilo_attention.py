@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .checks import check_counts, check_rates
 from .heads import check_heads, split_heads
 from .pointwise import Pointwise
 from .window_attention import window_attention
@@ -57,10 +58,8 @@ class HiLoAttention(nn.Module):
     ) -> None:
         super().__init__()
         check_heads(dim, num_heads)
-        if window_size < 1:
-            raise ValueError(f"expected window_size >= 1, got {window_size}")
-        if not 0 <= alpha <= 1:
-            raise ValueError(f"expected 0 <= alpha <= 1, got {alpha}")
+        check_counts(window_size=window_size)
+        check_rates(alpha=alpha, attn_drop=attn_drop)
         dd = {"device": device, "dtype": dtype}
         head_dim = dim // num_heads
         self.num_heads = num_heads

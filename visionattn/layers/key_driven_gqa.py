@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .checks import check_counts, check_rates
 from .heads import check_heads
 from .pointwise import Pointwise
 
@@ -87,10 +88,10 @@ class KeyDrivenGQA(nn.Module):
         groups = num_heads // 2 if num_kv_heads is None else num_kv_heads
         if kind not in KINDS:
             raise ValueError(f"expected kind one of {', '.join(KINDS)}, got {kind!r}")
-        if not 1 <= groups <= num_heads or (kind in ("gqa", "pgqa") and num_heads % groups):
+        check_counts(num_kv_heads=groups, window_size=window_size)
+        if groups > num_heads or (kind in ("gqa", "pgqa") and num_heads % groups):
             raise ValueError(f"{num_heads} heads of queries cannot share {groups} heads of keys with kind {kind!r}")
-        if window_size < 1:
-            raise ValueError(f"expected window_size >= 1, got {window_size}")
+        check_rates(attn_drop=attn_drop)
         if per_sample and kind != "kdgqa":
             raise ValueError(f"per_sample is of use to kind 'kdgqa', not to {kind!r}")
         dd = {"device": device, "dtype": dtype}

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .checks import check_counts, check_not_negative
 from .heads import check_heads
 from .pointwise import Pointwise
 from .precision import without_autocast
@@ -26,8 +27,9 @@ class LinearLogNormalAttention(nn.Module):
         a sigma_q = b sigma_k = sqrt((sigma_q^2 sigma_k^2 + 0.3549) / (2 * 0.1486))
 
     with the standard deviations sigma of all queries and of all keys, of all heads, tokens and, as published, samples:
-    what a sample gets depends on those beside it, unless `per_sample` is set. Softmax attention inside blocks, of d
-    tokens in their order or of a window of the map, adds what is near. The exponentials are in float32 at least.
+    what a sample gets depends on those beside it, unless `per_sample` is set. Gradients take a and b, which follow the
+    input, for constants, as published: finite differences are others. Softmax attention inside blocks, of d tokens in
+    their order or of a window of the map, adds what is near. The exponentials are in float32 at least.
 
     Cost: 4 N C^2 + 4 N C d multiply-adds for N tokens, C channels and heads of d = C / num_heads; 4 N C^2 + 2 N C d
     without blocks, 4 N C^2 + 2 N C (d + w^2) with windows of w x w.
@@ -81,8 +83,9 @@ class LinearLogNormalAttention(nn.Module):
         check_heads(dim, num_heads)
         if mode not in MODES:
             raise ValueError(f"expected mode one of {', '.join(MODES)}, got {mode!r}")
-        if window_size is not None and window_size < 1:
-            raise ValueError(f"expected window_size >= 1, or None, got {window_size}")
+        check_not_negative(eps=eps)
+        if window_size is not None:
+            check_counts(window_size=window_size)
         dd = {"device": device, "dtype": dtype}
         self.num_heads, self.mode, self.block_diagonal = num_heads, mode, block_diagonal
         self.eps, self.per_sample, self.window_size = eps, per_sample, window_size

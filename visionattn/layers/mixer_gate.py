@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from .checks import check_counts
 from .pointwise import Mlp, Pointwise
 from .position import resample_rows
 
@@ -84,6 +85,7 @@ class MixerGate(nn.Module):
         self, dim: int, num_tokens: int, token_dim: int, channel_dim: int, drop: float = 0.0, device=None, dtype=None
     ) -> None:
         super().__init__()
+        check_counts(dim=dim, num_tokens=num_tokens, token_dim=token_dim, channel_dim=channel_dim)
         dd = {"device": device, "dtype": dtype}
         self.num_tokens = num_tokens
         self.norm1 = nn.LayerNorm(dim, **dd)

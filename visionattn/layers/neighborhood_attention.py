@@ -6,6 +6,7 @@ from timm.layers import to_2tuple, trunc_normal_
 from torch import Tensor, nn
 
 from .cache import ParameterCache
+from .checks import check_rates
 from .direct import is_direct
 from .heads import check_heads
 from .local_attention import AxisTiles, local_attention, local_plan, padded_heads, relative_bias
@@ -152,6 +153,7 @@ class NeighborhoodAttention2d(nn.Module):
     ) -> None:
         super().__init__()
         check_heads(dim, num_heads)
+        check_rates(attn_drop=attn_drop)
         dd = {"device": device, "dtype": dtype}
         self.kernel_size, self.dilation, self.stride = map(to_2tuple, (kernel_size, dilation or 1, stride))
         for k, d, s in zip(self.kernel_size, self.dilation, self.stride, strict=True):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from .cache import ParameterCache
+from .checks import check_counts, check_rates
 from .direct import in_own_precision, is_direct, is_watched
 from .fuse import is_batch_norm, scale_and_shift, scale_output
 from .heads import split_heads
@@ -43,6 +44,7 @@ class PartialConv2d(nn.Module):
 
     def __init__(self, dim: int, n_div: int = 4, device=None, dtype=None) -> None:
         super().__init__()
+        check_counts(dim=dim, n_div=n_div)
         self.widths = dim // n_div, dim - dim // n_div
         if min(self.widths) < 1:
             raise ValueError(f"expected dim // n_div between 1 and dim - 1, got dim {dim} and n_div {n_div}")
@@ -317,6 +319,8 @@ class PartialSelfAttention(PartialConv2d):
         super().__init__(dim, n_div, device, dtype)
         dd = {"device": device, "dtype": dtype}
         width = self.widths[1]
+        check_counts(num_heads=num_heads)
+        check_rates(attn_drop=attn_drop)
         if width % num_heads:
             raise ValueError(f"the {width} attending channels of {dim} are not divisible by num_heads {num_heads}")
         self.num_heads, self.rpe = num_heads, tuple(rpe)

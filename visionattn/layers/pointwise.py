@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from .checks import check_counts
 from .direct import in_own_precision, is_direct, is_watched, replayed, replays
 from .int8 import Int8Linear
 from .product import is_small, product, takes_conv
@@ -67,6 +68,7 @@ class Mlp(nn.Module):
         dtype=None,
     ) -> None:
         super().__init__()
+        check_counts(dim=dim, hidden_dim=hidden_dim)
         self.fc1 = Pointwise(dim, hidden_dim, device=device, dtype=dtype)
         self.act = act_layer()
         self.drop1 = nn.Dropout(drop)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
+from .checks import check_counts
 from .heads import check_heads, split_heads
 from .init import init_weights
 from .pointwise import Pointwise
@@ -114,6 +115,7 @@ class TokenMixing(nn.Module):
 
     def __init__(self, num_tokens: int, device=None, dtype=None) -> None:
         super().__init__()
+        check_counts(num_tokens=num_tokens)
         self.weight = nn.Parameter(torch.empty(num_tokens, num_tokens, device=device, dtype=dtype))
         self.reset_parameters()
 

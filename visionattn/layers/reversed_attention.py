@@ -8,6 +8,7 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .checks import check_counts, check_positive
 from .init import init_weights
 from .self_attention import SelfAttention
 from .symbolic import is_symbolic
@@ -49,7 +50,7 @@ class ReversedAttention(SelfAttention):
         proj_drop: dropout rate of the output.
 
     Raises:
-        ValueError: if `num_heads` does not divide `dim`.
+        ValueError: if `num_heads` does not divide `dim`, or `temperature` or `controller_ratio` is not above 0.
 
     Shape:
         (B, N, C), optionally with the message M' (B, N) of the layer before, by default 1, to a pair of (B, N, C) and
@@ -80,9 +81,12 @@ class ReversedAttention(SelfAttention):
     ) -> None:
         dd = {"device": device, "dtype": dtype}
         super().__init__(dim, num_heads, qkv_bias, attn_drop=attn_drop, proj_drop=proj_drop, **dd)
+        check_positive(temperature=temperature, controller_ratio=controller_ratio)
         self.temperature, self.controller_bias = temperature, controller_bias
         self.head_selector = nn.Linear(dim, num_heads, bias=False, **dd)
-        self.message_controller = Mlp(dim, int(dim * controller_ratio), 1, bias=False, **dd)
+        hidden = int(dim * controller_ratio)
+        check_counts(**{"dim * controller_ratio": hidden})
+        self.message_controller = Mlp(dim, hidden, 1, bias=False, **dd)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .checks import check_counts, check_positive
 from .pointwise import Pointwise
 from .self_attention import SelfAttention
 from .size_constant import size_constant
@@ -107,8 +108,9 @@ class SelectiveSelfAttention(SelfAttention):
         for name, value, known in (("token", token, TOKENS), ("position", position, POSITIONS)):
             if value not in known:
                 raise ValueError(f"expected {name} one of {', '.join(map(str, known))}, got {value!r}")
-        if not set(on) <= set("qkv"):
+        if not (isinstance(on, str) and on and set(on) <= set("qkv") and len(set(on)) == len(on)):
             raise ValueError(f"expected on to be some of the letters q, k and v, got {on!r}")
+        check_positive(hidden_ratio=hidden_ratio)
         self.token, self.position, self.on = token, position, on
         for part in on:
             if token == "shared":
@@ -116,6 +118,7 @@ class SelectiveSelfAttention(SelfAttention):
                 self.register_parameter(f"temp_{part}", nn.Parameter(vectors))
             elif token == "mlp":
                 hidden = int(dim * hidden_ratio)
+                check_counts(**{"dim * hidden_ratio": hidden})
                 layers = Pointwise(dim, hidden, **dd), nn.GELU(), Pointwise(hidden, num_heads, **dd)
                 self.add_module(f"temp_{part}", nn.Sequential(*layers))
             if position is not None:

@@ -1,9 +1,13 @@
 """Plain multi-head self-attention."""
 
+from collections.abc import Sequence
+from typing import get_args
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .checks import check_rates
 from .clipping import clipped_attention, clipped_softmax
 from .fuse import scale_input
 from .head_gate import Gate, HeadGate
@@ -72,6 +76,11 @@ class SelfAttention(nn.Module):
     ) -> None:
         super().__init__()
         check_heads(dim, num_heads)
+        check_rates(attn_drop=attn_drop)
+        if gate is None and (gate_rescale or gate_opening != 0.5):
+            raise ValueError(
+                f"gate_opening and gate_rescale are of a gate: expected one of {', '.join(get_args(Gate))}"
+            )
         dd = {"device": device, "dtype": dtype}
         self.num_heads = num_heads
         self.scale = qk_scale or (dim // num_heads) ** -0.5
@@ -138,6 +147,6 @@ def _clip(clip: tuple[float, float] | None, alpha: float | None, length: int | N
         raise ValueError(f"expected clip_alpha and clip_length, or none of them, got {alpha} and {length}")
     if alpha is not None:
         clip = -alpha / length, 1.0
-    if clip is not None and not (len(clip) == 2 and clip[0] <= 0 and clip[1] >= 1):
+    if clip is not None and not (isinstance(clip, Sequence) and len(clip) == 2 and clip[0] <= 0 and clip[1] >= 1):
         raise ValueError(f"expected clip (gamma, zeta) with gamma <= 0 and zeta >= 1, got {clip}")
     return None if clip is None else tuple(clip)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .checks import check_rates
 from .depthwise import depthwise
 from .heads import check_heads, split_heads
 from .patch import PatchConv2d
@@ -50,6 +51,7 @@ class EnhancedAttention(nn.Module):
     ) -> None:
         super().__init__()
         check_heads(dim, num_heads)
+        check_rates(attn_drop=attn_drop)
         dd = {"device": device, "dtype": dtype}
         self.num_heads = num_heads
         self.scale = (dim // num_heads) ** -0.5 if qk_scale is None else qk_scale

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from .cache import ParameterCache
+from .checks import check_counts, check_rates
 from .direct import in_own_precision, is_direct, replayed, replays
 from .pointwise import Pointwise
 from .position import resample_rows
@@ -112,6 +113,12 @@ class ConnectivityPredictor(nn.Module):
     ) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
+        check_counts(
+            num_tokens=num_tokens, num_heads=num_heads, reduce_n_factor=reduce_n_factor, reduce_c_factor=reduce_c_factor
+        )
+        check_rates(attn_keep_rate=attn_keep_rate)
+        if basis_coef_topk is not None:
+            check_counts(basis_coef_topk=basis_coef_topk)
         rank, reduced = num_tokens // reduce_n_factor, head_dim // reduce_c_factor
         if not rank or not reduced:
             raise ValueError(

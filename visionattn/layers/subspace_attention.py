@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .checks import check_counts
 from .direct import is_direct
 
 
@@ -26,10 +27,10 @@ class SubspaceAttention(nn.Module):
         num_subspaces: groups of channels; must divide `dim`.
 
     Raises:
-        ValueError: if `num_subspaces` does not divide `dim`.
+        ValueError: if `num_subspaces` does not divide `dim`; in training, of a single position.
 
     Shape:
-        (B, C, H, W) to (B, C, H, W), any H and W.
+        (B, C, H, W) to (B, C, H, W), any H and W; in training more than one position in all, as batch norms want.
 
     Example:
         >>> import torch
@@ -49,6 +50,7 @@ class SubspaceAttention(nn.Module):
 
     def __init__(self, dim: int, num_subspaces: int = 4, device=None, dtype=None) -> None:
         super().__init__()
+        check_counts(dim=dim, num_subspaces=num_subspaces)
         if dim % num_subspaces:
             raise ValueError(f"dim {dim} is not divisible by num_subspaces {num_subspaces}")
         dd = {"device": device, "dtype": dtype}

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .checks import check_counts
 from .heads import check_heads, split_heads
 from .local_attention import AxisTiles, local_attention, local_plan, padded_heads
 from .pointwise import Pointwise
@@ -65,8 +66,7 @@ class WindowAttention2d(nn.Module):
     ) -> None:
         super().__init__()
         check_heads(dim, num_heads)
-        if window_size < 1:
-            raise ValueError(f"expected window_size >= 1, got {window_size}")
+        check_counts(window_size=window_size)
         self.num_heads = num_heads
         self.window_size = window_size
         self.qkv = Pointwise(dim, 3 * dim, bias=qkv_bias, device=device, dtype=dtype)
