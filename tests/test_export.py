@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -66,6 +67,14 @@ def test_a_file_that_computes_anything_else_is_not_kept(wrong, tmp_path, monkeyp
     options = ["--format", "torch", "--quiet", "--kwargs", "depth=1"]
     assert main(["export", "test_isotropic", str(tmp_path / "a.pt2"), *options]) == 2
     assert "is not kept" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_what_draws_noise_is_not_kept_for_that_reason(tmp_path, monkeypatch):
+    model = visionattn.create_model("test_isotropic", mixer="pgqa", depth=1, num_classes=10).eval()
+    monkeypatch.setitem(files.FORMATS, "torch", replace(files.FORMATS["torch"], write=lambda file, _: file.touch()))
+    monkeypatch.setattr(files, "load", lambda file: (lambda x: [model(x)], {}))
+    with pytest.raises(VisionattnError, match="from what the model computes, which draws noise at every call"):
+        files.export(model, tmp_path / "a.pt2", "torch")
 
 
 def test_large_graphs_are_folded_alone(tmp_path, monkeypatch):

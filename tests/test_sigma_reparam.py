@@ -158,6 +158,29 @@ def test_zeros_stay_zeros():
     assert layer._parameters["weight"].grad.isfinite().all()
 
 
+@pytest.mark.parametrize(
+    "options, told",
+    [
+        ({"gamma": "nrm"}, "^expected gamma 'norm' or a number > 0, got 'nrm'"),
+        *(({"gamma": value}, f"'norm' or a number > 0, got {value}") for value in (None, 0, -1.0, float("nan"))),
+        *(({"split": {"*": n}}, "an integer number of blocks for '\\*' in split >= 1") for n in (0, -1, 1.5, "x")),
+        ({"split": {"b": 3}}, "split: b has 4 rows, which are no 3 equal blocks"),
+        ({"split": {"d": 3}}, "split: no linear map or ungrouped convolution is called d"),
+        ({"change": lambda m: m.to("meta")}, "^a is on the device meta; expected weights with values"),
+        ({"change": lambda m: nn.init.constant_(m["b"].weight, torch.nan)}, "^b has weights that are not finite"),
+        ({"change": lambda m: setattr(m["b"], "weight", m["a"].weight)}, "^a and b share a weight, which a gamma"),
+        ({"change": lambda m: setattr(m["c"], "weight", m["b"].weight)}, "^b and c share a weight, which a gamma"),
+    ],
+)
+def test_what_cannot_be_changed_stays_as_it_was(options, told):
+    model = nn.ModuleDict({"a": nn.Linear(4, 4), "n": nn.LayerNorm(4), "b": nn.Linear(4, 4), "c": nn.Embedding(4, 4)})
+    options = dict(options)
+    options.pop("change", lambda m: None)(model)
+    with pytest.raises(ValueError, match=told):
+        sigma_reparam(model, **options, remove_norms=True)
+    assert [type(each) for each in model.values()] == [nn.Linear, nn.LayerNorm, nn.Linear, nn.Embedding]
+
+
 @pytest.mark.parametrize("every_forward", [False, True])
 def test_an_iteration_may_come_before_the_backward_pass(every_forward):
     layer = sigma_reparam(nn.Linear(6, 4), every_forward=every_forward)

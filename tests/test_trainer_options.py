@@ -4,6 +4,7 @@ import math
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -21,6 +22,7 @@ from visionattn.data.transforms import eval_transform
 from visionattn.errors import VisionattnError
 from visionattn.tasks.classification import ClassificationLoss
 from visionattn.tasks.config import LossConfig
+from visionattn.training import run
 from visionattn.training.build import freeze
 from visionattn.training.checkpoint import read_saved, save_checkpoint, training_state
 from visionattn.training.config import DistillConfig, OptimConfig, ScheduleConfig, TrainConfig, parse_train
@@ -388,6 +390,16 @@ def test_a_window_of_updates_is_traced(tmp_path: Path):
     assert "aten::addmm" in (folder / "trace-3-4.json").read_text()
     with pytest.raises(VisionattnError, match="window of updates"):
         parse_train(["--profile", "9"])
+
+
+@pytest.mark.parametrize("trackers", [(), ("wandb",), ("tensorboard",), ("all",)])
+def test_runs_are_compared_where_they_were_sent(tmp_path: Path, trackers: tuple[str, ...], monkeypatch, capsys):
+    made = SimpleNamespace(
+        fit=lambda: tmp_path, accelerator=SimpleNamespace(is_main_process=True), told_best=lambda: "best"
+    )
+    monkeypatch.setattr(run, "Trainer", lambda *_: made)
+    train(TrainConfig(trackers=trackers))
+    assert ("tensorboard --logdir" in capsys.readouterr().out) == bool({"tensorboard", "all"} & set(trackers))
 
 
 def test_a_dry_run_tells_and_leaves_nothing(tmp_path: Path, capsys):

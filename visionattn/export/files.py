@@ -22,7 +22,7 @@ from .about import about_model, as_text, task_of
 from .folder import folder_beside
 from .graph import NAMES, graphs_of, make_program, sizes_of, traced
 from .quantized import quantize_onnx, quantize_program
-from .running import EXTRA, NAME, TOLERANCE, disagreement, load, usual_disagreement
+from .running import EXTRA, NAME, TOLERANCE, as_list, disagreement, load, usual_disagreement
 
 LARGEST = 2**31 - 2**20
 """Bytes of an ONNX file with its weights inside: protobuf's limit, less the rest of the file."""
@@ -140,6 +140,8 @@ def export(
         except Exception as error:  # so do those that run what they made
             raise VisionattnError(f"{path} is not kept: {kind} fails with it{hint} ({one_line(error)})") from error
         if unlike and not (usual and usual[0] <= max(TOLERANCE, 2 * usual[1]) < float("inf")):
+            if TOLERANCE < disagreement(lambda x: as_list(module(x)), module, shapes) < float("inf"):
+                hint = ", which draws noise at every call and so is as far from itself"
             raise VisionattnError(f"{path} is not kept: it is {far:.1e} from what the model computes{hint}")
         written = sorted(folder.iterdir(), key=lambda each: each.name == path.name)  # the file itself comes last
         for each in written:

@@ -1,5 +1,6 @@
 """Weights whose spectral norm is learned: sigmaReparam."""
 
+from collections import defaultdict
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from functools import cache
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase as BatchOrInstanceNorm
 
+from .checks import check_counts, check_positive
 from .precision import without_autocast
 from .rms_norm import RmsNorm
 
@@ -133,7 +135,9 @@ def sigma_reparam(
         the model.
 
     Raises:
-        ValueError: if a pattern of `split` is of no module, or of one whose rows it does not divide.
+        ValueError: if `gamma` is none of these, a pattern of `split` is of no module or of one whose rows it does not
+            divide, or a weight has no values yet, some that are not finite, or belongs to two modules. The model is
+            as it was then.
 
     Example:
         >>> import torch
@@ -143,10 +147,13 @@ def sigma_reparam(
         >>> type(fold(model)).__name__, sorted(model.state_dict())
         ('Linear', ['bias', 'weight'])
     """
-    if remove_norms:
-        _remove_norms(model)
-    split, used = split or {}, set()
-    for name, module in list(model.named_modules()):
+    if gamma != "norm":
+        check_positive(**{"gamma 'norm' or a number": gamma})
+    split, used, found = split or {}, set(), []
+    for pattern, blocks in split.items():
+        check_counts(**{f"number of blocks for {pattern!r} in split": blocks})
+    owners = _owners(model)
+    for name, module in model.named_modules():
         conv = isinstance(module, nn.Conv2d) and module.groups == 1
         if isinstance(module, Reparametrised) or not (isinstance(module, nn.Linear) or conv):
             continue
@@ -155,11 +162,36 @@ def sigma_reparam(
         blocks = split[patterns[0]] if patterns else 1
         if len(module.weight) % blocks:
             raise ValueError(f"split: {name} has {len(module.weight)} rows, which are no {blocks} equal blocks")
-        if isinstance(module._parameters.get("weight"), nn.Parameter) and module.weight.any():
-            _reparametrise(module, gamma, blocks, every_forward)
+        if isinstance(weight := module._parameters.get("weight"), nn.Parameter):
+            _check(name or type(module).__name__, weight, owners[weight])
+            if weight.any():
+                found.append((module, blocks))
     if unused := split.keys() - used:
-        raise ValueError(f"split: no linear map or ungrouped convolution is called {sorted(unused)[0]}")
+        raise ValueError(f"split: no linear map or ungrouped convolution is called {min(unused)}")
+    if remove_norms:
+        _remove_norms(model)
+    for module, blocks in found:
+        _reparametrise(module, gamma, blocks, every_forward)
     return model
+
+
+def _owners(model: nn.Module) -> dict[nn.Parameter, list[str]]:
+    """Names of the modules that have each parameter."""
+    owners = defaultdict(list)
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            owners[parameter].append(name)
+    return owners
+
+
+def _check(name: str, weight: Tensor, owners: list[str]) -> None:
+    """Raise ValueError if a weight has no spectral norm, or more than one module has it."""
+    if weight.is_meta:
+        raise ValueError(f"{name} is on the device meta; expected weights with values: load or draw them first")
+    if not weight.isfinite().all():
+        raise ValueError(f"{name} has weights that are not finite, and so no spectral norm")
+    if len(owners) > 1:
+        raise ValueError(f"{' and '.join(owners)} share a weight, which a gamma each would untie: untie it first")
 
 
 @torch.no_grad()

@@ -43,7 +43,8 @@ def make_model(
             raise VisionattnError("sync_bn needs GPUs: torch shares the statistics of batch norms on those only")
         model = convert_sync_batchnorm(model)
     if config.sigma_reparam:  # on the device, where decompositions are fast
-        sigma_reparam(model.to(accelerator.device), "norm" if config.sigma_gamma == "norm" else 1.0)
+        with user_input(f"sigma_reparam of {config.model}", ValueError):
+            sigma_reparam(model.to(accelerator.device), "norm" if config.sigma_gamma == "norm" else 1.0)
     frozen = freeze(model, config.freeze) if config.freeze else []
     if config.grad_checkpointing:
         with user_input(f"grad_checkpointing of {config.model}", AttributeError, AssertionError):

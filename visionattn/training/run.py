@@ -49,7 +49,8 @@ def train(config: TrainConfig, resume: Path | None = None) -> Path | None:
         print(f"results    {folder}: {', '.join(name for name in made if (folder / name).exists())}")
         if checkpoint.exists():
             print(f"validate   {command('validate')} --checkpoint {shlex.quote(str(checkpoint))}")
-        print(f"compare    tensorboard --logdir {shlex.quote(str(folder.parent))}")
+        if {"tensorboard", "all"} & set(config.trackers):
+            print(f"compare    tensorboard --logdir {shlex.quote(str(folder.parent))}")
     return folder
 
 
