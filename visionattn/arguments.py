@@ -124,7 +124,7 @@ def check_arguments(
         UnknownArgumentError: says which they are and what is accepted.
     """
     if unknown := sorted(given.keys() - set(accepted)):
-        told = f"{name} got unknown arguments {', '.join(unknown)}; it takes {', '.join(sorted(accepted))}"
+        told = f"{name} got unknown arguments {', '.join(unknown)}; it takes {', '.join(sorted(accepted)) or 'none'}"
         raise UnknownArgumentError(told)
     check_types(given, types or {}, f"{name} takes ", " as")
 

@@ -240,7 +240,7 @@ def make_variant(name: str, kwargs: dict[str, Any], pretrained: bool = False, lo
         loads = [partial(load_pretrained, weights=published), *loads]
     if loads and features:
         kwargs["num_classes"] = 0  # whatever the file's classes
-    if size := kwargs.get("img_size"):
+    if (size := kwargs.get("img_size")) is not None:
         overlay = {"input_size": (cfg["input_size"][0], *_checked_size(size))} | overlay
         if "img_size" not in hints(cls):
             del kwargs["img_size"]

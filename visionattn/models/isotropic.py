@@ -9,7 +9,17 @@ from torch import nn
 from ..backbone import Isotropic
 from ..registry import Family, Variant, register_family
 from .mixers import Place, find_mixer
-from .skeletons import ORIGIN, RECIPE, Ending, MixerBlock, Skeleton, WeighingNorm, head_count, init_mixers
+from .skeletons import (
+    ORIGIN,
+    RECIPE,
+    Ending,
+    MixerBlock,
+    Skeleton,
+    WeighingNorm,
+    check_sides,
+    head_count,
+    init_mixers,
+)  # fmt: skip
 
 
 class IsotropicSkeleton(Ending, Skeleton, Isotropic):
@@ -56,6 +66,7 @@ class IsotropicSkeleton(Ending, Skeleton, Isotropic):
         dtype=None,
     ) -> None:
         dd = {"device": device, "dtype": dtype}
+        check_sides(img_size, patch_size=patch_size, native_grid=native_grid, depth=depth)
         grid = tuple(-(-size // patch_size) for size in to_2tuple(img_size))
         place = Place(head_count(embed_dim, head_dim), grid, native_grid, depth=depth)
         blocks = []

@@ -13,7 +13,17 @@ from ..errors import VisionattnError
 from ..layers.patch import PatchStem
 from ..registry import Family, Variant, register_family
 from .mixers import Place, find_mixer
-from .skeletons import ORIGIN, RECIPE, Ending, MixerBlock, Skeleton, WeighingNorm2d, head_count, init_mixers
+from .skeletons import (
+    ORIGIN,
+    RECIPE,
+    Ending,
+    MixerBlock,
+    Skeleton,
+    WeighingNorm2d,
+    check_sides,
+    head_count,
+    init_mixers,
+)  # fmt: skip
 
 
 class Downsample(nn.Module):
@@ -101,6 +111,7 @@ class PyramidSkeleton(Skeleton, Hierarchical):
         check_lengths(embed_dims=embed_dims, depths=depths)
         if len(depths) != 4:
             raise VisionattnError(f"expected embed_dims and depths of 4 stages, got {len(depths)}")
+        check_sides(img_size, patch_size=patch_size, native_grid=native_grid)
         if everywhere and not find_mixer(mixer).everywhere:
             raise VisionattnError(f"mixer {mixer} may fill the last two stages of a pyramid, not all four")
         first = 0 if everywhere else 2

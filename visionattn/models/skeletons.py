@@ -4,18 +4,22 @@ A design of this project: no figure of it is published. The mixers are those of 
 `isotropic.py` and `pyramid.py`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
+from timm.layers import to_2tuple
 from torch import Tensor, nn
 
+from ..arguments import UNFIT, check_arguments, check_types, hints, made_with
 from ..backbone.mechanics import Mechanics
-from ..errors import UnknownArgumentError, VisionattnError, one_line
+from ..errors import VisionattnError, one_line
 from ..layers import ConvPosEnc
 from ..layers.block import Block
+from ..layers.checks import check_counts
 from ..layers.init import init_weights
 from ..layers.pointwise import Mlp
 from ..layers.position import grid_of
@@ -91,6 +95,8 @@ class MixerBlock(Block):
         else:
             hidden = int(dim * mlp_ratio)
         layer = make(place, **dd)
+        if mixer_kwargs and not MIXERS[mixer].state:
+            _try(mixer, dim, place, make(place, device="meta").eval())
         super().__init__(dim, layer, Mlp(dim, hidden, **dd), norm_layer=LAYER_NORM, drop_path=drop_path, **dd)
         self.mixer_name, self.grid, self.stride = mixer, place.grid, stride
         self.position = ConvPosEnc(dim, **dd) if position else nn.Identity()
@@ -145,11 +151,29 @@ def init_mixers(module: nn.Module) -> None:
 def _make(name: str, dim: int, place: Place, kwargs: Mapping[str, Any], **dd: Any) -> nn.Module:
     """A mixer, or a line that says why it cannot stand there."""
     mixer = find_mixer(name)
-    try:
+    with _told(name, dim, place):
+        types = mixer.options(place)
+        check_arguments(f"mixer {name}", kwargs, types, types)
         return mixer.make(dim, place, **kwargs, **dd)
-    except TypeError as e:
-        raise UnknownArgumentError(f"mixer {name}: {one_line(e)}") from e
-    except ValueError as e:
+
+
+def _try(name: str, dim: int, place: Place, layer: nn.Module) -> None:
+    """Refuse arguments with which a mixer does not take, or return, a map of its place."""
+    x = torch.empty(1, *place.grid, dim, device="meta")
+    with _told(name, dim, place):
+        found = mix(MIXERS[name], layer, x)[0].shape
+        if found != x.shape:
+            raise ValueError(f"it makes {tuple(found)} of {tuple(x.shape)} with these arguments; expected the same")
+
+
+@contextmanager
+def _told(name: str, dim: int, place: Place) -> Iterator[None]:
+    """Makes one line of what a mixer raises that cannot stand there."""
+    try:
+        yield
+    except VisionattnError:
+        raise
+    except UNFIT as e:
         raise VisionattnError(f"mixer {name} of {dim} channels and {place.num_heads} heads: {one_line(e)}") from e
 
 
@@ -218,6 +242,13 @@ class Ending:
         return self.__dict__ | {"loss": 0.0}  # tensors of a graph are not to be copied
 
 
+def check_sides(img_size: int | tuple[int, int], **counts: int) -> None:
+    """Raise ValueError unless both sides of images, and these, are integers from 1 up."""
+    for side in to_2tuple(img_size):
+        check_counts(img_size=side)
+    check_counts(**counts)
+
+
 def head_count(dim: int, head_dim: int) -> int:
     """Heads of that many channels."""
     if head_dim < 1 or dim % head_dim:
@@ -268,6 +299,7 @@ def mixer_info(name: str, model: str = "isotropic_small", **kwargs: Any) -> Mixe
 
     Raises:
         UnknownModelError: if there is no such mixer or skeleton.
+        UnknownArgumentError: if the skeleton does not take one of the arguments, or not of that type.
         VisionattnError: if it cannot stand there.
 
     Example:
@@ -276,12 +308,15 @@ def mixer_info(name: str, model: str = "isotropic_small", **kwargs: Any) -> Mixe
         >>> info.mixer_params[0], info.hidden[0], info.remark
         (167040, 2088, 'control: local; host of the gates')
     """
+    check_types({"name": name, "model": model}, {"name": str, "model": str}, "mixer_info takes ", " as")
     model, _, entry = find(model)
     if not (isinstance(entry.takes, type) and issubclass(entry.takes, Skeleton)):
         raise VisionattnError(f"expected a skeleton, isotropic_small or pyramid_small for one, got {model}")
-    made = entry.takes(**entry.variant.kwargs | {"mixer": name} | kwargs, device="meta")
+    mixer, types = find_mixer(name), hints(entry.takes)
+    check_arguments(model, kwargs, types.keys() - {"mixer", "device"}, types)
+    with made_with(model, kwargs):
+        made = entry.takes(**entry.variant.kwargs | kwargs, mixer=name, device="meta")
     blocks = [module for module in made.modules() if isinstance(module, MixerBlock) and module.mixer_name == name]
-    mixer = find_mixer(name)
     return MixerInfo(
         name=name,
         model=model,

@@ -10,6 +10,8 @@ from ...layers.causal_attention import CausalSelfAttention
 from ...layers.depthwise import depthwise
 from ...layers.pointwise import Pointwise2d
 
+HOSTS = "dw7", "softmax"
+
 
 class DepthwiseMixer(nn.Module):
     """A depthwise convolution, then a product over channels: (B, C, H, W) to the same. Local, and the host of gates.
@@ -56,6 +58,8 @@ class PluggedIn(nn.Module):
     ) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
+        if host not in HOSTS:
+            raise ValueError(f"expected host one of {', '.join(HOSTS)}, got {host!r}")
         self.tokens = host == "softmax"
         if self.tokens:
             self.host = layers.SelfAttention(dim, num_heads, qkv_bias=True, **dd)
@@ -79,7 +83,14 @@ class PatchSparseAttention(nn.Module):
         num_heads: attention heads.
         grid_size: (height, width) of the map that the predictor is made for; it is resampled for others.
         **kwargs: of `SparseAttention`.
+
+    Attributes:
+        onward: classes whose arguments it takes too.
+        needs_grid: its tokens are the patches of a grid, and no others.
     """
+
+    onward = layers.SparseAttention, layers.ConnectivityPredictor
+    needs_grid = True
 
     def __init__(self, dim: int, num_heads: int, grid_size: tuple[int, int], **kwargs) -> None:
         super().__init__()

@@ -1,6 +1,7 @@
 """What a mixer is at a place, what it is called with and handed, and how its tables are resized."""
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,6 +18,16 @@ from .entry import Place
 def heads(layer: Callable[..., nn.Module], **kwargs: Any) -> Callable[[Place], tuple]:
     """A class that takes the heads of the place, and these arguments."""
     return lambda at: (layer, {"num_heads": at.num_heads, **kwargs})
+
+
+def doubled(layer: type[nn.Module], *widths: str) -> Callable[..., nn.Module]:
+    """A class of whose arguments these widths are twice the channels unless they are given."""
+
+    @wraps(layer, updated=())
+    def made(dim: int, **kwargs: Any) -> nn.Module:
+        return layer(dim, **dict.fromkeys(widths, 2 * dim) | kwargs)
+
+    return made
 
 
 def gate(host: str, gate: Callable[..., nn.Module], **kwargs: Any) -> Callable[[Place], tuple]:

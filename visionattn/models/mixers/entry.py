@@ -2,10 +2,13 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from inspect import signature
+from inspect import signature, unwrap
+from itertools import product
 from typing import Any
 
 from torch import Tensor, nn
+
+from ...arguments import hints
 
 
 @dataclass(frozen=True)
@@ -103,14 +106,31 @@ class Mixer:
             ValueError: if the layer cannot be made so.
         """
         layer, arguments = self.layer(place)
-        others = [
-            replace(place, index=i, depth=n, outermost=end) for i in (0, 1) for n in (1, 2) for end in (False, True)
-        ]
-        known = {name for other in others for name in signature(self.layer(other)[0]).parameters}
-        taken = signature(layer).parameters
+        known, taken = self.options(place), _options(layer, arguments)
         # Where several classes take turns, each takes of the arguments what is its own.
         kwargs = {name: value for name, value in kwargs.items() if name in taken or name not in known}
         return layer(dim, **arguments | kwargs, device=device, dtype=dtype)
+
+    def options(self, place: Place) -> dict[str, Any]:
+        """Types, by name, of the arguments that may be given to its layers.
+
+        Args:
+            place: where it stands; it may be another in the next block.
+        """
+        found: dict[str, Any] = {}
+        for i, n, end in product((0, 1), (1, 2), (False, True)):
+            found |= _options(*self.layer(replace(place, index=i, depth=n, outermost=end)))
+        own = {"dim", "head_dim", "device", "dtype"} | (set() if self.fixed else {"num_tokens"})
+        return {name: hint for name, hint in found.items() if name not in own}
+
+
+def _options(layer: Callable[..., nn.Module], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Types of the arguments of a layer's class, and of the classes that it passes others on to."""
+    layer, found = unwrap(layer), {}
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature(layer).parameters.values()):
+        for each in (arguments["gate"],) if "gate" in arguments else getattr(layer, "onward", layer.__mro__[1:2]):
+            found |= hints(each)
+    return found | hints(layer)
 
 
 def mix(

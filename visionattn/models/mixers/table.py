@@ -23,7 +23,7 @@ MIXERS: dict[str, Mixer] = {
     "softmax": Mixer(choices.heads(layers.SelfAttention, qkv_bias=True), "tokens", VIT, remark="control"),
     "none": Mixer(lambda at: (NoMixer, {}), "tokens", remark="control: mixes nothing"),
     "activator": Mixer(
-        lambda at: (lambda dim, **kwargs: layers.ActivatorGate(dim, **{"hidden_dim": 2 * dim} | kwargs), {}),
+        lambda at: (choices.doubled(layers.ActivatorGate, "hidden_dim"), {}),
         "tokens",
         ACTIVATOR,
         remark="control: mixes nothing",
@@ -49,10 +49,7 @@ MIXERS: dict[str, Mixer] = {
         remark="brings rotary positions and a 5 x 5 convolution",
     ),
     "mixer_gate": Mixer(
-        lambda at: (
-            lambda dim, **kwargs: layers.MixerGate(dim, **{"token_dim": 2 * dim, "channel_dim": 2 * dim} | kwargs),
-            {"num_tokens": at.num_tokens},
-        ),
+        lambda at: (choices.doubled(layers.MixerGate, "token_dim", "channel_dim"), {"num_tokens": at.num_tokens}),
         "tokens",
         "2403.02411",
         everywhere=False,
@@ -267,7 +264,7 @@ def find_mixer(name: str) -> Mixer:
     Raises:
         UnknownModelError: if there is no such mixer.
     """
-    if name not in MIXERS:
+    if not isinstance(name, str) or name not in MIXERS:
         near = get_close_matches(str(name), MIXERS, n=4, cutoff=0.5)
         raise UnknownModelError(
             f"unknown mixer {name}; " + (f"did you mean {', '.join(near)}?" if near else "see visionattn.list_mixers()")
