@@ -1,6 +1,7 @@
 """Every mixer in both skeletons: it learns, at any size if its own is free; blocks are of equal size; states travel."""
 
 from copy import deepcopy
+from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from test_resume import resumes_with_the_same_bits
 from test_trainer_overfit import fits_digits
 
 import visionattn
+from visionattn.arguments import fits
 from visionattn.errors import UnknownArgumentError, UnknownModelError, VisionattnError
 from visionattn.models.mixers import MIXERS, Place
 from visionattn.models.skeletons import MixerBlock
@@ -103,8 +105,47 @@ def test_parameters_are_equal(model):
     ("model", "kwargs", "error", "told"),
     [
         ("isotropic_small", {"mixer": "flaw"}, UnknownModelError, "unknown mixer flaw; did you mean flow"),
-        ("isotropic_small", {"mixer_kwargs": {"speed": 1}}, UnknownArgumentError, "mixer softmax: .*speed"),
-        ("isotropic_small", {"mixer": "cog", "mixer_kwargs": {"speed": 1}}, UnknownArgumentError, "mixer cog: .*speed"),
+        *(
+            (
+                "isotropic_small",
+                {"mixer": mixer, "mixer_kwargs": {name: 1}},
+                UnknownArgumentError,
+                f"mixer {mixer} got unknown arguments {name}; it takes .*{known}",
+            )
+            for mixer, known in (
+                ("softmax", "attn_drop, clip,"),
+                ("cog", "attn_drop"),
+                ("subspace", "num_subspaces"),
+                ("none", "none"),
+                ("activator", "hidden_dim"),
+                ("moh", "attn_drop, balance"),
+                ("mixer_gate", "channel_dim, drop, num_tokens, token_dim"),
+                ("soft_causal", "soft_mask_epochs, soft_mask_rate"),
+                ("sparsifiner", "attn_drop, attn_keep_rate, .*grid_size"),
+            )
+            for name in ("speed", "dim", "device")
+        ),  # fmt: skip
+        (
+            "test_isotropic",
+            {"mixer_kwargs": {"num_heads": "a"}},
+            UnknownArgumentError,
+            "num_heads as an integer, got 'a'",
+        ),
+        ("test_isotropic", {"mixer_kwargs": {"num_heads": -4}}, VisionattnError, "integer num_heads >= 1, got -4"),
+        ("test_isotropic", {"img_size": 0}, UnknownArgumentError, "img_size in pixels, one number or .*got 0"),
+        ("test_isotropic", {"depth": 0}, VisionattnError, "an integer depth >= 1, got 0"),
+        ("test_isotropic", {"mlp_ratio": 0.0}, VisionattnError, "an integer hidden_dim >= 1, got 0"),
+        ("test_pyramid", {"native_grid": 0}, VisionattnError, "an integer native_grid >= 1, got 0"),
+        *(
+            ("test_isotropic", {"mixer": mixer, "mixer_kwargs": kwargs, "img_size": 64}, VisionattnError, told)
+            for mixer, kwargs, told in (
+                ("super", {"num_tokens": 3}, "mixer super .*expected the 3 tokens that super attention was made for"),
+                ("mixer_gate", {"num_tokens": 3}, "made for 3 tokens, got 64"),
+                ("subspace", {"num_subspaces": 0}, "an integer num_subspaces >= 1, got 0"),
+                ("subspace", {"host": "dw5"}, "expected host one of dw7, softmax, got 'dw5'"),
+                ("halo", {"stride": 2}, "it makes .1, 4, 4, 48. of .1, 8, 8, 48. with these arguments"),
+            )
+        ),
         ("isotropic_small", {"mixer": "self_guided", "depth": 3}, VisionattnError, "mixer self_guided .* stage of 3"),
         ("isotropic_small", {"mixer": "self_guided", "head_dim": 128}, VisionattnError, "even num_heads"),
         ("isotropic_small", {"mixer": "kdgqa", "head_dim": 128}, VisionattnError, "mixer kdgqa .* 6 or more"),
@@ -123,6 +164,41 @@ def test_what_cannot_stand_is_told_in_one_line(model, kwargs, error, told):
     with torch.device("meta"), pytest.raises(error, match=told) as caught:
         visionattn.create_model(model, **kwargs)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "told"),
+    [
+        (
+            ("flow", "isotropic_small"),
+            {"bogus": 1},
+            "isotropic_small got unknown arguments bogus; it takes depth",
+        ),
+        (("flow", "isotropic_small"), {"mixer": "cog"}, "isotropic_small got unknown arguments mixer"),
+        (("flow", "isotropic_small"), {"device": "cpu"}, "isotropic_small got unknown arguments device"),
+        (("flow", "isotropic_small"), {"depth": "a"}, "isotropic_small takes depth as an integer, got 'a'"),
+        (
+            ("flow", "isotropic_small"),
+            {"img_size": 0},
+            r"made with img_size=0 .*integer img_size >= 1, got 0",
+        ),
+        (("flow", 3), {}, "mixer_info takes model as a text, got 3"),
+        ((["flow"], "isotropic_small"), {}, "mixer_info takes name as a text, got"),
+    ],
+)
+def test_what_is_asked_of_no_mixer(args, kwargs, told):
+    with pytest.raises(VisionattnError, match=told):
+        visionattn.mixer_info(*args, **kwargs)
+
+
+@pytest.mark.parametrize("mixer", EVERY)
+def test_every_mixer_takes_the_arguments_that_it_names(mixer):
+    """Those that a class has a default for, at that."""
+    layer = MIXERS[mixer].make(48, Place(6, (4, 4), 4, outermost=True), device="meta")
+    defaults = {name: p.default for name, p in signature(type(layer)).parameters.items() if p.default is not p.empty}
+    kwargs = {name: value for name, value in defaults.items() if name in MIXERS[mixer].options and name != "num_heads"}
+    MIXERS[mixer].make(48, Place(6, (4, 4), 4, outermost=True), device="meta", **kwargs)
+    assert all(fits(value, MIXERS[mixer].options[name]) for name, value in kwargs.items())
 
 
 def test_the_head_weighs_tokens_by_the_message_of_reversed_attention():

@@ -2,6 +2,8 @@
 
 import copy
 import logging
+import pickle
+from itertools import chain
 
 import pytest
 import timm
@@ -196,18 +198,34 @@ def test_models_of_ours():
     assert replace_attention(model, "neighborhood", "blocks.*.mixer")(x).shape == (1, 1000)
 
 
+GRIDDED = "gpsa", "sparsifiner"
 REFUSED = [
     ("flou", {}, "unknown mixer flou; did you mean flow"),
     ("halo", {}, "halo cannot stand for blocks.0.attn of VisionTransformer: it takes maps, and 1 of the tokens"),
-    ("gpsa", {"reg_tokens": 1}, "grid height x width to be the 18 patches of the input, got 4 x 4"),
+    *((name, {"reg_tokens": 1}, "it takes patches of a grid, and 2 of the tokens, class or reg") for name in GRIDDED),
+    ("log_normal", {"mixer": {"window_size": 2}}, "it takes patches of a grid, and 1 of the tokens, class or register"),
+    ("gpsa", {"dynamic_img_size": True, **MAPS}, "it takes patches of a grid, and the model does not tell the size of"),
     ("soft_causal", {}, "its tokens see those before them, and the class token is the first"),
     ("reversed", {}, "it hands something on to the next block"),
     ("flow", {"num_heads": 3, "embed_dim": 45, "mixer": {"num_heads": 2}}, "45 is not divisible by num_heads 2"),
-    ("flow", {"mixer": {"window": 7}}, "unexpected keyword argument 'window'"),
+    *(
+        ("flow", {"mixer": {name: 7}}, f"mixer flow got unknown arguments {name}; it takes eps, num_heads, qkv_bias")
+        for name in ("window", "dim", "device")
+    ),
+    ("gqa", {"mixer": {"num_heads": "a"}}, "mixer gqa takes num_heads as an integer, got 'a'"),
+    ("gqa", {"mixer": {"num_heads": -4}}, "expected an integer num_heads >= 1, got -4"),
+    (
+        "halo",
+        {"mixer": {"stride": 2}, **MAPS},
+        r"makes \(1, 4, 48\) of \(1, 16, 48\) with these arguments",
+    ),
     ("moh", {"mixer": {"balance": 0.1}}, "balance is the weight of a loss"),
     ("soft_causal", {"mixer": {"soft_mask_epochs": 5}, **MAPS}, "soft_mask_epochs is of a schedule"),
-    ("mixer_gate", {"mixer": {"num_tokens": 7}}, None),
+    ("mixer_gate", {"mixer": {"num_tokens": 7}}, "made for 7 tokens, got 17"),
+    ("super", {"mixer": {"num_tokens": 3}}, "expected the 3 tokens that super attention was made for"),
     ("flow", {"mixer": {"where": "block.*.attn"}}, r"no module block.\*.attn; did you mean blocks.\*.attn\?"),
+    *(("flow", {"mixer": {"where": w}}, "takes where as a text, got ") for w in (None, 3, ["blocks.*.attn"])),
+    (None, {}, "replace_attention takes mixer as a text, got None"),
     ("flow", {"mixer": {"where": "blocks.*.mlp"}}, "blocks.0.mlp of VisionTransformer is Mlp; expected attention of"),
 ]
 
@@ -217,14 +235,39 @@ def test_what_cannot_stand(mixer, options, message):
     options = dict(options)
     kwargs = options.pop("mixer", {})
     model = made(**options)
-    if message is None:  # the model knows better than who gives this
-        replace_attention(model, mixer, **kwargs)
-        with pytest.raises(ValueError, match="made for 7 tokens, got 17"):
-            model(X)
-        return
     with pytest.raises(VisionattnError, match=message) as error:
         replace_attention(model, mixer, **kwargs)
     assert "\n" not in str(error.value) and not any(isinstance(m, ReplacedAttention) for m in model.modules())
+
+
+@pytest.mark.parametrize("name", ["vit_small_patch16_dinov3", "naflexvit_base_patch16_gap"])
+def test_mixers_of_patches_alone(name):
+    with torch.device("meta"):
+        model = timm.create_model(name, depth=1)
+    for mixer in GRIDDED:
+        with pytest.raises(
+            VisionattnError, match="it takes patches of a grid, and [45] of the tokens, class or register"
+        ):
+            replace_attention(model, mixer)
+
+
+@torch.no_grad()
+def test_another_map_of_as_many_patches():
+    """The map is that of the image size at present, in copies too; and it is no part of what stands in."""
+    model = replace_attention(made(**MAPS), "lka")
+    model.set_input_size((16, 64))
+    assert not any("patches" in name for name, _ in chain(model.named_modules(), model.named_parameters()))
+    for each in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        attn, x = each.blocks[0].attn, torch.randn(2, 16, 48)
+        torch.testing.assert_close(attn(x), attn.mixer(x.mT.unflatten(2, (2, 8))).flatten(2).mT)
+    each.set_input_size((32, 64))
+    assert (attn.grid, model.blocks[0].attn.grid) == ((4, 8), (2, 8))
+
+
+@pytest.mark.parametrize("model", [None, 3, "vit_tiny_patch16_224"])
+def test_what_is_no_model(model):
+    with pytest.raises(VisionattnError, match="replace_attention takes model as Module, got "):
+        replace_attention(model, "flow")
 
 
 def test_masks_and_unknown_sizes():

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from itertools import chain
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
@@ -17,8 +18,9 @@ from timm.models import beit, eva, vision_transformer_relpos
 from torch import Tensor, nn
 
 from . import layers
+from .arguments import UNFIT, check_arguments, check_types
 from .backbone import Hierarchical, Isotropic
-from .errors import VisionattnError, one_line
+from .errors import UnknownArgumentError, VisionattnError, one_line
 from .models.mixers import MIXERS, Mixer, Place, find_mixer, mix
 from .models.skeletons import MixerBlock
 
@@ -41,6 +43,9 @@ POSITIONS = "rope", "rel_pos_bias", "shared_rel_pos"
 """Modules of timm's models that tell attention where tokens are."""
 
 
+TAKES = {"model": nn.Module, "mixer": str, "where": str, "keep_weights": bool}
+
+
 class ReplacedAttention(nn.Module):
     """A token mixer that is called as the attention of a vision transformer is.
 
@@ -49,7 +54,8 @@ class ReplacedAttention(nn.Module):
         mixer: its name.
         dim: channels C.
         num_heads: attention heads of what it stands for.
-        grid: (height, width) of the map of patches, for models that do not tell it.
+        patches: what has the `grid_size`, (height, width), of the map of patches at present, for models that do not
+            tell it themselves.
         rates: dropout rates in what it stands for, of weights and output, by `RATES`.
         drop: dropout rate of the output, 0 for a mixer that has its own.
 
@@ -63,14 +69,20 @@ class ReplacedAttention(nn.Module):
         mixer: str,
         dim: int,
         num_heads: int,
-        grid: tuple[int, int] | None,
+        patches: Any,
         rates: dict[str, float],
         drop: float,
     ) -> None:
         super().__init__()
-        self.mixer_name, self.dim, self.num_heads, self.grid, self.rates = mixer, dim, num_heads, grid, rates
+        self.mixer_name, self.dim, self.num_heads, self.rates = mixer, dim, num_heads, rates
+        self.patches = (patches,)  # in a tuple, as it is a module of the model and none of this one
         self.mixer = layer
         self.drop = nn.Dropout(drop)
+
+    @property
+    def grid(self) -> tuple[int, int] | None:
+        """(height, width) of the map of patches at the model's present image size, if the model knows it."""
+        return getattr(self.patches[0], "grid_size", None)
 
     def forward(
         self,
@@ -95,15 +107,16 @@ class ReplacedAttention(nn.Module):
         """
         if attn_mask is not None or is_causal:
             raise VisionattnError(f"{self.mixer_name} in the place of attention takes no mask")
-        mixer = MIXERS[self.mixer_name]
+        mixer, told = MIXERS[self.mixer_name], grid is not None
+        grid = grid or self.grid
         if mixer.kind == "tokens":
-            return self.drop(self.mixer(x, grid=grid or self.grid))
-        if grid is None and x.shape[1] != self.grid[0] * self.grid[1]:
+            return self.drop(self.mixer(x, grid=grid))
+        if not told and x.shape[1] != grid[0] * grid[1]:
             raise VisionattnError(
-                f"{self.mixer_name} in the place of attention takes maps of {self.grid[0]} x {self.grid[1]} patches, "
+                f"{self.mixer_name} in the place of attention takes maps of {grid[0]} x {grid[1]} patches, "
                 f"got {x.shape[1]} tokens"
             )
-        return self.drop(mix(mixer, self.mixer, x, grid or self.grid)[0])
+        return self.drop(mix(mixer, self.mixer, x, grid)[0])
 
     def extra_repr(self) -> str:
         return self.mixer_name
@@ -115,7 +128,8 @@ def replace_attention(
     """Put a token mixer in the place of the attention of a vision transformer.
 
     For timm's ViT, DeiT, BEiT, EVA and what is built like them, and for isotropic models of ours, whose attention is
-    `where="blocks.*.mixer"`. Tokens come in and go out as before. Heads, biases and dropout rates are those of the
+    `where="blocks.*.mixer"`. Tokens come in and go out as before; maps are of the model's present image size, after
+    timm's `set_input_size` too. Heads, biases and dropout rates are those of the
     attention, as far as the mixer has any; so are dtype, device and mode. Positions that attention itself is told,
     by rotation or biases, are left out. One line is logged that says what became of the weights.
 
@@ -131,6 +145,7 @@ def replace_attention(
         the model.
 
     Raises:
+        UnknownArgumentError: if the mixer does not take one of the arguments, or not of that type.
         VisionattnError: if there is no such mixer, no such module, or the mixer cannot stand there.
 
     Example:
@@ -139,6 +154,8 @@ def replace_attention(
         >>> visionattn.replace_attention(vit, "flow")(torch.randn(1, 3, 32, 32)).shape
         torch.Size([1, 10])
     """
+    given = {"model": model, "mixer": mixer, "where": where, "keep_weights": keep_weights}
+    check_types(given, TAKES, "replace_attention takes ", " as")
     find_mixer(mixer)
     names, made = _matching(model, where), {}
     modules = {name: model.get_submodule(name) for name in names}
@@ -185,7 +202,7 @@ class _Attention:
         layer: the same, or the mixer that has replaced it before.
         dim: channels C.
         weights: of its projections; see `_read`.
-        grid: (height, width) of the map of patches, if the model tells it.
+        patches: what has the `grid_size`, (height, width), of the map of patches, if the model tells it.
         before: tokens in front of the patches.
         behind: tokens after them.
         positions: names of modules of the model that tell attention where tokens are.
@@ -197,7 +214,7 @@ class _Attention:
     layer: nn.Module
     dim: int
     weights: Weights
-    grid: tuple[int, int] | None
+    patches: Any
     before: int
     behind: int
     positions: list[str]
@@ -209,6 +226,11 @@ class _Attention:
             return self.module.rates[name]
         value = getattr(self.module, name, 0.0)
         return value.p if isinstance(value, nn.Dropout) else value
+
+    @property
+    def grid(self) -> tuple[int, int] | None:
+        """(height, width) of the map of patches, if the model tells it."""
+        return getattr(self.patches, "grid_size", None)
 
     @property
     def num_tokens(self) -> int | None:
@@ -237,16 +259,16 @@ def _look(model: nn.Module, name: str) -> _Attention:
         raise VisionattnError(f"{told} is called with a map: tokens are what it could be replaced for")
     owner = next((each for each in around if hasattr(each, "num_prefix_tokens")), model)
     if isinstance(owner, Isotropic):
-        grid, tokens = owner.grid_size, int(owner.class_token_at is not None)
+        patches, tokens = SimpleNamespace(grid_size=owner.grid_size), int(owner.class_token_at is not None)
         before, behind = (0, tokens) if owner.class_token_last else (tokens, 0)
     else:
         one_size = not getattr(owner, "dynamic_img_size", False)
-        grid = getattr(getattr(owner, "patch_embed", None), "grid_size", None) if one_size else None
+        patches = getattr(owner, "patch_embed", None) if one_size else None
         before, behind = getattr(owner, "num_prefix_tokens", 0), 0
     positions = [each for each in POSITIONS if isinstance(getattr(owner, each, None), nn.Module)]
     parameter = next(chain(module.parameters(), model.parameters()))
     placement = {"device": parameter.device, "dtype": parameter.dtype}
-    return _Attention(told, module, layer, dim, weights, grid, before, behind, positions, placement)
+    return _Attention(told, module, layer, dim, weights, patches, before, behind, positions, placement)
 
 
 def _is_attention(module: nn.Module) -> bool:
@@ -276,18 +298,25 @@ def _replacement(
     def made(**options: Any) -> ReplacedAttention:
         layer = mixer.make(old.dim, place, **options)
         rest = 0.0 if "proj_drop" in _parameters(layer) else rates["proj_drop"]
-        return ReplacedAttention(layer, name, old.dim, heads, old.grid, rates, rest)
+        return ReplacedAttention(layer, name, old.dim, heads, old.patches, rates, rest)
 
     try:
+        check_arguments(f"mixer {name}", kwargs, mixer.options, mixer.options)
         _check(mixer, old, kwargs)
         trial = made(**kwargs, device="meta").eval()
         if isinstance(trial.mixer, layers.CausalSelfAttention) and old.before:
             raise ValueError("its tokens see those before them, and the class token is the first")
-        trial(torch.empty(1, kwargs.get("num_tokens", old.num_tokens or 16), old.dim, device="meta"))
+        if getattr(trial.mixer, "needs_grid", False):
+            _check_grid(old, "patches of a grid")
+        x = torch.empty(1, old.num_tokens or kwargs.get("num_tokens", 16), old.dim, device="meta")
+        if (found := trial(x).shape) != x.shape:
+            raise ValueError(f"it makes {tuple(found)} of {tuple(x.shape)} with these arguments; expected the same")
         takes = _parameters(trial.mixer)
         carried_over = {key: value for key, value in carried.items() if key in takes}
         new = made(**carried_over | kwargs, **old.placement).train(old.module.training)
-    except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
+    except UnknownArgumentError:
+        raise
+    except UNFIT as error:
         raise VisionattnError(f"{name} cannot stand for {old.told}: {one_line(error)}") from error
     norms = NORMS if has_norms and "qk_norm" in takes else ()
     found = _transfer(old, new.mixer, norms, keep)
@@ -298,10 +327,8 @@ def _replacement(
 
 def _check(mixer: Mixer, old: _Attention, kwargs: dict[str, Any]) -> None:
     """Raise ValueError where a mixer cannot stand, before it is made."""
-    if mixer.kind != "tokens" and old.before + old.behind:
-        raise ValueError(f"it takes maps, and {old.before + old.behind} of the tokens, class or register, are on none")
-    if mixer.kind != "tokens" and old.grid is None:
-        raise ValueError("it takes maps, and the model does not tell the size of its own")
+    if mixer.kind != "tokens":
+        _check_grid(old, "maps")
     if mixer.fixed and "num_tokens" not in kwargs:
         raise ValueError("its number of tokens is fixed, and the model does not tell it: give num_tokens")
     if mixer.state and mixer.final != "loss":
@@ -310,6 +337,14 @@ def _check(mixer: Mixer, old: _Attention, kwargs: dict[str, Any]) -> None:
         raise ValueError("balance is the weight of a loss, which the model does not add")
     if kwargs.get("soft_mask_epochs"):
         raise ValueError("soft_mask_epochs is of a schedule, which the model does not follow")
+
+
+def _check_grid(old: _Attention, taken: str) -> None:
+    """Raise ValueError unless the tokens are those of a map of known size."""
+    if others := old.before + old.behind:
+        raise ValueError(f"it takes {taken}, and {others} of the tokens, class or register, are on none")
+    if old.grid is None:
+        raise ValueError(f"it takes {taken}, and the model does not tell the size of its own")
 
 
 def _parameters(layer: nn.Module) -> set[str]:

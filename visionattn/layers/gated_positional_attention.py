@@ -46,6 +46,9 @@ class GatedPositionalSelfAttention(nn.Module):
         torch.Size([1, 15, 64])
     """
 
+    needs_grid = True
+    """Its tokens are the patches of a grid, and no others."""
+
     def __init__(
         self,
         dim: int,

@@ -98,6 +98,11 @@ class LinearLogNormalAttention(nn.Module):
     def forward(self, x: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         return self.proj(_attend(self, self.heads(x), grid).transpose(1, 2).flatten(2))
 
+    @property
+    def needs_grid(self) -> bool:
+        """Whether its tokens are the patches of a grid, and no others."""
+        return self.window_size is not None
+
     def heads(self, x: Tensor) -> Tensor:
         """Queries, keys and values (3, B, heads, N, d)."""
         return self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)

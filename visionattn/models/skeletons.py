@@ -152,8 +152,7 @@ def _make(name: str, dim: int, place: Place, kwargs: Mapping[str, Any], **dd: An
     """A mixer, or a line that says why it cannot stand there."""
     mixer = find_mixer(name)
     with _told(name, dim, place):
-        types = mixer.options(place)
-        check_arguments(f"mixer {name}", kwargs, types, types)
+        check_arguments(f"mixer {name}", kwargs, mixer.options, mixer.options)
         return mixer.make(dim, place, **kwargs, **dd)
 
 

@@ -1,7 +1,8 @@
 """What is known of a token mixer, and how it is called."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import cached_property
 from inspect import signature, unwrap
 from itertools import product
 from typing import Any
@@ -106,20 +107,17 @@ class Mixer:
             ValueError: if the layer cannot be made so.
         """
         layer, arguments = self.layer(place)
-        known, taken = self.options(place), _options(layer, arguments)
+        known, taken = self.options, _options(layer, arguments)
         # Where several classes take turns, each takes of the arguments what is its own.
         kwargs = {name: value for name, value in kwargs.items() if name in taken or name not in known}
         return layer(dim, **arguments | kwargs, device=device, dtype=dtype)
 
-    def options(self, place: Place) -> dict[str, Any]:
-        """Types, by name, of the arguments that may be given to its layers.
-
-        Args:
-            place: where it stands; it may be another in the next block.
-        """
+    @cached_property
+    def options(self) -> dict[str, Any]:
+        """Types, by name, of the arguments that its layers take, wherever in a network they stand."""
         found: dict[str, Any] = {}
         for i, n, end in product((0, 1), (1, 2), (False, True)):
-            found |= _options(*self.layer(replace(place, index=i, depth=n, outermost=end)))
+            found |= _options(*self.layer(Place(8, index=i, depth=n, outermost=end)))
         own = {"dim", "head_dim", "device", "dtype"} | (set() if self.fixed else {"num_tokens"})
         return {name: hint for name, hint in found.items() if name not in own}
 
