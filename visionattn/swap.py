@@ -129,9 +129,9 @@ def replace_attention(
 
     For timm's ViT, DeiT, BEiT, EVA and what is built like them, and for isotropic models of ours, whose attention is
     `where="blocks.*.mixer"`. Tokens come in and go out as before; maps are of the model's present image size, after
-    timm's `set_input_size` too. Heads, biases and dropout rates are those of the
-    attention, as far as the mixer has any; so are dtype, device and mode. Positions that attention itself is told,
-    by rotation or biases, are left out. One line is logged that says what became of the weights.
+    timm's `set_input_size` too. Heads, biases and dropout rates are those of the attention, as far as the mixer has
+    any; so are dtype, device and mode. Positions that attention itself is told, by rotation or biases, are left out.
+    One line is logged that says what became of the weights.
 
     Args:
         model: changed in place, or not at all if there is an error.
