@@ -47,6 +47,7 @@ from visionattn.layers import (
     TokenRelPosAttention,
     WindowAttention2d,
 )
+from visionattn.models.mixers import MIXERS
 
 FAMILIES = sorted(visionattn.list_models("test_*"))
 BLOCKS = {
@@ -152,7 +153,7 @@ def test_weights_times_values_are_what_every_layer_of_a_family_returns(name):
     for handle in handles:
         handle.remove()
     assert modules and [call[0] for call in found.calls] == list(modules)
-    for (_, layer, args, kwargs), out in zip(found.calls, outs, strict=True):
+    for (_, layer, args, kwargs, _), out in zip(found.calls, outs, strict=True):
         check(layer, args, kwargs, out[0] if isinstance(out, tuple) else out)
 
 
@@ -261,6 +262,15 @@ def test_every_family_has_grad_cam_and_rollout(name):
     for found in (*grad_cam(model, images, 2, cam_layers(model)), *rollout(model, images)):
         assert found.values.shape == images[:, 0].shape and 0 <= found.values.min() <= found.values.max() <= 1
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["test_isotropic", "test_pyramid"])
+@pytest.mark.parametrize("mixer", [name for name in visionattn.list_mixers() if MIXERS[name].state])
+def test_blocks_that_hand_something_on_have_grad_cam_and_rollout(name, mixer):
+    model, images = visionattn.create_model(name, mixer=mixer).eval(), torch.randn(2, 3, 64, 96)
+    for found in (*grad_cam(model, images, 2, cam_layers(model)), *rollout(model, images)):
+        assert found.values.shape == images[:, 0].shape and found.values.isfinite().all()
+    assert all(found.axes != OF_TOKENS for found in attention_maps(model, images))  # where they are is known
 
 
 def test_detectors_and_segmenters_have_grad_cam():

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ..backbone import Backbone, Isotropic
+from ..backbone import Backbone, Isotropic, Stage
+from ..backbone.base import output_of
 from ..data.images import to_mode
 from ..data.preprocessing import create_transform
 from ..errors import VisionattnError
@@ -55,8 +56,8 @@ def backbone_of(model: nn.Module) -> Backbone | None:
     return next((module for module in model.modules() if isinstance(module, Backbone)), None)
 
 
-Call = tuple[str, nn.Module, tuple, dict[str, Any]]
-"""Name of a layer, the layer and what it was called with."""
+Call = tuple[str, nn.Module, tuple, dict[str, Any], tuple[int, int] | None]
+"""Name of a layer, the layer, what it was called with, and height and width of the map there, if they are known."""
 
 
 @dataclass
@@ -65,7 +66,7 @@ class Pass:
 
     Args:
         calls: of the layers that have maps, in their order.
-        grid: of an isotropic backbone: height and width of the map of patches.
+        grid: height and width of the map of patches of an isotropic backbone, or of the last block of a pyramid.
     """
 
     calls: list[Call]
@@ -109,11 +110,16 @@ def capture(model: nn.Module, layers: str = "*") -> Iterator[Pass]:
     with watch(model) as found:
 
         def keep(name: str, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            found.calls.append((name, module, args, kwargs))
+            found.calls.append((name, module, args, kwargs, found.grid))
+
+        def measure(block: nn.Module, args: tuple) -> None:
+            found.grid = tuple(output_of(args[0]).shape[1:3])
 
         handles = [
             module.register_forward_pre_hook(partial(keep, name), with_kwargs=True) for name, module in chosen.items()
         ]
+        stages = [module for module in model.modules() if isinstance(module, Stage)]
+        handles += [block.register_forward_pre_hook(measure) for stage in stages for block in stage.blocks]
         try:
             yield found
         finally:
@@ -125,10 +131,9 @@ def maps_of(model: nn.Module, found: Pass) -> Iterator[list[Map]]:
     """The maps of each layer of a pass."""
     backbone = backbone_of(model)
     last = isinstance(backbone, Isotropic) and backbone.class_token_last
-    for name, module, args, kwargs in found.calls:
-        grid = kwargs.get("grid") or found.grid  # of tokens in a pyramid the layer alone is told
+    for name, module, args, kwargs, grid in found.calls:
         yield [
-            _placed(replace(each, layer=name, logits=None), grid, last)
+            _placed(replace(each, layer=name, logits=None), kwargs.get("grid") or grid, last)
             for each in layer_maps(module, *args, **kwargs)[0]
         ]
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..backbone import Isotropic
+from ..backbone.base import output_of
 from ..backbone.hierarchical import Stage
 from ..errors import VisionattnError
 from .capture import Images, Pass, as_batch, backbone_of, capture, evaluating, maps_of, watch
@@ -90,7 +91,7 @@ def _cams(
         raise VisionattnError(f"no layer {unknown[0]} for Grad-CAM: there are {', '.join(known)}")
 
     def keep(name: str, module: nn.Module, args: Any, output: Tensor) -> None:
-        kept[name] = output
+        kept[name] = output_of(output)
 
     handles = [modules[name].register_forward_hook(partial(keep, name)) for name in layers]
     try:
@@ -193,7 +194,7 @@ def rollout(model: nn.Module, images: Images, target: int | Sequence[int] | None
     images, backbone = as_batch(model, images), backbone_of(model)
     with torch.no_grad(), evaluating(model), capture(model) as found:
         scores, classes = class_scores(model(images), target)
-    if found.grid is not None and backbone.global_pool == "token":
+    if isinstance(backbone, Isotropic) and backbone.global_pool == "token":
         r, token = images.new_zeros(len(images), *found.grid), images.new_ones(len(images))
     else:
         cams, classes = _cams(model, images, target, ())
@@ -201,7 +202,7 @@ def rollout(model: nn.Module, images: Images, target: int | Sequence[int] | None
     steps = []
     with torch.no_grad(), evaluating(model):
         while found.calls:  # what a layer got is let go with it
-            (maps,) = maps_of(model, Pass([found.calls.pop()], found.grid))
+            (maps,) = maps_of(model, Pass([found.calls.pop()]))
             r, token = _step(maps, r, token)
             steps.append(Relevance(maps[0].layer, _on_image(r, images), classes))
     return steps[::-1]
