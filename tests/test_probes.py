@@ -3,6 +3,7 @@
 import copy
 import csv
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,8 +30,10 @@ from visionattn.probes import (
 from visionattn.probes.features import Stored, has_class_token, stored
 from visionattn.probes.protocol import learning_rate
 from visionattn.training import probing
+from visionattn.weights.files import DESCRIPTION, write_checkpoint
 
 ROOT = Path(__file__).parents[1]
+DINAT = partial(visionattn.create_model, "test_dinat", num_classes=3)
 
 
 def trained(dim: int = 24, classes: int = 5, **kwargs) -> AttentiveProbe:
@@ -75,7 +78,7 @@ def test_folding_the_norm_is_exact(probe):
     probe.train()(x)
     expected = probe.eval()(x)
     for _ in range(2):
-        probe.fuse()
+        assert probe.fuse() is probe
         torch.testing.assert_close(probe(x), expected, atol=1e-12, rtol=1e-12)
     assert not list(probe.buffers())
 
@@ -96,6 +99,27 @@ def test_the_probe_is_compiled_whole():
 def test_queries_that_do_not_divide_the_channels():
     with pytest.raises(VisionattnError, match="32 queries x d_out 1 do not divide 72 channels: 24 queries would"):
         AttentiveProbe(72, 10)
+
+
+@pytest.mark.parametrize(
+    ("call", "told"),
+    [
+        (lambda x, y: AttentiveProbe(24, 5, num_queries=0), "num_queries and d_out from 1 up, got 0 and 1"),
+        (lambda x, y: AttentiveProbe(24, 5, d_out=0), "num_queries and d_out from 1 up, got 32 and 0"),
+        (lambda x, y: knn_classifier(x, y, x, 0, 0.1, 2), "k from 1 up and a temperature above 0, got 0 and 0.1"),
+        (lambda x, y: knn_classifier(x, y, x, 1, 0.0, 2), "k from 1 up and a temperature above 0, got 1 and 0.0"),
+        (lambda x, y: knn_classifier(x, y, x, 1, float("nan"), 2), "got 1 and nan"),
+        (lambda x, y: knn_classifier(x, y, x[:, 1:], 1, 0.1, 2), r"got \(4, 24\) and \(4, 23\)"),
+        (lambda x, y: knn_classifier(x, y[1:], x, 1, 0.1, 2), r"expected 4 classes, got \(3,\)"),
+        (lambda x, y: knn_classifier(x, y, x, 1, 0.1, 1), "expected classes from 0 to 0, got 1"),
+        (lambda x, y: fit(LinearProbe(24, 2), Stored(x, y), Stored(x, y), epochs=0), "epochs from 1 up, got 0"),
+        (lambda x, y: draw_attention(LinearProbe(24, 5), DINAT(), torch.zeros(3, 64, 64)), "a LinearProbe has none"),
+        (lambda x, y: draw_attention(trained(num_queries=4), DINAT(), torch.zeros(3, 64, 64)), "24 channels, DiNAT"),
+    ],
+)
+def test_arguments_that_cannot_be(call, told):
+    with pytest.raises(VisionattnError, match=told):
+        call(torch.randn(4, 24), torch.tensor([0, 1, 1, 0]))
 
 
 def test_the_rate_goes_up_and_down():
@@ -267,6 +291,38 @@ def test_three_probes(probed, monkeypatch, capsys):
     probe, about = load_probe("runs/probes/test_convit-random-images-attentive.safetensors")
     assert about["classes"] == ["dark", "light"] and about["features"] == "all" and probe.queries.shape[1] == 4
     assert probe(torch.randn(2, 17, probe.queries.shape[2])).shape == (2, 2)
+
+
+def test_probes_of_other_weights_and_options_stand_side_by_side(probed):
+    """Those of a run are named by it; where names are the same, by what they are made from."""
+    model = visionattn.create_model("test_isotropic", num_classes=2)
+    for run in ("flow", "moh"):
+        Path("runs", run, "checkpoints").mkdir(parents=True)
+        torch.save(model.state_dict(), f"runs/{run}/checkpoints/best.pth")
+    small = ["--model", "test_isotropic", "--model_kwargs.num_classes", 2, "--data.img_size", 32]
+    small += ["--probe", "linear", "--output", "r.csv"]
+    for _ in range(2):  # the second time the same files
+        probed(*small, "--checkpoint", "runs/*/checkpoints/best.pth", "--probing.epochs", 1)
+        probed(*small, "--checkpoint", "runs/moh/checkpoints/best.pth", "--probing.epochs", 2)
+    with open("r.csv") as file:
+        names = [Path(row["probe_file"]).stem for row in csv.DictReader(file)]
+    assert names[:2] == [f"test_isotropic-{run}-best-images-linear" for run in ("flow", "moh")] and names[3:] == names[:3]
+    assert names[2].startswith(f"{names[1]}-")
+    abouts = [load_probe(f"runs/probes/{name}.safetensors")[1] for name in names[:3]]
+    assert [about["epochs"] for about in abouts] == [1, 1, 2]
+
+
+def test_features_are_not_those_of_another_mixer(probed, monkeypatch):
+    """A file says itself which arguments its model has, with which the same weights make other features."""
+    model = visionattn.create_model("test_isotropic", num_classes=2)
+    for name, kwargs in (("plain", {}), ("flow", {"mixer": "flow"})):
+        about = {"model": "test_isotropic", "model_kwargs": kwargs | {"num_classes": 2}}
+        write_checkpoint(f"{name}.safetensors", model.state_dict(), {DESCRIPTION: json.dumps(about)})
+        probed("--probe", "linear", "--model", f"{name}.safetensors", "--data.img_size", 32, "--probing.epochs", 1)
+    assert len(list(Path("runs/probes/features").iterdir())) == 4
+    assert {path.name for path in Path("runs/probes").glob("*.safetensors")} == {
+        f"test_isotropic-{name}-images-linear.safetensors" for name in ("plain", "flow")
+    }
 
 
 def test_a_probe_of_a_checkpoint_and_of_timm(probed, capsys):

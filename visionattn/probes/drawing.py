@@ -23,13 +23,21 @@ def attention_map(probe: AttentiveProbe, model: nn.Module, images: Images, class
         model: the frozen backbone that it was trained for.
         images: prepared, (B, C, H, W) or (C, H, W); or pictures, which are prepared as the model's weights want.
         class_token: the probe takes the class token besides the patches; the weights are without that of this one.
+
+    Raises:
+        VisionattnError: if the probe is no `AttentiveProbe` or of other features, or there is no class token.
     """
+    if not isinstance(probe, AttentiveProbe):
+        raise VisionattnError(f"an AttentiveProbe has attention, a {type(probe).__name__} has none")
     patches, token = last_block(model, as_batch(model, images))
     x = patches.flatten(2).mT
     if class_token:
         if token is None:
             raise VisionattnError(f"{type(model).__name__} has no class token")
         x = torch.cat([token[:, None], x], 1)
+    if x.shape[2] != probe.queries.shape[2]:
+        told = f"{type(model).__name__} gives {x.shape[2]}"
+        raise VisionattnError(f"the probe is for features of {probe.queries.shape[2]} channels, {told}")
     weights = probe.attention(x.to(probe.queries))
     values = weights[..., int(class_token) :].unflatten(2, patches.shape[2:])
     return Map("attention", values, HEAD_GATE, layer="probe")
@@ -45,6 +53,9 @@ def draw_attention(
         model: the frozen backbone that it was trained for.
         image: a picture, which is prepared as the model's weights want; or prepared, (C, H, W).
         class_token: the probe takes the class token besides the patches.
+
+    Raises:
+        VisionattnError: as `attention_map`.
     """
     batch, own = as_batch(model, image), model_preprocessing(model)
     found = attention_map(probe, model, batch, class_token)

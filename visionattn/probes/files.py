@@ -1,15 +1,18 @@
 """Probes on the disk."""
 
+import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from ..errors import user_input
+from ..errors import VisionattnError, user_input
 from ..weights import convert_state_dict
-from ..weights.files import read_checkpoint, write_checkpoint
+from ..weights.files import locked, read_checkpoint, write_checkpoint
 from .heads import AttentiveProbe, LinearProbe
 
 ENTRY = "probe"
@@ -25,6 +28,34 @@ def save_probe(path: str | PathLike, probe: LinearProbe, about: Mapping[str, Any
         about: what it is of, JSON's types alone.
     """
     write_checkpoint(path, probe.state_dict(), {"format": "pt", ENTRY: json.dumps(dict(about))})
+
+
+def save_apart(path: Path, probe: LinearProbe, made_from: Mapping[str, Any], found: Mapping[str, Any]) -> Path:
+    """Write a probe under another name where a file made from something else has its own.
+
+    Args:
+        path: of the file.
+        probe: the head.
+        made_from: all that it depends on, JSON's types alone.
+        found: what came of it.
+
+    Returns:
+        the path that it is at: with a hash of what it is made from at its end, if another probe is at `path`.
+    """
+    text = json.dumps(dict(made_from), sort_keys=True, default=str)
+    key = hashlib.sha256(text.encode()).hexdigest()[:8]
+    with locked(path):
+        if path.exists() and _key_of(path) != key:
+            path = path.with_name(f"{path.stem}-{key}{path.suffix}")
+        save_probe(path, probe, {**made_from, **found, "key": key})
+    return path
+
+
+def _key_of(path: Path) -> str | None:
+    """The hash of what a probe is made from; None if the file is no such probe."""
+    with suppress(VisionattnError):
+        return load_probe(path)[1].get("key")
+    return None
 
 
 def load_probe(path: str | PathLike) -> tuple[LinearProbe, dict[str, Any]]:

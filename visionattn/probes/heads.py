@@ -1,6 +1,6 @@
 """Classifiers of frozen features."""
 
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -31,11 +31,16 @@ class LinearProbe(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.norm(x))
 
-    def fuse(self) -> None:
-        """Merge the batch norm into the classifier, in place, for inference."""
+    def fuse(self) -> Self:
+        """Merge the batch norm into the classifier, in place, for inference.
+
+        Returns:
+            the probe.
+        """
         if not isinstance(self.norm, nn.Identity):
             scale_input(self.head, *scale_and_shift(self.norm))
             self.norm = nn.Identity()
+        return self
 
 
 class AttentiveProbe(LinearProbe):
@@ -57,7 +62,7 @@ class AttentiveProbe(LinearProbe):
         value_bias: bias of W.
 
     Raises:
-        VisionattnError: if `num_queries` x `d_out` does not divide `dim`.
+        VisionattnError: if `num_queries` and `d_out` are not from 1 up, or their product does not divide `dim`.
 
     Shape:
         tokens (B, N, C) or maps (B, C, H, W) to (B, num_classes).
@@ -83,6 +88,8 @@ class AttentiveProbe(LinearProbe):
         device=None,
         dtype=None,
     ) -> None:
+        if min(num_queries, d_out) < 1:
+            raise VisionattnError(f"expected num_queries and d_out from 1 up, got {num_queries} and {d_out}")
         if dim % (num_queries * d_out):
             fits = max(n for n in range(1, min(num_queries, dim) + 1) if dim % (n * d_out) == 0 or n == 1)
             raise VisionattnError(

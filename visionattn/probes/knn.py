@@ -1,10 +1,13 @@
 """Nearest neighbours."""
 
+import math
 from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ..errors import VisionattnError
 
 MOST = 2**24
 """Similarities that are held at once."""
@@ -27,9 +30,21 @@ def knn_classifier(
         temperature: of the weight of a vote.
         num_classes: classes.
 
+    Raises:
+        VisionattnError: if `k` or the temperature is not above 0, or the tensors do not fit each other.
+
     Returns:
         votes (M, num_classes) in float64; where the largest of an image would be infinite, all of its are smaller.
     """
+    if k < 1 or not 0 < temperature < math.inf:
+        raise VisionattnError(f"expected k from 1 up and a temperature above 0, got {k} and {temperature}")
+    if train.ndim != 2 or test.ndim != 2 or train.shape[1] != test.shape[1] or not len(train):
+        raise VisionattnError(f"expected features (N, C) and (M, C), got {tuple(train.shape)} and {tuple(test.shape)}")
+    if train_labels.shape != train.shape[:1]:
+        raise VisionattnError(f"expected {len(train)} classes, got {tuple(train_labels.shape)}")
+    low, high = train_labels.min().item(), train_labels.max().item()
+    if low < 0 or high >= num_classes:
+        raise VisionattnError(f"expected classes from 0 to {num_classes - 1}, got {low if low < 0 else high}")
     return votes(*neighbours(train, test, k), train_labels, temperature, num_classes)
 
 

@@ -108,8 +108,10 @@ def fit(
         seed: of the order.
 
     Raises:
-        VisionattnError: if there is but one image, or one in a batch.
+        VisionattnError: if there is but one image, or one in a batch, or no epoch.
     """
+    if epochs < 1:
+        raise VisionattnError(f"expected epochs from 1 up, got {epochs}")
     device = next(probe.parameters()).device
     count = len(train.labels)
     batch_size = min(batch_size, count)

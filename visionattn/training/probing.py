@@ -17,7 +17,7 @@ from ..data.loader import Stream, choose_workers, derive_seed, eval_loader, read
 from ..data.transforms import preprocessing
 from ..errors import UnknownModelError, VisionattnError, user_input
 from ..probes.features import Stored, fingerprint, frozen_features, has_class_token, key_of, stored
-from ..probes.files import save_probe
+from ..probes.files import save_apart
 from ..probes.heads import AttentiveProbe, LinearProbe
 from ..probes.knn import neighbours, votes
 from ..probes.protocol import fit
@@ -26,7 +26,7 @@ from ..tasks import make_task
 from ..tasks.classification import ClassificationMetrics
 from ..tasks.task import Task, autocast, image_mode
 from ..weights import load_checkpoint
-from ..weights.description import read_described
+from ..weights.description import is_place, read_described
 from .config import ProbingConfig, ValidateConfig
 from .evaluation import (
     ResultFile,
@@ -69,7 +69,7 @@ def probe(config: ValidateConfig, output: ResultFile | None = None, read: Callab
         raise VisionattnError("a probe runs in one process: start validate.py without accelerate launch")
     config = replace(config, data=_with_training_images(config.data))
     train_images, val_images = load_datasets(config.data)
-    name, task, model = _make_model(config, content)
+    name, kwargs, task, model = _make_model(config, content)
     kind = _kind(config, name, model)
     data, classes = task.resolve(model).data, train_images.classes
     config = replace(config, data=data)
@@ -77,12 +77,13 @@ def probe(config: ValidateConfig, output: ResultFile | None = None, read: Callab
     model.eval().to(accelerator.device, memory_format=layout)
     reset_peak_memory(accelerator.device)
     sides, watch = {"train": train_images, "validation": val_images}, Stopwatch()
-    about = {"model": name, "model_kwargs": config.model_kwargs, "features": kind, "precision": config.precision}
+    about = {"model": name, "model_kwargs": kwargs, "features": kind, "precision": config.precision}
     about |= {"preprocessing": preprocessing(data), "root": data.root and str(Path(data.root).resolve())}
     digest = key_of(model, about)
+    keys = {split: f"{digest}-{fingerprint(images)[:16]}" for split, images in sides.items()}
     with user_input(f"features of {name}", AssertionError):  # timm's models of one size
         train, val = (
-            _stored(config, task, model, kind, digest, images, about | {"split": split}, watch)
+            _stored(config, task, model, kind, keys[split], images, about | {"split": split}, watch)
             for split, images in sides.items()
         )
     record = {
@@ -103,7 +104,7 @@ def probe(config: ValidateConfig, output: ResultFile | None = None, read: Callab
     if config.probe == "knn":
         figures, lines, per_class = _nearest(config.probing, train, val, classes, accelerator.device)
     else:
-        figures, lines, per_class = _trained(config, train, val, classes, about, accelerator.device)
+        figures, lines, per_class = _trained(config, train, val, classes, about | {"stored": keys}, accelerator.device)
     record |= figures | {
         "images_per_second": watch.speed,
         "peak_memory_mib": peak_memory(accelerator.device),
@@ -126,8 +127,8 @@ def _with_training_images(data: DataConfig) -> DataConfig:
     return data if data.val_fraction < 1 else replace(data, val_fraction=DataConfig.val_fraction)
 
 
-def _make_model(config: ValidateConfig, content: dict[str, Any]) -> tuple[str, Task, nn.Module]:
-    """Name, task and model, with its weights."""
+def _make_model(config: ValidateConfig, content: dict[str, Any]) -> tuple[str, dict[str, Any], Task, nn.Module]:
+    """Name, all arguments, task and model, with its weights."""
     kwargs = dict(config.model_kwargs)
     prefix = kwargs.pop("checkpoint_prefix", "") if config.checkpoint else ""
     task = make_task(replace(config, checkpoint="", model_kwargs=kwargs))
@@ -136,7 +137,8 @@ def _make_model(config: ValidateConfig, content: dict[str, Any]) -> tuple[str, T
     try:
         if name != config.model:
             raise UnknownModelError(f"timm has no model {name}: timm.list_models() names them")
-        model, name = task.create_model(None), task.made[0]
+        model, (name, made) = task.create_model(None), task.made
+        kwargs = made | kwargs  # a file says some itself
     except UnknownModelError:
         if not timm.is_model(name):
             raise
@@ -145,7 +147,7 @@ def _make_model(config: ValidateConfig, content: dict[str, Any]) -> tuple[str, T
             model = timm.create_model(name.removeprefix(TIMM), pretrained=config.pretrained, **kwargs)
     if config.checkpoint:
         load_checkpoint(model, config.checkpoint, prefix, content)
-    return name, task, model
+    return name, kwargs, task, model
 
 
 def _kind(config: ValidateConfig, name: str, model: nn.Module) -> str:
@@ -166,7 +168,7 @@ def _stored(
     task: Task,
     model: nn.Module,
     kind: str,
-    digest: str,
+    key: str,
     images: ImageSet,
     about: dict[str, Any],
     watch: Stopwatch,
@@ -191,7 +193,7 @@ def _stored(
             yield made.float() if config.precision == "no" else made.half(), batch.targets
             watch.lap(len(batch.images))
 
-    path = Path(config.probing.folder, "features", f"{digest}-{fingerprint(images)[:16]}")
+    path = Path(config.probing.folder, "features", key)
     return stored(path, len(images), batches(), about | {"images": images.name})
 
 
@@ -239,9 +241,11 @@ def _trained(
     metrics = ClassificationMetrics(len(classes))
     metrics.update(found.logits, val.labels)
     figures = metrics.compute() | metrics.details()
+    about = about | {"probe": config.probe, "classes": classes, "epochs": options.epochs, "lr": options.lr}
+    about |= {"batch_size": options.batch_size, "weights": weights_of(config)}
+    about |= {"queries": options.queries} if config.probe == "attentive" else {}
     path = Path(options.folder, f"{_file_name(config, about['model'])}-{config.probe}.safetensors")
-    about = about | {"weights": weights_of(config), "probe": config.probe, "classes": classes, "epoch": found.epoch}
-    save_probe(path, head, about | figures)
+    path = save_apart(path, head, about, {"epoch": found.epoch} | figures)
     parameters = sum(p.numel() for p in head.parameters())
     lines = [
         ("parameters", f"{parameters} of the probe{queries}"),
@@ -257,7 +261,13 @@ def _trained(
 
 
 def _file_name(config: ValidateConfig, model: str) -> str:
-    """Model, what its weights are called and images, as run folders are called."""
+    """Model, run and name of its weights, and images, as run folders are called."""
     images = config.data.root if config.data.root is not None else config.data.name or "digits"
-    weights = f"-{Path(config.checkpoint).stem}" if config.checkpoint else "" if config.pretrained else "-random"
-    return f"{model.replace('/', '-')}{weights}-{Path(images).resolve().name}"
+    place = config.checkpoint or (config.model if is_place(config.model) else "")
+    if place:
+        path = Path(place)
+        run = path.resolve().parent.parent.name if path.parent.name == "checkpoints" else ""
+        weights = f"-{run}" * bool(run) + f"-{path.stem}"
+    else:
+        weights = "" if config.pretrained else "-random"
+    return f"{model.replace('/', '-')}{weights}-{Path(images).resolve().name}".replace(":", "-")
