@@ -94,6 +94,7 @@ def test_arguments_of_a_model(capsys, tmp_path):
     model = visionattn.create_model("isotropic_xsmall", mixer="agent", in_chans=1, num_classes=7, depth=1, img_size=64)
     assert facts["parameters"] == sum(p.numel() for p in model.parameters()) and facts["input"] == [1, 64, 64]
     assert facts["gmacs"] == pytest.approx(sum(stage["gmacs"] for stage in facts["stages"]), rel=1e-3)
+    assert "mixer agent, drop_path_rate 0.1" in told(capsys, "info", "isotropic_small", *kwargs)
     image = tmp_path / "image.png"
     Image.new("L", (40, 40), 90).save(image)
     explained = ["explain", str(image), "--model", "test_isotropic", *kwargs, "--output", str(tmp_path / "explained")]

@@ -1,6 +1,7 @@
 """What is explained is what the models compute, and is where the evidence is."""
 
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -49,6 +50,7 @@ from visionattn.layers import (
 )
 from visionattn.models.mixers import MIXERS
 
+ROOT = Path(__file__).parents[1]
 FAMILIES = sorted(visionattn.list_models("test_*"))
 BLOCKS = {
     "aggregated": (AggregatedAttention(16, 4, window=5, pool_ratio=3, shared=1, top_k=2), (2, 8, 11, 16)),
@@ -176,6 +178,16 @@ def test_every_attention_block_has_maps():
         "ContMixBlock", "DilatedReparamConv2d", "MixerGate", "NiNBlock", "ActivatorGate", "ActivatorBlock",
         "HeadGate",
     }  # fmt: skip
+
+
+def test_the_page_names_blocks_of_no_family_and_those_whose_rows_do_not_sum_to_one():
+    table, _, exceptions = (ROOT / "docs/explain.md").read_text().partition("Rows of attention")
+    blocks = (ROOT / "docs/blocks.md").read_text().splitlines()
+    alone = [name for line in blocks if "no family" in line or ", alone" in line for name in line.split("`")[1::2]]
+    known = [name for name in alone if getattr(visionattn.layers, name, None) in LAYERS]
+    assert "ReversedAttention" in known and [name for name in known if f"`{name}`" not in table] == []
+    families = {"CausalSelfAttention": "iLLaMA", "NormAwareLinearAttention": "NaLaFormer"}
+    assert all(families.get(each.__name__, each.__name__) in exceptions for each in UNNORMALISED)
 
 
 @torch.no_grad()

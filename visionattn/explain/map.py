@@ -20,7 +20,7 @@ class Map:
     """What a layer weighs by.
 
     Args:
-        kind: "attention", of which rows sum to 1 unless it is linear, of two signs, or a mask follows; "content" and
+        kind: "attention", of which rows sum to 1, with the exceptions that docs/explain.md lists; "content" and
             "position", the two that ConViT's is mixed of; "collect", from agents to keys, and "spread", from queries to
             agents, of which theirs is the product; "mask", where attention may go; "gate" and "modulator", which
             multiply; "kernel", which convolves.
