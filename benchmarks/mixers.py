@@ -17,12 +17,14 @@ processes of one thread each. Runs that diverge are results too.
 """
 
 import fnmatch
+import math
 import multiprocessing
 import os
 import shlex
 import sys
-from argparse import Namespace, RawDescriptionHelpFormatter
+from argparse import ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import product
 from multiprocessing.connection import wait
@@ -33,10 +35,10 @@ from common import Parser
 from comparison.measuring import speed
 from comparison.report import CONTROLS, Results, write
 from comparison.tasks import DEBIAN
-from comparison.training import REFERENCE_RATES, Row, Run, file_of, settled, train
+from comparison.training import REFERENCE_RATES, Row, Run, claimed, file_of, settled, train
 
-from visionattn.errors import VisionattnError, one_line, require, run
-from visionattn.measure import add_machine, machine, positive, start
+from visionattn.errors import VisionattnError, one_line, require, run, user_input
+from visionattn.measure import Seconds, add_machine, machine, positive, start
 from visionattn.models.mixers import MIXERS, list_mixers
 
 RULES = {"equal": "equal", "mlp4": "mlp 4"}
@@ -69,6 +71,40 @@ TIERS = {
 }
 
 
+def factor(text: str) -> float:
+    """An argument that multiplies.
+
+    Raises:
+        ArgumentTypeError: if it is no finite number above 0.
+    """
+    with suppress(ValueError):
+        if 0 < float(text) < math.inf:
+            return float(text)
+    raise ArgumentTypeError(f"expected a number above 0, got {text!r}")
+
+
+def natural(text: str) -> int:
+    """An argument that may be 0.
+
+    Raises:
+        ArgumentTypeError: if it is no number from 0 up.
+    """
+    if not text.isdecimal():
+        raise ArgumentTypeError(f"expected a number from 0 up, got {text!r}")
+    return int(text)
+
+
+def square(text: str) -> int:
+    """An argument that counts the places of a square map.
+
+    Raises:
+        ArgumentTypeError: if it is no square.
+    """
+    if math.isqrt(number := positive(text)) ** 2 != number:
+        raise ArgumentTypeError(f"expected a square, such as 64, got {text!r}")
+    return number
+
+
 def rows_of(args: Namespace) -> list[Row]:
     """The rows that options ask for, controls first, without those that cannot be made, of which a line tells. One row
     stands for both rules where they make the same network."""
@@ -91,18 +127,20 @@ def rows_of(args: Namespace) -> list[Row]:
 
 
 def work(each: Run, folder: Path, args: Namespace) -> None:
-    """Train one run, and write what it found."""
+    """Train one run, and write what it found, unless another sweep does."""
     device, _ = start(args)
     torch.set_flush_denormal(True)
-    found = train(each, folder / "unfinished", device)
-    Results(folder / "results.jsonl").add(
-        {"what": "run", "run": asdict(each), "found": found, "machine": machine(device)}
-    )
-    file_of(each, folder / "unfinished").unlink(missing_ok=True)
+    results, unfinished, row = Results(folder / "results.jsonl"), folder / "unfinished", each.row
+    name = f"{each.tier} {row.scaffold}, {row.name}, {row.rule}, rate x{each.rate:g}, seed {each.seed}"
+    with claimed(each, unfinished) as mine:
+        if not mine or each.key in results.finished():
+            print(f"{name}: of another sweep", flush=True)
+            return
+        found = train(each, unfinished, device)
+        results.add({"what": "run", "run": asdict(each), "found": found, "machine": machine(device)})
+        file_of(each, unfinished).unlink(missing_ok=True)
     told = f"diverged at update {found['diverged']}" if "diverged" in found else f"{100 * found['accuracy']:.2f} %"
-    row = each.row
-    print(f"{each.tier} {row.scaffold}, {row.name}, {row.rule}, rate x{each.rate:g}, seed {each.seed}: {told}, "
-          f"{found['seconds']:.0f} s", flush=True)  # fmt: skip
+    print(f"{name}: {told}, {found['seconds']:.0f} s", flush=True)
 
 
 def sweep(runs: Sequence[Run], args: Namespace) -> None:
@@ -111,7 +149,7 @@ def sweep(runs: Sequence[Run], args: Namespace) -> None:
     Raises:
         VisionattnError: if some ended without.
     """
-    done = {Run.of(line["run"]).key for line in Results(args.output / "results.jsonl").read() if line["what"] == "run"}
+    done = Results(args.output / "results.jsonl").finished()
     left = [each for each in runs if each.key not in done]
     print(f"{len(runs) - len(left)} of {len(runs)} runs are there", flush=True)
     if not args.workers:
@@ -137,9 +175,8 @@ def sweep(runs: Sequence[Run], args: Namespace) -> None:
         raise VisionattnError(f"{len(failed)} runs failed, of {', '.join(dict.fromkeys(x.row.name for x in failed))}")
 
 
-def measure(rows: Sequence[Row], args: Namespace) -> None:
+def measure(rows: Sequence[Row], args: Namespace, device: torch.device, seconds: Seconds) -> None:
     """Time rows that are not timed yet."""
-    device, seconds = start(args)
     torch.set_flush_denormal(True)
     results = Results(args.output / "results.jsonl")
     done = [(line["row"], list(line["found"]["tokens"])) for line in results.read() if line["what"] == "speed"]
@@ -180,23 +217,25 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--scaffolds", nargs="+", choices=("isotropic", "pyramid"), default=["isotropic"])
     parser.add_argument("--rules", nargs="+", choices=RULES, default=["equal"], help="of the MLP's width")
     parser.add_argument(
-        "--rates", nargs="+", type=float, help="factors on the reference rate; of the tier if not given"
+        "--rates", nargs="+", type=factor, help="factors on the reference rate; of the tier if not given"
     )
-    parser.add_argument("--seeds", nargs="+", type=int, help="of initialisation and order; of the tier if not given")
+    parser.add_argument(
+        "--seeds", nargs="+", type=natural, help="of initialisation and order; of the tier if not given"
+    )
     parser.add_argument("--epochs", type=positive, help="of the tier if not given")
     parser.add_argument("--images", type=positive, help="of an epoch; of the tier if not given")
     parser.add_argument("--batch", type=positive, help="images of an update; of the tier if not given")
     parser.add_argument(
         "--head-dim", type=positive, default=16, help="channels of an attention head; 16 lets GQA enter"
     )
-    parser.add_argument("--tokens", nargs="+", type=positive, default=[64, 196], help="of an image, squares, to time")
+    parser.add_argument("--tokens", nargs="+", type=square, default=[64, 196], help="of an image, squares, to time")
     parser.add_argument(
         "--data", default=str(DEBIAN) if DEBIAN.is_dir() else "digits",
         help="folder of Fashion-MNIST, which torchvision downloads if it lacks them; or digits",
     )  # fmt: skip
     parser.add_argument("--output", type=Path, default=Path("runs/mixers"), help="folder of the results")
     parser.add_argument("--page", type=Path, default=Path("docs/mixers.md"), help="where the report goes")
-    parser.add_argument("--workers", type=int, default=1, help="processes; 0 to train in this one")
+    parser.add_argument("--workers", type=natural, default=1, help="processes; 0 to train in this one")
     add_machine(parser)
     parser.set_defaults(threads=1)
     args = parser.parse_args(argv)
@@ -205,9 +244,13 @@ def main(argv: list[str]) -> None:
         write(args.page, Results(args.output / "results.jsonl"))
         print(args.page)
         return
+    if args.what != "2":
+        device, seconds = start(args)
+        with user_input(f"cannot write {args.output}", OSError):
+            args.output.mkdir(parents=True, exist_ok=True)
     rows = rows_of(args)
     if args.what == "speed":
-        measure(rows, args)
+        measure(rows, args, device, seconds)
         return
     tier = TIERS[args.what]
     for name, value in asdict(tier).items():
@@ -216,6 +259,10 @@ def main(argv: list[str]) -> None:
     if args.what == "2":
         show_imagenet(rows, args)
         return
+    if args.images < args.batch:
+        raise VisionattnError(
+            f"{args.images} images fill no batch of {args.batch}: give more --images or a lower --batch"
+        )
     budget = {"epochs": args.epochs, "images": args.images, "batch": args.batch, "data": args.data}
     sweep(
         [Run(row, args.what, rate, seed, **budget) for rate, seed, row in product(args.rates, args.seeds, rows)],

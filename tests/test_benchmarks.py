@@ -58,6 +58,15 @@ def test_help_and_misspelt_options(script, name):
         ("dynamic_conv", ["--batch", "0"], "from 1 up"),
         ("mixers", ["0", "--mixers", "softmacks"], "no mixer is called softmacks"),
         ("mixers", ["report", "--output", "nowhere"], "holds no results"),
+        ("mixers", ["report", "--page", "nowhere/x.md"], "cannot write nowhere/x.md"),
+        ("mixers", ["0", "--rates", "-1"], "a number above 0, got '-1'"),
+        ("mixers", ["0", "--rates", "nan"], "a number above 0, got 'nan'"),
+        ("mixers", ["0", "--seeds", "-1"], "from 0 up"),
+        ("mixers", ["0", "--workers", "-1"], "from 0 up"),
+        ("mixers", ["0", "--device", "nowhere", "--output", str(FOLDER)], "cannot use device nowhere"),
+        ("mixers", ["0", "--output", __file__], f"cannot write {__file__}"),
+        ("mixers", ["0", "--images", "63", "--mixers", "none", "--output", str(FOLDER)], "fill no batch of 64"),
+        ("mixers", ["speed", "--tokens", "65"], "a square"),
     ],
 )
 def test_requests_that_cannot_be_met(script, name, argv, told):
@@ -127,6 +136,29 @@ def test_a_comparison_goes_on_where_it_was_stopped(script, tmp_path, monkeypatch
     assert f"| {100 * found[0]['accuracy']:.1f} |" in (tmp_path / "page.md").read_text()
 
 
+@pytest.mark.parametrize("line", ["[1, 2]", "{}", '{"what": "run"}', '{"what": "speed", "row": {"scaffold": 1}}'])
+def test_what_is_no_result_is_told(script, tmp_path, line):
+    (tmp_path / "results.jsonl").write_text(f"\n{line}\n")
+    code, _, err = script("mixers", "report", "--output", str(tmp_path), "--page", str(tmp_path / "page.md"))
+    assert code == 2 and "results.jsonl, line 2 is no result" in err and len(err.splitlines()) == 1
+
+
+def test_a_run_of_one_update_is_json_and_is_trained_by_one_sweep(script, tmp_path, monkeypatch, recwarn):
+    from comparison import training
+    from comparison.training import Row, Run, claimed
+
+    monkeypatch.setattr(training, "EXAMPLES", 16)
+    setting = {"epochs": 1, "images": 16, "batch": 16, "data": "digits"}
+    options = [part for name, value in setting.items() for part in (f"--{name}", str(value))]
+    sweep = ["0", "--mixers", "none", *options, "--workers", "0", "--output", str(tmp_path)]
+    with claimed(Run(Row("isotropic", "none"), "0", 1.0, 0, **setting), tmp_path / "unfinished") as mine:
+        assert mine and "of another sweep" in script("mixers", *sweep)[1]
+    assert not (tmp_path / "results.jsonl").exists()
+    assert script("mixers", *sweep)[0] == 0 and not recwarn.list
+    lines = (tmp_path / "results.jsonl").read_text().splitlines()
+    assert len(lines) == 1 and len(json.loads(lines[0], parse_constant=pytest.fail)["found"]["losses"]) == 3
+
+
 def test_same_or_different_does_not_leak(monkeypatch):
     """Neither what the items are, one by one, nor where, tells the answer."""
     monkeypatch.syspath_prepend(str(FOLDER))
@@ -180,6 +212,24 @@ def test_a_difference_below_two_deviations_is_a_tie(monkeypatch):
     each = {row.mixer: found.against(row, Row("isotropic", "softmax"), "0") for row in found.rows}
     assert each["flow"] == "tie" and each["agent"] == "better" and each["halo"] == "worse"
     assert found.verdict(Row("isotropic", "agent"), "0") == ""  # which is not known of the other rule
+
+
+def test_every_setting_has_columns_of_its_own(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    from comparison.report import Found, columns
+    from comparison.training import Row
+
+    def line(mixer, images, accuracy):
+        run = {"row": asdict(Row("isotropic", mixer)), "tier": "0", "rate": 1.0, "seed": 0}
+        run |= {"epochs": 1, "images": images, "batch": 1, "data": "digits"}
+        found = {"accuracy": accuracy, "losses": [], "bfloat16": 0.0, "batch": None, "entropy": []}
+        return {"what": "run", "run": run, "found": found, "machine": {}}
+
+    found = Found([line("flow", 5000, 0.9), line("flow", 200, 0.7), line("none", 200, 0.6)])
+    each = {row.mixer: columns(found, row) for row in found.rows}
+    few, many = (f"tier 0 (digits, 1 epochs of {n} images in batches of 1), equal: accuracy" for n in (200, 5000))
+    assert each["flow"][few] == "70.0" and each["flow"][many] == "90.0"
+    assert each["none"][few] == "60.0" and many not in each["none"]
 
 
 def test_memory_is_what_a_step_holds_at_once():

@@ -296,9 +296,9 @@ def test_three_probes(probed, monkeypatch, capsys):
 def test_probes_of_other_weights_and_options_stand_side_by_side(probed):
     """Those of a run are named by it; where names are the same, by what they are made from."""
     model = visionattn.create_model("test_isotropic", num_classes=2)
-    for run in ("flow", "moh"):
-        Path("runs", run, "checkpoints").mkdir(parents=True)
-        torch.save(model.state_dict(), f"runs/{run}/checkpoints/best.pth")
+    for name in ("flow", "moh"):
+        Path("runs", name, "checkpoints").mkdir(parents=True)
+        torch.save(model.state_dict(), f"runs/{name}/checkpoints/best.pth")
     small = ["--model", "test_isotropic", "--model_kwargs.num_classes", 2, "--data.img_size", 32]
     small += ["--probe", "linear", "--output", "r.csv"]
     for _ in range(2):  # the second time the same files
@@ -306,7 +306,9 @@ def test_probes_of_other_weights_and_options_stand_side_by_side(probed):
         probed(*small, "--checkpoint", "runs/moh/checkpoints/best.pth", "--probing.epochs", 2)
     with open("r.csv") as file:
         names = [Path(row["probe_file"]).stem for row in csv.DictReader(file)]
-    assert names[:2] == [f"test_isotropic-{run}-best-images-linear" for run in ("flow", "moh")] and names[3:] == names[:3]
+    assert (
+        names[:2] == [f"test_isotropic-{run}-best-images-linear" for run in ("flow", "moh")] and names[3:] == names[:3]
+    )
     assert names[2].startswith(f"{names[1]}-")
     abouts = [load_probe(f"runs/probes/{name}.safetensors")[1] for name in names[:3]]
     assert [about["epochs"] for about in abouts] == [1, 1, 2]

@@ -22,8 +22,11 @@ def _figure(panels: int):
 
 def draw_time(found: "Found", path: Path) -> bool:
     """Accuracy over the time of an image forward and backward, for each scaffold; whether anything is known of it."""
-    tier = "1a" if any(found.accuracies(row, "1a")[1] for row in found.rows) else "0"
-    points: dict[str, list] = {}
+    tiers = [name for name, (tier, _) in found.tiers.items() if tier == "1a"]
+    tiers = tiers or [name for name, (tier, _) in found.tiers.items() if tier == "0"]
+    if not tiers:
+        return False
+    tier, points = tiers[-1], {}
     for row in found.rows:
         time, (_, values) = found.milliseconds(row), found.accuracies(row, tier)
         if time is not None and values:
@@ -48,9 +51,12 @@ def draw_time(found: "Found", path: Path) -> bool:
 
 def draw_distance(found: "Found", path: Path) -> bool:
     """Accuracy over the distance of the two items, for each scaffold; whether anything is known of it."""
+    tiers = [name for name, (tier, _) in found.tiers.items() if tier == "1b"]
+    if not tiers:
+        return False
     lines: dict[str, list] = {}
     for row in found.rows:
-        runs = [x for same in found.of(row, "1b").values() for x in same if "by_distance" in x]
+        runs = [x for same in found.of(row, tiers[-1]).values() for x in same if "by_distance" in x]
         if runs:
             means = [100 * fmean(values) for values in zip(*(x["by_distance"] for x in runs), strict=True)]
             lines.setdefault(row.scaffold, []).append((row, means))
@@ -70,7 +76,7 @@ def draw_distance(found: "Found", path: Path) -> bool:
             axes.plot(middles, means, marker="o", markersize=3, label=f"{row.name} {fmean(means):.0f}", **style)
         axes.axhline(50, color="0.6", linewidth=0.8)
         axes.set(
-            title=f"{scaffold}, same or different",
+            title=f"{scaffold}, same or different, tier {tiers[-1]}",
             xlabel="pixels between the middles of the items",
             ylabel="accuracy, %",
         )

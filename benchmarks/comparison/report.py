@@ -1,6 +1,7 @@
 """The page of the comparison: a table and two pictures of what was found."""
 
 import json
+import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -8,11 +9,11 @@ from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any
 
-from visionattn.errors import VisionattnError
+from visionattn.errors import VisionattnError, user_input
 from visionattn.models.mixers import MIXERS, Place, PluggedIn
 
 from .pictures import draw_distance, draw_time
-from .training import DISTANCES, Row, settled
+from .training import DISTANCES, Row, Run, settled
 
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
 CONTROLS = ("softmax", "none", "activator", "dw7")
@@ -20,9 +21,14 @@ LEVEL = 1.05
 """Ratio of two times up to which they count as equal."""
 
 
-def _budget(run: dict) -> tuple[bool, int, int]:
+def _setting(run: dict) -> tuple[bool, int, int, int]:
     """What a run was trained with, so that the largest comes last."""
-    return run["data"] != "digits", run["epochs"] * run["images"], run["epochs"]
+    return run["data"] != "digits", run["epochs"] * run["images"], run["epochs"], run["batch"]
+
+
+def _told(run: dict) -> str:
+    data = "digits" if run["data"] == "digits" else "Fashion-MNIST"
+    return f"{data}, {run['epochs']} epochs of {run['images']} images in batches of {run['batch']}"
 
 
 class Results:
@@ -36,19 +42,36 @@ class Results:
         self.path = path
 
     def read(self) -> list[dict[str, Any]]:
-        """What is there. A line that a crash of the machine cut is passed over."""
+        """What is there. A line that a crash of the machine cut is passed over.
+
+        Raises:
+            VisionattnError: if the file cannot be read, or a line is of something else.
+        """
         found = []
-        for line in self.path.read_text().splitlines() if self.path.exists() else []:
+        with user_input(f"cannot read {self.path}", OSError, UnicodeError):
+            lines = self.path.read_text().splitlines() if self.path.exists() else []
+        for number, line in enumerate(lines, 1):
             try:
-                found.append(json.loads(line))
+                each = json.loads(line)
             except json.JSONDecodeError:
                 continue
+            with user_input(f"{self.path}, line {number} is no result", LookupError, TypeError, AttributeError):
+                row = Run.of(each["run"]).row if each["what"] == "run" else Row(**each["row"])
+                known = {"", *MIXERS[row.mixer].variants}
+                if row.variant not in known or not {"machine", "found"} <= each.keys():
+                    raise LookupError("it lacks found or machine, or there is no such variant")
+            found.append(each)
         return found
+
+    def finished(self) -> set[str]:
+        """Keys of the runs that are there."""
+        return {Run.of(line["run"]).key for line in self.read() if line["what"] == "run"}
 
     def add(self, what: dict[str, Any]) -> None:
         """Add a line, whole: in one write, after a line break if the last one is cut."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        line = json.dumps(what) + "\n"
+        bad = {key for key, each in what["found"].items() if isinstance(each, float) and not math.isfinite(each)}
+        line = json.dumps(what | {"found": what["found"] | dict.fromkeys(bad)}) + "\n"  # JSON lacks nan
         file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:
             size = os.fstat(file).st_size
@@ -64,6 +87,9 @@ class Found:
 
     Args:
         lines: of `Results`; the last one of a kind counts.
+
+    Attributes:
+        tiers: those that were run by name, which says with what setting if there were several; the largest comes last.
     """
 
     def __init__(self, lines: Iterable[dict[str, Any]]) -> None:
@@ -75,7 +101,15 @@ class Found:
             if line["what"] == "speed":
                 self.speeds[Row(**line["row"])] = line["found"]
             else:
-                self.runs[json.dumps(line["run"], sort_keys=True)] = line
+                self.runs[Run.of(line["run"]).key] = line
+        settings: dict[str, dict[tuple, str]] = {}
+        for line in self.runs.values():
+            settings.setdefault(line["run"]["tier"], {})[_setting(line["run"])] = _told(line["run"])
+        self.tiers = {
+            f"{tier} ({each[setting]})" if len(each) > 1 else tier: (tier, setting)
+            for tier, each in sorted(settings.items())
+            for setting in sorted(each)
+        }
         rows = {replace(Row(**line["run"]["row"]), rule="equal") for line in self.runs.values()}
         rows |= {replace(row, rule="equal") for row in self.speeds}
         known = list(MIXERS)
@@ -83,14 +117,11 @@ class Found:
         self.rows = sorted(rows, key=lambda row: (row.scaffold, row.head_dim, order[row.mixer], row.variant))
 
     def of(self, row: Row, tier: str) -> dict[float, list[dict]]:
-        """What the runs of a row found, by rate; those of the largest budget that the tier was run with, so that no
-        others stand beside them."""
+        """What the runs of a row found, by rate, in one of `tiers`."""
         row = settled(row)
-        runs = [(x["run"], x["found"]) for x in self.runs.values() if x["run"]["tier"] == tier]
-        largest = max((_budget(run) for run, _ in runs), default=None)
         found: dict[float, list[dict]] = {}
-        for run, each in runs:
-            if Row(**run["row"]) == row and _budget(run) == largest:
+        for run, each in ((x["run"], x["found"]) for x in self.runs.values()):
+            if Row(**run["row"]) == row and (run["tier"], _setting(run)) == self.tiers[tier]:
                 found.setdefault(run["rate"], []).append(each)
         return found
 
@@ -169,7 +200,7 @@ def columns(found: Found, row: Row) -> dict[str, str]:
     if speed and speed["forward_exponent"] is not None:
         cells["exponent of time"] = f"{speed['forward_exponent']:.2f} / {speed['training_exponent']:.2f}"
     diverged = 0
-    for tier in ("0", "1a", "1b"):
+    for tier in found.tiers:
         for rule, each in (("equal", row), ("MLP 4", four)):
             head = f"tier {tier}, {rule}"
             if (values := found.accuracies(each, tier))[1]:
@@ -190,8 +221,9 @@ def columns(found: Found, row: Row) -> dict[str, str]:
                 heads = "-".join(map(str, DISTANCES))
                 cells[f"tier {tier}: by distance, {heads} px"] = ", ".join(f"{100 * v:.0f}" for v in x["by_distance"])
             cells[f"tier {tier}: change in bfloat16"] = f"{100 * x['bfloat16']:+.1f}"
-            cells[f"tier {tier}: change with the batch"] = f"{x['batch']:.0e}"
-            if "reach" in x:
+            if x["batch"] is not None:
+                cells[f"tier {tier}: change with the batch"] = f"{x['batch']:.0e}"
+            if x.get("reach") is not None:
                 cells[f"tier {tier}: gradient beyond 7 x 7"] = f"{max(0.0, x['reach']):.0%}"
             if x["entropy"]:
                 cells[f"tier {tier}: entropy by layer, nats"] = ", ".join(f"{v:.1f}" for v in x["entropy"])
@@ -236,9 +268,7 @@ def about(found: Found) -> str:
     budgets: dict[str, set] = {}
     for line in found.runs.values():
         run = line["run"]
-        data = "digits" if run["data"] == "digits" else "Fashion-MNIST"
-        told_of = f"{data}, {run['epochs']} epochs of {run['images']} images in batches of {run['batch']}"
-        budgets.setdefault(f"{told_of}, {run['row']['head_dim']} channels a head", set()).add(run["tier"])
+        budgets.setdefault(f"{_told(run)}, {run['row']['head_dim']} channels a head", set()).add(run["tier"])
     return " ".join(told + [f"Tier {', '.join(sorted(tiers))}: {text}." for text, tiers in budgets.items()])
 
 
@@ -246,12 +276,15 @@ def write(page: Path, results: Results) -> None:
     """Put what was found into a page, between its marks, and the pictures beside it.
 
     Raises:
-        VisionattnError: if there is nothing, or the page has no marks.
+        VisionattnError: if there is nothing, or the page has no marks or cannot be written.
     """
+    if page.is_dir() or not page.parent.is_dir():
+        raise VisionattnError(f"cannot write {page}: expected a file in a folder that is there")
     found = Found(results.read())
     if not found.rows:
         raise VisionattnError(f"{results.path} holds no results: train first")
-    text = page.read_text() if page.exists() else f"{BEGIN}\n{END}\n"
+    with user_input(f"cannot read {page}", OSError, UnicodeError):
+        text = page.read_text() if page.exists() else f"{BEGIN}\n{END}\n"
     if BEGIN not in text or END not in text:
         raise VisionattnError(f"{page} lacks the lines {BEGIN} and {END}, between which the results go")
     rows = [columns(found, row) for row in found.rows]

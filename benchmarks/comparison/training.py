@@ -1,5 +1,6 @@
 """One run of the comparison: a mixer in a scaffold, trained and tested. It goes on where a killed one ended."""
 
+import fcntl
 import hashlib
 import itertools
 import json
@@ -7,7 +8,8 @@ import math
 import multiprocessing
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -142,6 +144,28 @@ def file_of(run: Run, folder: Path) -> Path:
     return folder / (hashlib.sha256(run.key.encode()).hexdigest()[:16] + ".pt")
 
 
+@contextmanager
+def claimed(run: Run, folder: Path) -> Iterator[bool]:
+    """Whether this process alone trains a run: it holds a file of the run's locked, which ends with the process.
+
+    Args:
+        run: which one.
+        folder: of `file_of`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = file_of(run, folder).with_suffix(".lock")
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            path.unlink(missing_ok=True)
+
+
 def train(run: Run, folder: Path, device: torch.device, saved: Callable[[int], None] = lambda epoch: None) -> dict:
     """What a run finds.
 
@@ -196,7 +220,9 @@ def train(run: Run, folder: Path, device: torch.device, saved: Callable[[int], N
         os.replace(path.with_suffix(".part"), path)
         saved(epoch)
     window = max(1, total // 20)
-    means = [float(np.mean(losses[max(0, end - window) : end])) for end in (max(1, total // 10), total // 2, total)]
+    means = [
+        float(np.mean(losses[max(0, end - window) : end])) for end in (max(1, total // 10), max(1, total // 2), total)
+    ]
     torch.manual_seed(derive_seed(run.seed, Stream.AUGMENT, run.epochs))
     return found | {"losses": means, "seconds": seconds} | examine(run, task, model.eval(), device)
 
