@@ -140,7 +140,7 @@ def test_a_comparison_goes_on_where_it_was_stopped(script, tmp_path, monkeypatch
 def test_what_is_no_result_is_told(script, tmp_path, line):
     (tmp_path / "results.jsonl").write_text(f"\n{line}\n")
     code, _, err = script("mixers", "report", "--output", str(tmp_path), "--page", str(tmp_path / "page.md"))
-    assert code == 2 and "results.jsonl, line 2 is no result" in err and len(err.splitlines()) == 1
+    assert code == 2 and "results.jsonl, line 2: expected a result" in err and len(err.splitlines()) == 1
 
 
 def test_a_run_of_one_update_is_json_and_is_trained_by_one_sweep(script, tmp_path, monkeypatch, recwarn):

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any
 
-from visionattn.errors import VisionattnError, user_input
+from visionattn.errors import VisionattnError, shortened, user_input
 from visionattn.models.mixers import MIXERS, Place, PluggedIn
 
 from .pictures import draw_distance, draw_time
@@ -55,11 +55,14 @@ class Results:
                 each = json.loads(line)
             except json.JSONDecodeError:
                 continue
-            with user_input(f"{self.path}, line {number} is no result", LookupError, TypeError, AttributeError):
+            try:
                 row = Run.of(each["run"]).row if each["what"] == "run" else Row(**each["row"])
-                known = {"", *MIXERS[row.mixer].variants}
-                if row.variant not in known or not {"machine", "found"} <= each.keys():
-                    raise LookupError("it lacks found or machine, or there is no such variant")
+                known = {"machine", "found"} <= each.keys() and row.variant in {"", *MIXERS[row.mixer].variants}
+            except (LookupError, TypeError, AttributeError):
+                known = False
+            if not known:
+                told = f"expected a result of this version, got {shortened(line, 60)}"
+                raise VisionattnError(f"{self.path}, line {number}: {told}")
             found.append(each)
         return found
 
