@@ -22,8 +22,8 @@ def _figure(panels: int):
 
 def draw_time(found: "Found", path: Path) -> bool:
     """Accuracy over the time of an image forward and backward, for each scaffold; whether anything is known of it."""
-    tiers = [name for name, (tier, _) in found.tiers.items() if tier == "1a"]
-    tiers = tiers or [name for name, (tier, _) in found.tiers.items() if tier == "0"]
+    tiers = [name for name, (tier, _) in found.tiers.items() if tier in ("0", "1a")]
+    tiers = [name for name in tiers if any(found.accuracies(row, name)[1] for row in found.rows)]
     if not tiers:
         return False
     tier, points = tiers[-1], {}
