@@ -19,7 +19,7 @@ from .skeletons import (
     check_sides,
     head_count,
     init_mixers,
-)  # fmt: skip
+)
 
 
 class IsotropicSkeleton(Ending, Skeleton, Isotropic):

@@ -23,7 +23,7 @@ from .skeletons import (
     check_sides,
     head_count,
     init_mixers,
-)  # fmt: skip
+)
 
 
 class Downsample(nn.Module):
