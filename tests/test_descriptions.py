@@ -221,14 +221,18 @@ def test_damaged_training_states_are_told(tmp_path):
         with pytest.raises(VisionattnError, match="last.safetensors: its training state"):
             train(*parse_train(["--resume", str(run.folder)]))
     save_checkpoint(path, weights, description, good)
-    for option, told in (
+    options = (run.folder / "config.yaml").read_text()
+    assert "model_kwargs: {}" in options
+    for depths, told in (
         ("[5000, 1, 1, 1]", "more than [0-9]+ tensors"),
         ("[100000, 1, 1, 1]", "model_kwargs.depths is 100000"),
         ("[1, 1, 1, 1]", "model_kwargs"),
         ("abc", "model_kwargs.depths"),
     ):
+        changed = options.replace("model_kwargs: {}", f"model_kwargs: {{depths: {depths}}}", 1)
+        (run.folder / "config.yaml").write_text(changed)
         with pytest.raises(VisionattnError, match=f"cannot resume .*{told}"):
-            train(*parse_train(["--resume", str(run.folder), "--model_kwargs.depths", option]))
+            train(*parse_train(["--resume", str(run.folder)]))
 
 
 @pytest.fixture

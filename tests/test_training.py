@@ -283,7 +283,7 @@ def validate_main(argv: list[str]) -> None:
         (["--checkpoint", "truncated.safetensors"], "truncated.safetensors"),
         (["--resume", "nowhere"], "nowhere"),
         (["--resume", "."], "not a run folder"),
-        (["--resume", "run", "--model", "test_dinat", "--model_kwargs.embed_dim", "8"], "of another model"),
+        (["--resume", "run", "--model", "test_dinat", "--model_kwargs.embed_dim", "8"], "embed_dim cannot change"),
         (["--trackers", "[foo]"], "foo"),
         (["--output", "truncated.safetensors"], "truncated.safetensors"),
     ],
