@@ -1,10 +1,8 @@
 """Token mixers in the place of the attention of vision transformers, timm's above all."""
 
-import copy
 import inspect
 import logging
 import re
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -21,28 +19,18 @@ from . import layers
 from .arguments import UNFIT, check_arguments, check_types
 from .backbone import Hierarchical, Isotropic
 from .errors import UnknownArgumentError, VisionattnError, one_line
+from .layers.projections import Weights, read_projections, transfer_projections
 from .models.mixers import MIXERS, Mixer, Place, find_mixer, mix
 from .models.skeletons import MixerBlock
 
 _logger = logging.getLogger("visionattn")
 T = TypeVar("T", bound=nn.Module)
-Weights = dict[str, tuple[Tensor, Tensor | None]]
 
 TIMM = Attention, AttentionRope, eva.EvaAttention, beit.Attention, vision_transformer_relpos.RelPosAttention
-PROJECTIONS = {
-    "qkv": "qkv", "qkvg": "qkvg", "qk": "qk", "q": "q", "k": "k", "v": "v", "kv": "kv",
-    "q_proj": "q", "k_proj": "k", "v_proj": "v", "proj": "o", "out_proj": "o",
-}  # fmt: skip
-"""Linear maps of attention by name, and what their rows make, in equal parts."""
-PARTS = {"q": "queries", "k": "keys", "v": "values", "g": "gates", "o": "output"}
-BIASES = "q_bias", "k_bias", "v_bias"
-"""Of BEiT and EVA, beside `qkv`; that of the keys is always 0."""
 NORMS = "q_norm", "k_norm"
 RATES = "attn_drop", "proj_drop"
 POSITIONS = "rope", "rel_pos_bias", "shared_rel_pos"
 """Modules of timm's models that tell attention where tokens are."""
-
-
 TAKES = {"model": nn.Module, "mixer": str, "where": str, "keep_weights": bool}
 
 
@@ -201,7 +189,7 @@ class _Attention:
         module: the attention.
         layer: the same, or the mixer that has replaced it before.
         dim: channels C.
-        weights: of its projections; see `_read`.
+        weights: of its projections; see `read_projections`.
         patches: what has the `grid_size`, (height, width), of the map of patches, if the model tells it.
         before: tokens in front of the patches.
         behind: tokens after them.
@@ -248,7 +236,7 @@ def _look(model: nn.Module, name: str) -> _Attention:
         )
     replaced = isinstance(module, ReplacedAttention)
     layer = module.mixer if replaced else module
-    weights = _read(layer)
+    weights = read_projections(layer)
     dim = module.dim if replaced else weights["q"][0].shape[1]
     if not replaced and "o" in weights and len(weights["o"][0]) != dim:
         raise VisionattnError(f"{told} makes {len(weights['o'][0])} channels of {dim}; expected as many")
@@ -275,7 +263,7 @@ def _is_attention(module: nn.Module) -> bool:
     if isinstance(module, (*TIMM, ReplacedAttention)):
         return True
     ours = type(module).__module__.startswith(f"{layers.__name__}.")
-    return ours and [*inspect.signature(module.forward).parameters] == ["x", "grid"] and "q" in _read(module)
+    return ours and [*inspect.signature(module.forward).parameters] == ["x", "grid"] and "q" in read_projections(module)
 
 
 def _replacement(
@@ -319,7 +307,8 @@ def _replacement(
     except UNFIT as error:
         raise VisionattnError(f"{name} cannot stand for {old.told}: {one_line(error)}") from error
     norms = NORMS if has_norms and "qk_norm" in takes else ()
-    found = _transfer(old, new.mixer, norms, keep)
+    found = transfer_projections(old.layer, new.mixer, old.dim // old.module.num_heads, norms, keep)
+    found["dropped"] += [each for each in old.positions if each not in found["kept"]]
     if rates["attn_drop"] and "attn_drop" not in takes:
         found["dropped"].append("attn_drop")
     return new, found
@@ -356,88 +345,3 @@ def _parameters(layer: nn.Module) -> set[str]:
         if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters.values()):
             break  # else the rest goes to the class that it is derived from
     return names
-
-
-def _projections(layer: nn.Module) -> Iterator[tuple[str, nn.Linear, str]]:
-    """Linear maps of the attention in a layer, by name, with what they make: none where nothing makes queries, and that
-    of the output only where something makes values."""
-    for prefix, module in layer.named_modules():
-        linear = {name: each for name, each in module.named_children() if isinstance(each, nn.Linear)}
-        found = {name: linear[name] for name in PROJECTIONS if name in linear}
-        makes = "".join(PROJECTIONS[name] for name in found)
-        if "q" in makes:
-            for name, each in found.items():
-                if PROJECTIONS[name] != "o" or "v" in makes:
-                    yield f"{prefix}.{name}".removeprefix("."), each, PROJECTIONS[name]
-            return
-
-
-def _read(layer: nn.Module) -> Weights:
-    """Weight and bias of what a layer's projections make."""
-    found: Weights = {}
-    for _, linear, makes in _projections(layer):
-        weights = linear.weight.chunk(len(makes))
-        biases = [None] * len(makes) if linear.bias is None else linear.bias.chunk(len(makes))
-        found |= dict(zip(makes, zip(weights, biases, strict=True), strict=True))
-    for name in BIASES:
-        if isinstance(bias := getattr(layer, name, None), Tensor):
-            found[name[0]] = found[name[0]][0], bias
-    return {part: found[part] for part in PARTS if part in found}
-
-
-@torch.no_grad()
-def _transfer(old: _Attention, new: nn.Module, norms: Sequence[str], keep: bool) -> dict[str, list[str]]:
-    """Copy what means the same, with these norms, and tell of it."""
-    told: dict[str, list[str]] = {"kept": [], "fresh": [], "dropped": []}
-    head_dim = old.dim // old.module.num_heads
-    frozen = {part for _, linear, makes in _projections(old.layer) if not linear.weight.requires_grad for part in makes}
-    for _, linear, makes in _projections(new):
-        rows = linear.out_features // len(makes)
-        for i, part in enumerate(makes):
-            weight, bias = old.weights.get(part, (None, None)) if keep else (None, None)
-            if part in "kv" and weight is not None:
-                weight, bias = _grouped(weight, rows, head_dim), _grouped(bias, rows, head_dim)
-            if weight is None or weight.shape != (rows, linear.in_features):
-                told["fresh"].append(PARTS[part])
-                continue
-            told["kept"].append(PARTS[part])
-            linear.weight[i * rows : (i + 1) * rows] = weight
-            if linear.bias is not None:
-                linear.bias[i * rows : (i + 1) * rows] = 0.0 if bias is None else bias
-            elif bias is not None:
-                told["dropped"].append(f"bias of {PARTS[part]}")
-        if makes == "o" and "o" in old.weights and old.weights["o"][1] is None:
-            linear.bias = None
-        if frozen.issuperset(makes) and told["kept"][-len(makes) :] == [PARTS[part] for part in makes]:
-            linear.requires_grad_(False)
-    for name in norms if keep else ():
-        told["kept"].append(name)
-        setattr(new, name, copy.deepcopy(getattr(old.layer, name)))
-    told["dropped"] += [PARTS[part] for part in old.weights if PARTS[part] not in told["kept"]]
-    told["dropped"] += [name for name in (*_others(old.layer), *old.positions) if name not in told["kept"]]
-    told["fresh"] += [name for name in _others(new) if name not in told["kept"]]
-    return told
-
-
-def _grouped(x: Tensor | None, rows: int, head_dim: int) -> Tensor | None:
-    """Heads of keys or values for another number of them: means of runs, or each one several times, if that goes.
-
-    Args:
-        x: weight (heads * d, C) or bias (heads * d).
-        rows: wanted.
-        head_dim: channels d of a head.
-    """
-    if x is None or len(x) == rows or rows % head_dim or max(rows, len(x)) % min(rows, len(x)):
-        return x
-    heads = x.unflatten(0, (-1, head_dim))
-    if rows > len(x):
-        return heads.repeat_interleave(rows // len(x), 0).flatten(0, 1)
-    return heads.unflatten(0, (rows // head_dim, -1)).mean(1).flatten(0, 1)
-
-
-def _others(layer: nn.Module) -> list[str]:
-    """Parts of a layer with parameters that are no projections."""
-    projections = tuple(f"{name}." for name, _, _ in _projections(layer))
-    inner = projections[0].rpartition(".")[0].rpartition(".")[0] + "." if projections else ""
-    names = [name for name, _ in layer.named_parameters() if not name.startswith((*projections, *BIASES))]
-    return list(dict.fromkeys(name.removeprefix(inner).partition(".")[0] for name in names))
