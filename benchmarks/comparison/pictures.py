@@ -16,7 +16,7 @@ THICK = {"softmax": ("black", "-"), "dw7": ("0.55", "-"), "none": ("black", ":")
 def _figure(panels: int):
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8 * panels, 6.5), layout="constrained")
+    figure = Figure(figsize=(8 * panels, 7.5), layout="constrained")
     return figure, figure.subplots(1, panels, squeeze=False)[0]
 
 
@@ -81,6 +81,6 @@ def draw_distance(found: "Found", path: Path) -> bool:
             ylabel="accuracy, %",
         )
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=6, ncols=2, loc="center left", bbox_to_anchor=(1, 0.5))
+        axes.legend(fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.1))
     figure.savefig(path, dpi=110)
     return True
