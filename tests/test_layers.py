@@ -137,6 +137,7 @@ def test_attention_dropout():
         ((10, 3), "dim 10 is not divisible by num_heads 3"),
         ((8, 2, 1), "got kernel_size 1"),
         ((8, 2, 3, -1), "dilation -1"),
+        ((8, 2, 3, 0), "dilation 0"),
         ((8, 2, 3, 1, 4), "stride 4"),
     ],
 )

@@ -54,7 +54,8 @@ def convert_file(
     own = entries.get("model", "")
     if not (name or own):
         raise VisionattnError(f"{path} does not say which model it is of: give --model")
-    if not name and entries.get("task", "classification") != "classification":
+    headed = entries.get("task", "classification") != "classification"
+    if not name and headed:
         raise VisionattnError(f"{path} is of {entries['task']}: name a model (--model) for its backbone alone")
     if not own or name and find(name)[0] != find(own)[0]:
         entries = {}
@@ -71,7 +72,7 @@ def convert_file(
     urls = published.urls if published else ()
     imagenet = model.num_classes == 1000 and bool(published and published.num_classes == 1000)
     names = ImageNetInfo("imagenet-1k").label_names() if imagenet else None
-    if len(entries.get("classes") or ()) == model.num_classes:
+    if not headed and len(entries.get("classes") or ()) == model.num_classes:
         names = entries["classes"]
     description = {
         "model": name,

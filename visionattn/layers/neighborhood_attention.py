@@ -155,7 +155,9 @@ class NeighborhoodAttention2d(nn.Module):
         check_heads(dim, num_heads)
         check_rates(attn_drop=attn_drop)
         dd = {"device": device, "dtype": dtype}
-        self.kernel_size, self.dilation, self.stride = map(to_2tuple, (kernel_size, dilation or 1, stride))
+        self.kernel_size, self.dilation, self.stride = (
+            to_2tuple(each) for each in (kernel_size, 1 if dilation is None else dilation, stride)
+        )
         for k, d, s in zip(self.kernel_size, self.dilation, self.stride, strict=True):
             if k < 2 or d < 1 or not 1 <= s <= k:
                 raise ValueError(
