@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from visionattn import probes, sigma_reparam
 from visionattn.layers import SoftmaxAttention, clipped_softmax
-from visionattn.monitoring import activation_kurtosis, attention_entropy, entropy_bound
+from visionattn.monitoring import activation_kurtosis, activation_quantizer, attention_entropy, entropy_bound
 from visionattn.weights import convert_state_dict
 
 GOLDENS = sorted((Path(__file__).parent / "goldens" / "methods").glob("*.npz"))
@@ -113,6 +113,10 @@ def outliers(x: Tensor, eps: float) -> dict[str, Tensor]:
     return {"kurtosis": activation_kurtosis(x, eps), "inf_norm": x.abs().amax(-1)}
 
 
+def quantised(x: Tensor, x_min: Tensor, x_max: Tensor, n_bits: int) -> dict[str, Tensor]:
+    return activation_quantizer(x, x_min, x_max, n_bits)
+
+
 def reparametrised(module: nn.Module, weight: Tensor, u: Tensor, gamma: Tensor, bias: Tensor) -> nn.Module:
     module = sigma_reparam(module.to(weight.dtype), every_forward=True)
     shape = module.state_dict()["weight"].shape
@@ -164,6 +168,7 @@ def sigma_init(weight: Tensor) -> dict[str, Tensor]:
 
 METHODS: dict[str, Callable[..., dict[str, Tensor]]] = {
     "activation_kurtosis": outliers,
+    "activation_quantizer": quantised,
     "attention_entropy": entropies,
     "clipped_softmax": clipped,
     "efficient_probing": efficient_probing,

@@ -21,6 +21,7 @@ from visionattn.training.config import options_of, parse_train, parse_validate
 from visionattn.training.evaluation import validate
 from visionattn.training.logging import RunLog
 from visionattn.training.trainer import Trainer
+from visionattn.weights import convert_state_dict
 
 QUICK = ["--data.num_workers", "0", "--data.batch_size", "4", "--epochs", "2", "--schedule.warmup_epochs", "0"]
 QUICK += ["--trackers", "[]", "--report", "false", "--model", "test_convit", "--save_every", "1", "--sigma_reparam"]
@@ -103,6 +104,40 @@ def test_conversion_is_exact_and_folds(name):
         assert (folded(x) - out).abs().max() < 1e-6 * max(1, out.abs().max())
         assert not any(isinstance(module, Reparametrised) for module in folded.modules())
     assert fold(model).state_dict().keys() == keys
+
+
+def published(module: nn.Module) -> dict[str, Tensor]:
+    """A state dict with the names of the published code."""
+    out = {}
+    for key, value in module.state_dict().items():
+        prefix, _, name = key.rpartition(".")
+        prefix = f"{prefix}." if prefix else ""
+        if name == "gamma":
+            norms = ("effective_spectral_norm", "spectral_normed_weight.spectral_norm")
+            out |= {f"{prefix}sigma": value[0], **dict.fromkeys((prefix + norm for norm in norms), value[0])}
+        elif name == "u":
+            weight = out[f"{prefix}weight"].flatten(1)
+            out |= {f"{prefix}weight": weight, f"{prefix}spectral_normed_weight.weight": weight}
+            out[f"{prefix}spectral_normed_weight.u"] = value
+        else:
+            out[key] = value
+    return out
+
+
+@pytest.mark.parametrize("folded", [False, True])
+@pytest.mark.parametrize("make", [lambda: nn.Linear(9, 14), lambda: nn.Conv2d(3, 5, (3, 2)), made])
+def test_published_names_are_read(make, folded):
+    source = scrambled(sigma_reparam(make().double())).eval()
+    model = make().double()
+    model = fold(model) if folded else sigma_reparam(model)
+    file = published(source)
+    assert not any(key.endswith("gamma") for key in file) and any(
+        key.endswith("spectral_normed_weight.u") for key in file
+    )
+    x = torch.randn(2, 3, 32, 9 if isinstance(model, nn.Linear) else 32).double()
+    for content in (file, {k: v for k, v in file.items() if f"{k.removesuffix('weight')}sigma" not in file}):
+        model.load_state_dict(convert_state_dict({"model": content}, model))
+        torch.testing.assert_close(model.eval()(x), source(x))
 
 
 def test_graphs():

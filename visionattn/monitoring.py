@@ -31,6 +31,7 @@ from .layers import (
     RecursiveGatedConv,
     SubspaceAttention,
 )
+from .layers.checks import check_counts
 from .layers.precision import without_autocast
 
 IMAGES = 2
@@ -114,6 +115,36 @@ def activation_kurtosis(x: Tensor, eps: float = 1e-6) -> Tensor:
         (...).
     """
     return (x - x.mean(-1, keepdim=True)).pow(4).mean(-1) / (x.var(-1).square() + eps)
+
+
+def activation_quantizer(x: Tensor, low: Tensor | float, high: Tensor | float, bits: int = 8) -> dict[str, Tensor]:
+    """What integers make of activations, on a scale that begins at `low` and ends at `high` and has an exact zero, as
+    post-training quantisation has it: how much of a layer's values a few outliers cost.
+
+    Args:
+        x: activations of any shape.
+        low: least value that is met; 0 where that is positive.
+        high: largest one.
+        bits: of a code.
+
+    Returns:
+        y: what the codes stand for, whose gradient goes to those of x that are between the ends; code: round(x / scale)
+        + zero_point, from 0 to 2^bits - 1; scale; zero_point.
+
+    Example:
+        >>> import torch
+        >>> x = torch.tensor([-1.0, 0.0, 0.3, 4.1])
+        >>> activation_quantizer(x, x.min(), x.max())["y"]
+        tensor([-1.0000,  0.0000,  0.3000,  4.1000])
+    """
+    check_counts(bits=bits)
+    levels = 2**bits - 1
+    low, high = (torch.as_tensor(end, dtype=torch.float32, device=x.device) for end in (low, high))
+    low, high = low.clamp(max=0), high.clamp(min=1e-8)
+    scale = (high - low) / levels
+    zero = (-low / scale).round().clamp(0, levels)
+    y = torch.fake_quantize_per_tensor_affine(x, scale, zero.int(), 0, levels)
+    return {"y": y, "code": (y.detach() / scale).round() + zero, "scale": scale, "zero_point": zero}
 
 
 class AttentionMonitor:

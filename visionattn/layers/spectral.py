@@ -20,6 +20,15 @@ NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, BatchOrInstanceNorm, RmsNorm)
 """What `remove_norms` removes."""
 
 
+THEIR_U = "spectral_normed_weight.u"
+PUBLISHED = {
+    "spectral_normed_weight.weight": "weight",  # is `weight` too, of which a file may hold one
+    THEIR_U: "u",
+    "sigma": "gamma",
+    "effective_spectral_norm": None,
+    "spectral_normed_weight.spectral_norm": None,
+}
+"""Names of the published code by ours; the norms are measured anew."""
 SETTLED = 50
 """Iterations that bring averages of singular vectors to those of averaged weights."""
 
@@ -249,6 +258,21 @@ def fold(model: T) -> T:
         module.__class__, module.training = module.plain, training
         module.weight = nn.Parameter(weight, requires_grad)
     return model
+
+
+def renamed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict with the names of the published code as one with ours; others as they are.
+
+    Args:
+        tensors: by name. Weights of convolutions are matrices there, and stay so.
+    """
+    out = dict(tensors)
+    for prefix in [key.removesuffix(THEIR_U) for key in tensors if key.endswith(THEIR_U)]:
+        for theirs, ours in PUBLISHED.items():
+            value = out.pop(prefix + theirs, None)
+            if ours and value is not None:
+                out.setdefault(prefix + ours, value.view(-1) if ours == "gamma" else value)
+    return out
 
 
 def folded(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from ..errors import VisionattnError, printable, told_of
-from ..layers.spectral import folded
+from ..layers.spectral import folded, renamed
 from .files import read_checkpoint
 from .unwrap import flatten, some, unwrap
 
@@ -112,8 +112,11 @@ def _convert(
 ) -> _Conversion:
     """The part of a state dict, and the layout, that fit the model's names best."""
     own = model.state_dict()
+    flat = flatten(state_dict)
+    state_dict = renamed(flat)
+    matrices = state_dict.keys() != flat.keys()  # also of convolutions
     if not any(key.rpartition(".")[2] == "u" for key in own):  # then it is no model from sigma_reparam
-        state_dict = folded(flatten(state_dict))
+        state_dict = folded(state_dict)
     layouts = [[], *getattr(model, "layouts", {}).values()]
     adapt = partial(model.adapt_state_dict, made_for=made_for or {}) if hasattr(model, "adapt_state_dict") else dict
     merge = getattr(model, "merge_state_dict", dict)
@@ -127,6 +130,8 @@ def _convert(
         for rules in layouts:
             with suppress(*MISFITS):
                 found = merge(_apply(rules, source))
+                if matrices:
+                    found = {k: v.view_as(own[k]) if _is_matrix_of(v, own.get(k)) else v for k, v in found.items()}
                 pairs.append((adapt(found), found))
         if not pairs:
             raise VisionattnError(f"state dict does not fit {_name(model)}: its tensors have shapes of no layout")
@@ -315,6 +320,10 @@ def _name(model: nn.Module) -> str:
 
 def _kind(value: Tensor) -> tuple[bool, bool]:
     return value.is_floating_point(), value.is_complex()
+
+
+def _is_matrix_of(weight: Tensor, kernel: Tensor | None) -> bool:
+    return kernel is not None and kernel.ndim == 4 and weight.shape == kernel.flatten(1).shape
 
 
 def _renamed(rules: list[Rule], key: str) -> tuple[str, list[Callable[[Tensor], Tensor]]]:
