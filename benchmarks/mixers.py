@@ -107,7 +107,11 @@ def square(text: str) -> int:
 
 def rows_of(args: Namespace) -> list[Row]:
     """The rows that options ask for, controls first, without those that cannot be made, of which a line tells. One row
-    stands for both rules where they make the same network."""
+    stands for both rules where they make the same network.
+
+    Raises:
+        VisionattnError: if a name is of no mixer, or none can be made.
+    """
     names = [name for name in list_mixers() if any(fnmatch.fnmatch(name, p) for p in args.mixers or ["*"])]
     if unknown := [p for p in args.mixers or [] if not fnmatch.filter(list_mixers(), p)]:
         raise VisionattnError(f"no mixer is called {unknown[0]}: there are {', '.join(list_mixers())}")
@@ -123,6 +127,8 @@ def rows_of(args: Namespace) -> list[Row]:
                 print(f"left out: {scaffold}, {row.name} ({one_line(error)})")
             else:
                 found.append(row)
+    if not found:
+        raise VisionattnError(f"none of these mixers can be made: {', '.join(names)}")
     return list(dict.fromkeys(found))
 
 

@@ -57,6 +57,7 @@ def test_help_and_misspelt_options(script, name):
         ("neighborhood_attention", ["--size", "100"], "size of 224 or more"),
         ("dynamic_conv", ["--batch", "0"], "from 1 up"),
         ("mixers", ["0", "--mixers", "softmacks"], "no mixer is called softmacks"),
+        ("mixers", ["2", "--mixers", "gqa", "--head-dim", "96"], "none of these mixers can be made: gqa"),
         ("mixers", ["report", "--output", "nowhere"], "holds no results"),
         ("mixers", ["report", "--page", "nowhere/x.md"], "cannot write nowhere/x.md"),
         ("mixers", ["0", "--rates", "-1"], "a number above 0, got '-1'"),
