@@ -25,12 +25,12 @@ LARGEST = 6e7
 
 
 def cases() -> list:
-    """The smallest golden of each family and layout at once, the others when there is time."""
-    metas = [(path, golden.load(path)[0]) for path in GOLDENS]
+    """The smallest golden of each architecture and layout at once, the others when there is time."""
+    metas = [(path, golden.load(path)[0]) for path in GOLDENS if not path.stem.endswith("-resized")]  # of another size
     metas = [(path, meta) for path, meta in metas if meta["source"] != "timm" and meta["num_params"] < LARGEST]
     seen, found = set(), []
     for path, meta in sorted(metas, key=lambda pair: pair[1]["num_params"]):
-        key = path.parent.name, meta["source"]
+        key = path.parent.name, meta["source"], meta["create"]["name"].rpartition("_")[0]
         found.append(pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if key in seen else []))
         seen.add(key)
     return found
@@ -40,12 +40,34 @@ def cases() -> list:
 def test_published_names_and_shapes_come_back(path):
     meta, _ = golden.load(path)
     model = visionattn.create_model(meta["create"]["name"], **meta["create"]["kwargs"])
-    found = to_layout(model.state_dict(), model.layouts[meta["source"]])
+    found = to_layout(model, meta["source"])
     never_applied = ("van.layernorm.",)
     expected = {key: tuple(shape) for key, shape, _ in meta["keys"] if not key.startswith(never_applied)}
     assert {key: tuple(value.shape) for key, value in found.items()} == expected
     back = convert_state_dict(found, model)
     assert all(torch.equal(back[key], value) for key, value in model.state_dict().items())
+
+
+def test_published_buffers_are_what_windows_compute_by():
+    model = filled(visionattn.create_model("agent_swin_tiny", attn_type="AABB", img_size=64 * 7)).double()
+    found, w = to_layout(model, "official"), 14
+    for name, sides in (("layers.2.blocks.1", (28, 28)), ("layers.3.blocks.1", (14, 14))):
+        layer = model.get_submodule(name.replace("layers", "stages")).mixer
+        assert layer.window_size == w and layer.map_size == sides
+        shift = 7 if f"{name}.attn_mask" in found else 0
+        assert (name == "layers.2.blocks.1") == bool(shift)
+        x = torch.randn(2, *sides, layer.qkv.weight.shape[1]).double()
+        rolled = x.roll((-shift, -shift), (1, 2)).unflatten(1, (-1, w)).unflatten(3, (-1, w)).transpose(2, 3)
+        windows = rolled.flatten(3, 4).flatten(0, 2)  # (images times windows, places, channels)
+        q, k, v = layer.qkv(windows).unflatten(2, (3, layer.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        table = found[f"{name}.attn.relative_position_bias_table"]
+        bias = table[found[f"{name}.attn.relative_position_index"]].permute(2, 0, 1)
+        if shift:
+            bias = (bias + found[f"{name}.attn_mask"][:, None]).repeat(2, 1, 1, 1)
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, bias.expand(len(q), -1, -1, -1))
+        out = layer.proj(out.transpose(1, 2).flatten(2)).unflatten(1, (w, w)).unflatten(0, (2, sides[0] // w, -1))
+        out = out.transpose(2, 3).flatten(3, 4).flatten(1, 2).roll((shift, shift), (1, 2))
+        torch.testing.assert_close(layer(x), out)
 
 
 @pytest.mark.parametrize("name", ["focalnet_tiny_srf", "davit_tiny", "halonet26t", "convit_tiny"])

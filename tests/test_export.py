@@ -241,7 +241,7 @@ def test_segmenters(head, tmp_path):
 @pytest.mark.parametrize("head", ["faster_rcnn", "mask_rcnn", "retinanet", "fcos"])
 def test_detectors(head, tmp_path):
     least = "box_score_thresh" if "rcnn" in head else "score_thresh"
-    model = visionattn.create_detector("test_van", head, 5, fpn_channels=64, **{least: 0.0}).eval()
+    model = filled(visionattn.create_detector("test_van", head, 5, fpn_channels=64, **{least: 0.0})).eval()
     made = export_onnx(model, tmp_path / "a.onnx", size=(96, 128))
     assert made.disagreement < 1e-4 and made.about["outputs"][:3] == ["boxes", "labels", "scores"]
     x = torch.randn(1, 3, 96, 128)

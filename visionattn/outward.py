@@ -73,7 +73,7 @@ def write_layout(
         published = f"it was published as {', '.join(known)}" if known else "no weights of its family were published"
         raise VisionattnError(f"{base} has no layout {layout}; {published}")
     else:
-        state = to_layout(model.state_dict(), model.layouts[layout])
+        state = to_layout(model, layout)
     if layout != "hf":
         return [_write(state, out)]
     out.mkdir(parents=True, exist_ok=True)

@@ -40,12 +40,15 @@ class TracedDetector(nn.Module):
     Masks are those of the boxes, (N, 1, 28, 28): pasting them into the image is left to who wants that.
     """
 
+    by_rank = True  # of scores
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model, self.names = model, output_names(model)
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
-        found = self.model([image[0]])[0]
+        with patch.object(transform, "paste_masks_in_image", lambda masks, boxes, size: masks):
+            found = self.model([image[0]])[0]
         return tuple(found[name] for name in self.names)
 
 
@@ -121,7 +124,6 @@ def traceable() -> Iterator[None]:
     with (
         patch.object(box_ops, "batched_nms", _batched_nms),
         patch.object(poolers, "_multiscale_roi_align", _multiscale_roi_align),
-        patch.object(transform, "paste_masks_in_image", lambda masks, boxes, size: masks),
     ):
         yield
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from timm.layers import LayerNorm2d, calculate_drop_path_rates, to_2tuple
 from torch import Tensor, nn
 
@@ -77,6 +78,7 @@ SWIN_RULES = [
 ]
 CSWIN_RULES = [
     *AGENT_RULES,
+    (r"\.(qkv|proj)\.", r".mixer.\1."),
     (r"^stage1_conv_embed\.0\.", "stem.proj."),
     (r"^stage1_conv_embed\.2\.", "stem.norm."),
     (r"^merge(\d)\.conv\.", r"stages.\1.downsample.proj."),
@@ -85,9 +87,6 @@ CSWIN_RULES = [
     (r"\.attns\.(\d)\.get_v\.", r".mixer.lepe.\1."),
     (r"\.attns\.0\.", ".mixer."),
     (r"^stage(\d)\.(\d+)\.", renumber("stages.{0}.blocks.{1}.", -1)),
-    (r"\.(qkv|proj)\.", r".mixer.\1."),
-    (r"^stem\.mixer\.", "stem."),
-    (r"\.downsample\.mixer\.", ".downsample."),
 ]
 
 
@@ -221,6 +220,35 @@ class AgentSwin(AgentPyramid):
     def no_weight_decay(self) -> set[str]:
         """Names of parameters without weight decay, besides those with one dimension."""
         return {name for name, _ in self.named_parameters() if name.endswith(".rpb")}
+
+    def published_buffers(self) -> dict[str, Tensor]:
+        """What is in published state dicts beside parameters: which pair of a window has which relative bias and, of
+        windows that are shifted, -100 for pairs that are no neighbours on maps of the size that the model is made for.
+        """
+        found = {}
+        for name, layer in self.named_modules():
+            if not isinstance(layer, ShiftedWindowAttention2d):
+                continue
+            block, w = name.replace("stages", "layers").removesuffix(".mixer"), layer.window_size
+            place = torch.cartesian_prod(torch.arange(w), torch.arange(w))
+            index = (place[:, None] - place + w - 1) @ torch.tensor([2 * w - 1, 1])
+            found[f"{block}.attn.relative_position_index"] = index
+            if layer.shift and w < min(layer.map_size):
+                found[f"{block}.attn_mask"] = _window_mask(layer.map_size, w, layer.shift)
+        return found
+
+
+def _window_mask(map_size: tuple[int, int], window_size: int, shift: int) -> Tensor:
+    """(windows, w^2, w^2): 0 for pairs of the same region of a map that is padded and rolled, -100 for others."""
+    regions = []
+    for length in map_size:
+        end = -(-length // window_size) * window_size
+        position = torch.arange(end)
+        region = (position >= end - window_size).long() + (position >= end - shift)
+        regions.append(region.unflatten(0, (-1, window_size)))
+    region = 3 * regions[0][:, None, :, None] + regions[1][None, :, None]
+    region = region.flatten(0, 1).flatten(1)
+    return -100.0 * (region[:, :, None] != region[:, None])
 
 
 class ConvDownsample(nn.Module):

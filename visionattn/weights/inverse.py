@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from itertools import takewhile
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import VisionattnError
 from .layouts import UNBOUND, Rule, _renamed, renumber
@@ -95,17 +95,18 @@ def published_name(rules: list[Rule], name: str) -> str | None:
     return max(ways)[2] if ways else None
 
 
-def to_layout(state_dict: Mapping[str, Tensor], rules: list[Rule]) -> dict[str, Tensor]:
+def to_layout(model: nn.Module, layout: str) -> dict[str, Tensor]:
     """A state dict of ours in a published layout.
 
     Args:
-        state_dict: of a model.
-        rules: of the layout, one of the model's `layouts`.
+        model: of ours.
+        layout: one of its `layouts`.
 
     Raises:
         VisionattnError: if a tensor has no name there.
     """
-    out: dict[str, Tensor] = {}
+    state_dict, rules = model.state_dict(), model.layouts[layout]
+    out: dict[str, Tensor] = getattr(model, "published_buffers", dict)()
     parts = sum(isinstance(rule[1], str) and "#" in rule[1] for rule in rules)
     pairs = [_pair(rules, i) for i, rule in enumerate(rules) if isinstance(rule[1], str) and "{" in rule[1]]
     for key, value in state_dict.items():
