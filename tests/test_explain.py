@@ -376,7 +376,20 @@ def density(values: Tensor, objects: Tensor) -> float:
 
 
 PLANTED = {
-    "test_attnet": ({"depths": (1, 1), "dims": (16, 32)}, 48, 20, 600, 5e-3),
+    "test_attnet": (
+        {
+            "depths": (1, 1),
+            "dims": (16, 32),
+            "exp_rates": (8, 8),
+            "kernel_sizes": (3, 3),
+            "glu_dconv": (True, True),
+            "glu_norm": (True, True),
+        },
+        48,
+        20,
+        600,
+        5e-3,
+    ),
 }
 """Arguments, side of the canvas and of the digits, steps and learning rate."""
 

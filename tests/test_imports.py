@@ -62,3 +62,16 @@ def test_imports_run_one_way():
     ]
     assert not upward
     TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
+
+
+def test_no_class_holds_a_partial_that_python_3_14_takes_for_a_method():
+    """It is a descriptor there: `self.made_by(x)` would get `self` too."""
+    found = []
+    for name, path in modules().items():
+        for each in ast.walk(ast.parse(path.read_text())):
+            values = [line.value for line in each.body if hasattr(line, "value")] if type(each) is ast.ClassDef else []
+            calls = [value.func for value in values if isinstance(value, ast.Call)]
+            found += [
+                f"{name}.{each.name}" for call in calls if getattr(call, "attr", getattr(call, "id", "")) == "partial"
+            ]
+    assert not found

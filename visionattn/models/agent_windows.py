@@ -168,7 +168,7 @@ class AgentSwin(AgentPyramid):
 
     layouts = {"official": SWIN_RULES}
     averaged_weights = False
-    feature_norm = partial(LayerNorm2d, eps=1e-5)
+    feature_norm = staticmethod(partial(LayerNorm2d, eps=1e-5))
 
     def __init__(
         self,

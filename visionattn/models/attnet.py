@@ -71,7 +71,7 @@ class AttNet(Hierarchical):
     """
 
     layouts = {"official": RULES}
-    feature_norm = partial(LayerNorm2d, eps=1e-6)  # that of the blocks; none is published
+    feature_norm = staticmethod(partial(LayerNorm2d, eps=1e-6))  # that of the blocks; none is published
     first_conv = "stem.0.proj"
     averaged_weights = False
 

@@ -169,7 +169,7 @@ class DaViT(Hierarchical):
     """
 
     layouts = _layouts(PAIR)
-    feature_norm = partial(LayerNorm2d, eps=1e-5)
+    feature_norm = staticmethod(partial(LayerNorm2d, eps=1e-5))
 
     def __init__(
         self,

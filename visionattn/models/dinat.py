@@ -102,7 +102,7 @@ class DiNAT(Hierarchical):
     layouts = LAYOUTS
     dilates = True
     first_conv = "stem.proj.0"
-    feature_norm = partial(LayerNorm2d, eps=1e-5)
+    feature_norm = staticmethod(partial(LayerNorm2d, eps=1e-5))
     stem_layer: type[nn.Module] = ConvStem
     downsample_layer: type[nn.Module] = ConvDownsample
 

@@ -104,7 +104,7 @@ class Flowformer(Hierarchical):
     """
 
     layouts = {"official": RULES}
-    feature_norm = partial(LayerNorm2d, eps=1e-6)  # that of the blocks; none is published
+    feature_norm = staticmethod(partial(LayerNorm2d, eps=1e-6))  # that of the blocks; none is published
     patch_size = PATCH
 
     def __init__(

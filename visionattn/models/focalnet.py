@@ -149,7 +149,7 @@ class FocalNet(Hierarchical):
 
     layouts = {"official": OFFICIAL_RULES, "timm": TIMM_RULES, "hf": HF_RULES + OFFICIAL_RULES}
     dilates = True
-    feature_norm = partial(LayerNorm2d, eps=1e-5)
+    feature_norm = staticmethod(partial(LayerNorm2d, eps=1e-5))
     feature_cfg = Hierarchical.feature_cfg | {"feature_cls": "getter"}  # which has the norms of features
 
     def __init__(

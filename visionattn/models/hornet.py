@@ -71,7 +71,7 @@ class HorNet(Hierarchical):
     """
 
     layouts = {"official": RULES}
-    feature_norm = partial(LayerNorm2d, eps=1e-6)
+    feature_norm = staticmethod(partial(LayerNorm2d, eps=1e-6))
     averaged_weights = False
     dilates = True
 

@@ -134,7 +134,7 @@ class LITv2(Hierarchical):
     """
 
     layouts = {"official": RULES}
-    feature_norm = partial(LayerNorm2d, eps=1e-5)
+    feature_norm = staticmethod(partial(LayerNorm2d, eps=1e-5))
 
     def __init__(
         self,

@@ -94,7 +94,7 @@ class NaLaFormer(Hierarchical):
     """
 
     first_conv = "stem.0.proj"
-    feature_norm = partial(LayerNorm2d, eps=1e-6)  # that of the blocks; none is published
+    feature_norm = staticmethod(partial(LayerNorm2d, eps=1e-6))  # that of the blocks; none is published
 
     def __init__(
         self,

@@ -103,7 +103,7 @@ class Sparsifiner(Isotropic):
 
     layouts = {"official": RULES}
     learns_from_teacher = True
-    stem_layer: type[nn.Module] = partial(PatchEmbed, strict_img_size=False)
+    stem_layer: type[nn.Module] = staticmethod(partial(PatchEmbed, strict_img_size=False))
     eps = 1e-6  # of the norms
 
     def __init__(
