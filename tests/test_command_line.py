@@ -303,7 +303,8 @@ def test_paths_that_no_system_has_are_one_line(option: str, monkeypatch, capsys)
 
     assert run(main) == 2
     out, err = capsys.readouterr()
-    assert not out and err.startswith("error: cannot ") and err.count("\n") == 1, err
+    known = ("error: cannot ", "error: image folder ")  # from Python 3.14 on such a path is just not there
+    assert not out and err.startswith(known) and err.count("\n") == 1, err
 
 
 def test_errors_of_scripts_are_one_line(monkeypatch, capsys):

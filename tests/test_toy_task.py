@@ -23,6 +23,17 @@ from visionattn.weights.files import read_checkpoint
 CHANNELS = ["red", "green", "blue"]
 
 
+class MeanColour:
+    """An image, prepared, and its mean; processes are handed it, so that it is no function in a function."""
+
+    def __init__(self, image: Callable) -> None:
+        self.image = image
+
+    def __call__(self, image, label):
+        image = self.image(image)
+        return image, image.mean((1, 2))
+
+
 class Colour(Task):
     """The mean of each channel of an image, of the digits for example."""
 
@@ -39,14 +50,7 @@ class Colour(Task):
         return super().create_model(len(CHANNELS))
 
     def transform(self, training: bool) -> Callable:
-        prepare = super().transform(training)
-
-        def transform(image, label):
-            image = prepare.image(image)
-            return image, image.mean((1, 2))
-
-        transform.image = prepare.image
-        return transform
+        return MeanColour(super().transform(training).image)
 
     def make_loss(self, images, training_loss):
         return ColourLoss()

@@ -15,7 +15,7 @@ from timm.data import create_dataset
 from timm.utils.misc import natural_key
 from torchvision.datasets import DatasetFolder
 
-from ..errors import VisionattnError, all_lines, optional, require, user_input
+from ..errors import VisionattnError, all_lines, optional, require, shortened, user_input
 from .config import DataConfig
 from .paths import EXTENSIONS, SYNONYMS, child, class_files, find_files, is_data, regular
 
@@ -189,7 +189,7 @@ def split_folders(config: DataConfig) -> tuple[Path, Path | None]:
         raise VisionattnError("data.name folder needs data.root, the folder of the images")
     root = Path(config.root)
     if not root.is_dir():
-        raise VisionattnError(f"image folder {root} does not exist")
+        raise VisionattnError(f"image folder {shortened(root)} does not exist")
 
     def find(split: str) -> Path | None:
         names = [split, *(name for group in SYNONYMS if split in group for name in group)]
