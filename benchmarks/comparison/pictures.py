@@ -59,7 +59,8 @@ def draw_distance(found: "Found", path: Path) -> bool:
         runs = [x for same in found.of(row, tiers[-1]).values() for x in same if "by_distance" in x]
         if runs:
             means = [100 * fmean(values) for values in zip(*(x["by_distance"] for x in runs), strict=True)]
-            lines.setdefault(row.scaffold, []).append((row, means))
+            accuracy = 100 * fmean(x["accuracy"] for x in runs)
+            lines.setdefault(row.scaffold, []).append((row, accuracy, means))
     if not lines:
         return False
     from matplotlib import colormaps
@@ -67,13 +68,14 @@ def draw_distance(found: "Found", path: Path) -> bool:
     figure, panels = _figure(len(lines))
     middles = [(low + high) / 2 for low, high in zip(DISTANCES, DISTANCES[1:], strict=False)]
     for axes, (scaffold, known) in zip(panels, lines.items(), strict=True):
-        for i, (row, means) in enumerate(sorted(known, key=lambda each: -fmean(each[1]))):  # as they lie in the picture
+        known.sort(key=lambda each: -each[1])  # as they lie in the picture
+        for i, (row, accuracy, means) in enumerate(known):
             thick = not row.variant and row.mixer in THICK
             color, line = (
                 THICK[row.mixer] if thick else (colormaps["tab10"](i % 10), ("-", "--", ":", "-.")[i // 10 % 4])
             )
             style = {"color": color, "linestyle": line, "linewidth": 2.5 if thick else 1}
-            axes.plot(middles, means, marker="o", markersize=3, label=f"{row.name} {fmean(means):.0f}", **style)
+            axes.plot(middles, means, marker="o", markersize=3, label=f"{row.name} {accuracy:.1f}", **style)
         axes.axhline(50, color="0.6", linewidth=0.8)
         axes.set(
             title=f"{scaffold}, same or different, tier {tiers[-1]}",
