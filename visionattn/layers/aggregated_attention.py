@@ -16,7 +16,7 @@ from .mixture_of_head import HeadRouter, head_gates
 from .pointwise import Pointwise
 from .precision import without_autocast
 from .size_constant import size_constant
-from .symbolic import Size, fixed, for_batch, is_symbolic
+from .symbolic import Size, fixed, for_batch, is_symbolic, larger, smaller
 
 HIDDEN = 512
 """Hidden units of the MLP that makes the position bias."""
@@ -83,7 +83,7 @@ class _CosineAttention(nn.Module):
         for axis in (0, 1):
             distance, place = distances(size[axis], key_size[axis], w1.device)
             side = size[axis] if self.pretrain_size is None else self.pretrain_size[axis]
-            delta = 8 * distance.to(dtype) / torch.sym_max(side - 1, 1)
+            delta = 8 * distance.to(dtype) / larger(side - 1, 1)
             parts.append((delta.sign() * (delta.abs() + 1).log2() / 3)[:, None] * w1[:, axis].to(dtype))
             places.append(place)
         with without_autocast(w1):
@@ -274,8 +274,8 @@ class AggregatedAttention(_CosineAttention):
     def pooled_size(self, height: Size, width: Size) -> tuple[Size, Size]:
         """Height and width of the pooled map."""
         if self.pool_size is None:
-            return tuple(torch.sym_max(1, side // self.pool_ratio) for side in (height, width))
-        return tuple(torch.sym_min(*pair) for pair in zip((height, width), self.pool_size, strict=True))
+            return tuple(larger(1, side // self.pool_ratio) for side in (height, width))
+        return tuple(smaller(*pair) for pair in zip((height, width), self.pool_size, strict=True))
 
     def pooled(self, x: Tensor) -> Tensor:
         """The map that is pooled, of the input: (B, H, W, C) to (B, H', W', C)."""

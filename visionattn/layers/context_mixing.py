@@ -13,7 +13,7 @@ from .dilated_reparam import ChannelScale, DilatedReparamNorm, GrnMlp, ResidualD
 from .dynamic_conv import dynamic_conv2d, segments, window_starts
 from .fuse import is_batch_norm, scale_and_shift, scale_input
 from .pointwise import Pointwise2d
-from .symbolic import Size, fixed, for_batch, is_symbolic
+from .symbolic import Size, fixed, for_batch, is_symbolic, larger, smaller
 
 
 class ContMix2d(nn.Module):
@@ -204,9 +204,9 @@ def working_size(height: Size, width: Size, kernel_size: int) -> tuple[Size, Siz
         if min(height, width) >= K:
             return height, width
         return (K, max(K, int(K / height * width))) if height < width else (max(K, int(K / width * height)), K)
-    short = torch.sym_min(height, width)
-    side = torch.sym_max(short, K)
-    return torch.sym_max(side * height // short, K), torch.sym_max(side * width // short, K)
+    short = smaller(height, width)
+    side = larger(short, K)
+    return larger(side * height // short, K), larger(side * width // short, K)
 
 
 def enlarged(x: Tensor, size: tuple[Size, Size]) -> Tensor:

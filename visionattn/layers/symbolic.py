@@ -29,6 +29,16 @@ def ceil_div(size: Size, divisor: int) -> Size:
     return (size + divisor - 1) // divisor
 
 
+def larger(a: Size, b: Size) -> Size:
+    """The larger one, without a branch where one is left open."""
+    return torch.sym_max(a, b) if is_symbolic(a, b) else max(fixed(a, b))
+
+
+def smaller(a: Size, b: Size) -> Size:
+    """The smaller one, likewise."""
+    return torch.sym_min(a, b) if is_symbolic(a, b) else min(fixed(a, b))
+
+
 def for_batch(mask: Tensor, q: Tensor) -> Tensor:
     """A mask or bias (..., N, M) of attention for the batch of the queries (B, heads, N, d).
 
