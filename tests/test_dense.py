@@ -197,15 +197,21 @@ QUICK |= {"illama_tiny", "halonet26t", "haloregnetz_b", "davit_base_fl", "patnet
 
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in ALL])
 def test_any_backbone_builds(name):
+    kwargs = {"patch_size": 4} if name == "pyramid_xsmall" else {}
     with torch.device("meta"):
-        detector = visionattn.create_detector(name, "mask_rcnn", 80).train()
+        detector = visionattn.create_detector(name, "mask_rcnn", 80, backbone_kwargs=kwargs).train()
         maps = detector.backbone(torch.empty(2, 3, 128, 160))
-        segmenter = visionattn.create_segmenter(name, "upernet", 150).train()
+        segmenter = visionattn.create_segmenter(name, "upernet", 150, backbone_kwargs=kwargs).train()
         logits = segmenter(torch.empty(2, 3, 100, 130))
     assert isinstance(detector, detection.MaskRCNN)
     strides = [128 // level.shape[2] for level in maps.values()]
     assert strides == [4, 8, 16, 32, 64] and {level.shape[1] for level in maps.values()} == {256}
     assert logits.shape == (2, 150, 100, 130)
+
+
+def test_maps_that_are_too_fine_are_told_of():
+    with pytest.raises(VisionattnError, match=r"got one with \[1, 2, 4, 8\]: make it with patch_size=4"):
+        visionattn.create_segmenter("pyramid_xsmall", "fpn", 5)
 
 
 @pytest.mark.parametrize("name", TESTS)

@@ -94,7 +94,10 @@ class FeatureMaps(nn.Module):
             self.indices = [reductions.index(stride) for stride in strides]
             self.channels = [backbone.feature_info[i]["num_chs"] for i in self.indices]
         else:
-            raise VisionattnError(f"expected a backbone with maps of strides {strides}, got one with {reductions}")
+            hint = ": make it with patch_size=4" if reductions[0] == 1 else ""
+            raise VisionattnError(
+                f"expected a backbone with maps of strides {strides}, got one with {reductions}{hint}"
+            )
         backbone.prune_intermediate_layers(self.indices, prune_norm=self.pyramid is None)
 
     def forward(self, x: Tensor) -> list[Tensor]:
