@@ -298,6 +298,15 @@ def test_stand_ins_of_detectors_compute_the_same():
         torch.testing.assert_close(stood_in[key], value, rtol=0, atol=1e-3)
 
 
+def test_what_a_file_of_masks_is_compared_with_has_those_of_its_boxes():
+    model = visionattn.create_detector("test_van", "mask_rcnn", 5, fpn_channels=64, box_score_thresh=0.0).eval()
+    x = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        boxes, _, _, masks = traced(model)(x)
+        pasted = model([x[0]])[0]["masks"]  # as ever
+    assert masks.shape == (len(boxes), 1, 28, 28) and pasted.shape == (len(boxes), 1, 64, 96)
+
+
 def test_what_cannot_be_exported_is_told_in_a_line(checkpoint, tmp_path):
     path, model = checkpoint
     for call, told in (
