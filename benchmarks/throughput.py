@@ -74,7 +74,9 @@ class Side:
     def use(self, layout: str) -> None:
         """Bring weights and images to a layout."""
         self.layout = layout
-        self.model.to(memory_format=LAYOUTS[layout])
+        for parameter in self.model.parameters():
+            if parameter.ndim == 4:  # `Module.to` would ask more dimensions of weights for a layout that they have not
+                parameter.data = parameter.data.contiguous(memory_format=LAYOUTS[layout])
         self.x = self.x.contiguous(memory_format=LAYOUTS[layout])
         # Anew, as it keeps moments in the layout of the weights.
         self.optimizer = torch.optim.AdamW(self.model.parameters(), 1e-6) if self.training else None

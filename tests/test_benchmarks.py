@@ -4,6 +4,7 @@ import json
 import runpy
 import sys
 from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -95,6 +96,17 @@ def test_throughput_in_turns(script, tmp_path, name, peer):
     inference, training = json.loads((tmp_path / "found.json").read_text())["rows"]
     assert inference["peer"] == peer and inference["difference"] < 1e-4
     assert training["memory_ratio"] > 0 and "geometric means" in out
+
+
+def test_layouts_are_of_weights_with_four_dimensions(monkeypatch):
+    """A peer's tables may have more."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    throughput, peer = import_module("throughput"), nn.Conv2d(3, 4, 3)
+    peer.table = nn.Parameter(torch.zeros(1, 1, 2, 3, 1))
+    side = throughput.Side(peer, throughput.parse([]), True, torch.randn(1, 3, 8, 8), torch.zeros(1))
+    for layout in ("channels_last", "contiguous"):
+        side.use(layout)
+        assert peer.weight.is_contiguous(memory_format=throughput.LAYOUTS[layout])
 
 
 def test_scaling(script, tmp_path):

@@ -12,6 +12,7 @@ from torch import nn
 import visionattn
 from visionattn import layers
 from visionattn.errors import VisionattnError
+from visionattn.layers.symbolic import is_exporting
 
 TESTS = visionattn.list_models("test_*")
 DYNAMIC = torch.export.Dim.DYNAMIC
@@ -167,6 +168,17 @@ def test_compiled_layer_is_one_graph():
     with torch.no_grad():
         agrees(compiled, layer, [(3, 16, 22, 37), (2, 16, 30, 15), (4, 16, 24, 24)])
     assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_only_exports_are_exports(strict):
+    class Told(nn.Module):
+        def forward(self, x):
+            return x + 1 if is_exporting() else x
+
+    assert torch.export.export(Told(), (torch.zeros(1),), strict=strict).module()(torch.zeros(1)) == 1
+    assert torch.compile(Told(), backend="eager", fullgraph=True)(torch.zeros(1)) == 0
+    assert Told()(torch.zeros(1)) == 0
 
 
 def test_pruning_at_open_sizes_is_refused():

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from . import __version__
 from .errors import VisionattnError
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler tells of its starts and stops otherwise
@@ -128,5 +129,5 @@ def machine(device: torch.device) -> dict[str, str]:
         lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
         known = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
         name = known[0] if known else platform.processor() or platform.machine()
-    versions = {name: version(name) for name in ("torch", "timm", "visionattn")}
+    versions = {name: version(name) for name in ("torch", "timm")} | {"visionattn": __version__}
     return {"date": time.strftime("%Y-%m-%d"), "machine": name, "threads": str(torch.get_num_threads()), **versions}

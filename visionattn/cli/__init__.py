@@ -2,9 +2,9 @@
 
 import sys
 from importlib import import_module
-from importlib.metadata import version
 from typing import Any
 
+from .. import __version__
 from ..errors import optional, run
 from ..progress import set_quiet
 from .parser import Command, Parser
@@ -38,7 +38,7 @@ def make_parser(known: dict[str, Command]) -> Parser:
     """The parser of all commands, from which shell completion is made too."""
     parser = Parser(prog="visionattn", description="Vision backbones built on attention.")
     parser.add_argument("--quiet", action="store_true", help="print results and errors alone")
-    parser.add_argument("--version", action="version", version=version("visionattn"))
+    parser.add_argument("--version", action="version", version=__version__)
     subcommands = parser.add_subcommands(required=True, dest="command", metavar="COMMAND")
     for command in known.values():
         own = Parser(description=command.help[0].upper() + command.help[1:] + ".")

@@ -13,7 +13,7 @@ from .checks import check_counts
 from .depthwise import depthwise
 from .heads import check_heads, split_heads
 from .pointwise import Pointwise
-from .symbolic import Size, fixed, for_batch, is_symbolic
+from .symbolic import Size, fixed, for_batch, is_exporting, is_symbolic
 
 SIDE = 7
 """Of the tables of biases that are interpolated to the map, whatever its size."""
@@ -189,7 +189,7 @@ def _agent_attention(layer: AgentAttention, qkv: Tensor, grid: tuple[int, int] |
     out = F.scaled_dot_product_attention(q, agents, collected, attn_mask=for_batch(to_agents, q))
     local = layer.dwc(patches[..., 2 * C :].permute(0, 3, 1, 2)).flatten(2).mT  # (B, N, C)
     out = out.transpose(1, 2)
-    if torch.compiler.is_exporting():  # other formats have no fused attention, whose layout this is
+    if is_exporting():  # other formats have no fused attention, whose layout this is
         out = out.clone(memory_format=torch.contiguous_format)
     out = out.flatten(2) + (F.pad(local, (0, 0, first, 0)) if first else local)
     return out.unflatten(1, (H, W)) if qkv.ndim == 4 else out

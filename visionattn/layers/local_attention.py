@@ -26,7 +26,7 @@ from .direct import is_direct
 from .heads import SplitHeads, split_heads
 from .plan import Plan, TileGroup
 from .size_constant import size_constant
-from .symbolic import Size, for_batch, is_symbolic
+from .symbolic import Size, for_batch, is_exporting, is_symbolic
 
 MAX_PAIRS = 2**20
 MAX_HEAD_DIM = 128  # of the kernel for GPUs
@@ -250,7 +250,7 @@ def takes_kernel(q: Tensor, k: Tensor, v: Tensor, plan: Plan, dropout: float) ->
     transforms of `torch.func`, and no place in exported graphs."""
     if q.device.type != "cuda" or plan.holders is None or dropout:
         return False
-    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+    if is_exporting() or torch.jit.is_tracing():
         return False
     if not (torch.compiler.is_compiling() or all(map(is_plain, (q, k, v)))):
         return False

@@ -16,7 +16,7 @@ from .heads import split_heads
 from .norm_act_product import affine, is_frozen, is_learning, learn, normed_product
 from .pointwise import Pointwise, Pointwise2d
 from .size_constant import size_constant
-from .symbolic import Size, fixed, for_batch, is_symbolic
+from .symbolic import Size, fixed, for_batch, is_exporting, is_symbolic
 
 
 class PartialConv2d(nn.Module):
@@ -352,7 +352,7 @@ def _distance_biased_attention(layer: PartialSelfAttention, qkv: Tensor) -> Tens
     dropout = layer.attn_drop if layer.training else 0.0
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
     out = out.transpose(1, 2)
-    if torch.compiler.is_exporting():  # kernels differ in the layout of what they return, and a view would choose one
+    if is_exporting():  # kernels differ in the layout of what they return, and a view would choose one
         out = out.clone(memory_format=torch.contiguous_format)
     return out.flatten(2).unflatten(1, (H, W))
 

@@ -11,7 +11,9 @@ from .cache import ParameterCache
 from .depthwise import DepthwiseConv2d, depthwise
 from .direct import is_direct, is_watched
 from .pointwise import Pointwise2d
-from .symbolic import is_symbolic
+from .symbolic import is_exporting, is_symbolic
+
+OLD_INDUCTOR = torch.__version__ < "2.14"  # of 2.11 it is known, and of 2.14 that it is mended
 
 
 def resize_filter(weight: Tensor, height: int, width: int) -> Tensor:
@@ -109,8 +111,10 @@ def _filtered(layer: GlobalLocalFilter, x: Tensor) -> Tensor:
         weight = resize_filter(layer.complex_weight.to(dtype), H, W // 2 + 1)
         return weight if real else torch.complex(weight[..., 0], weight[..., 1])
 
-    # ONNX has no transforms of an open size, nor complex numbers.
-    if real := torch.compiler.is_exporting() and is_symbolic(H, W):
+    # ONNX has no transforms of an open size, nor complex numbers; and Inductor of old compiles no transforms of
+    # maps that are not laid out in rows.
+    real = is_symbolic(H, W) if is_exporting() else torch.compiler.is_compiling() and OLD_INDUCTOR
+    if real:
         return _filtered_by_products(x.to(dtype), build()).to(x.dtype)
 
     spectrum = torch.fft.rfft2(x.to(dtype)) * layer._filter_cache((H, W, dtype), [layer.complex_weight], build)

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from .checks import check_counts, check_positive
 from .init import init_weights
 from .self_attention import SelfAttention
-from .symbolic import is_symbolic
+from .symbolic import is_exporting, is_symbolic
 
 SENDERS = 128
 """Tokens whose weights are computed at once."""
@@ -134,6 +134,6 @@ def _received(layer: ReversedAttention, q: Tensor, k: Tensor, said: Tensor) -> T
     N = q.shape[2]
     if is_symbolic(N):
         return of_block(q, said)
-    if N > MAX_KEPT and torch.is_grad_enabled() and not torch.compiler.is_exporting():
+    if N > MAX_KEPT and torch.is_grad_enabled() and not is_exporting():
         of_block = partial(checkpoint, of_block, use_reentrant=False)
     return reduce(torch.add, map(of_block, q.split(SENDERS, 2), said.split(SENDERS, 2)))

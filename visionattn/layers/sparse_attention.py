@@ -150,7 +150,9 @@ class ConnectivityPredictor(nn.Module):
         with torch.no_grad():
             coefficients, basis = self._factors(q, k, grid, kept)
             if self.basis_coef_topk is not None:
-                coefficients = coefficients * largest(coefficients, min(self.basis_coef_topk, coefficients.shape[-1]))
+                coefficients = coefficients.where(
+                    largest(coefficients, min(self.basis_coef_topk, coefficients.shape[-1])), 0
+                )
             else:
                 coefficients = F.threshold(coefficients, self.basis_coef_threshold, 0.0)
             basis = F.threshold(basis.abs(), self.basis_threshold, 0.0)

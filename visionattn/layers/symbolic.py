@@ -14,6 +14,11 @@ from torch.fx.experimental.symbolic_shapes import has_static_value
 Size = int | torch.SymInt
 
 
+def is_exporting() -> bool:
+    """`torch.compiler.is_exporting`, which Dynamo took to be true in `torch.compile` too, in torch 2.11 at least."""
+    return torch.compiler._is_exporting_flag
+
+
 def is_symbolic(*sizes: Size) -> bool:
     """Whether a size is left open by the graph that is being made. Never the case outside of compilers."""
     return torch.compiler.is_compiling() and not all(map(has_static_value, sizes))
