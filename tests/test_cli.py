@@ -1,8 +1,11 @@
 """The command line: one parser, one line for what is wrong, results on stdout alone."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -52,6 +55,9 @@ def test_help_of_a_command(capsys, name):
         (["train", "--optim.lrr", "1"], "did you mean --optim.lr"),
         (["train", "--epoks", "1"], "did you mean --epochs?"),
         (["--quiet", "train", "--optim.eps", "-2"], "option optim.eps: expected a number above 0, got -2"),
+        (["list", "--min_params", "5", "--max_params", "3"], "--min_params 5 is above --max_params 3"),
+        (["list", "--table", "--format", "json"], "--table is a format of its own"),
+        (["train", "--config", "recipe:zzz"], "there is no recipe zzz: there are "),
         (["completion", "fish"], "invalid choice: 'fish'"),
     ],
 )
@@ -108,6 +114,80 @@ def test_arguments_of_a_model(capsys, tmp_path):
     assert json.loads(told(capsys, "benchmark", str(kept), "--rounds", "1", "--format", "json"))["models"][0]["ms"] > 0
     for command in (["explain", str(image), "--checkpoint", str(kept)], ["export", str(kept), "x.onnx"]):
         assert main([*command, *kwargs]) == 2 and "--kwargs" in capsys.readouterr().err
+
+
+def test_nothing_is_listed(capsys):
+    assert main(["list", "zzz*"]) == 0
+    out, err = capsys.readouterr()
+    assert not out and err == "no model is like that\n"
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory) -> Path:
+    """A checkpoint of a model that has a layout for transformers, an image and a run."""
+    folder, kwargs = tmp_path_factory.mktemp("kept"), {"num_classes": 5, "in_chans": 1, "depths": [1, 1, 1, 1]}
+    model = visionattn.create_model("test_focalnet", **kwargs)
+    entries = {"task": "classification", "model": "test_focalnet", "model_kwargs": kwargs}
+    write_checkpoint(folder / "kept.safetensors", model.state_dict(), {DESCRIPTION: json.dumps(entries)})
+    Image.new("L", (40, 40), 90).save(folder / "a.png")
+    (folder / "run").mkdir()
+    (folder / "run" / "metrics.csv").write_text("epoch,train_loss,val_top1\n1,2.0,50.0\n2,1.0,60.0\n")
+    return folder
+
+
+WRITERS = {
+    "convert": (["convert", "kept.safetensors", "out/a.safetensors"], "a.safetensors"),
+    "to a file": (["convert", "kept.safetensors", "out/a.pth", "--to", "official"], "a.pth"),
+    "to a folder": (["convert", "kept.safetensors", "out", "--to", "hf"], "config.json"),
+    "explain": (["explain", "a.png", "--checkpoint", "kept.safetensors", "--output", "out"], "a-gradcam.png"),
+    "predict": (["predict", "a.png", "--checkpoint", "kept.safetensors", "--json", "out/a.json"], "a.json"),
+    "plot": (["plot", "run", "--output", "out/a.png"], "a.png"),
+    "export": (["export", "kept.safetensors", "out/a.pt2", "--format", "torch", "--size", "64"], "a.pt2"),
+}
+
+
+@pytest.mark.parametrize("name, links", [*((name, True) for name in WRITERS), ("plot", False)])
+def test_what_appears_meanwhile_is_not_written_over(kept, tmp_path, monkeypatch, capsys, name, links):
+    """By a command that was not asked to, and only by that one; also where there are no links."""
+    argv, written = WRITERS[name]
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(kept, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "out").mkdir()
+    precious, sync = tmp_path / "out" / written, os.fsync
+
+    def appears(file: int) -> None:
+        precious.exists() or precious.write_text("precious")
+        sync(file)
+
+    def no_links(*args) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    if not links:
+        monkeypatch.setattr(os, "link", no_links)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", appears)
+        assert main(argv) == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert f"{written} exists, and did not when this began" in told and precious.read_text() == "precious"
+    assert {path.name for path in (tmp_path / "out").iterdir()} <= {written, "model.safetensors"}
+    assert main([*argv, "--replace" if argv[0] == "convert" else "--overwrite"]) == 0
+    assert precious.read_bytes() != b"precious"
+
+
+@pytest.mark.parametrize("out", ["a.png", "a.png/deeper"])
+def test_a_file_is_no_folder(kept, monkeypatch, capsys, out):
+    monkeypatch.chdir(kept)
+    held = Path("a.png").read_bytes()
+    for argv in (
+        ["convert", "kept.safetensors", out, "--to", "hf"],
+        ["convert", "kept.safetensors", out, "--to", "hf", "--replace"],
+        ["explain", "a.png", "--checkpoint", "kept.safetensors", "--output", out],
+        ["check", "a.png"],
+    ):
+        assert main(argv) == 2
+        err = capsys.readouterr().err
+        assert err.startswith("error: ") and err.count("\n") == 1 and "a.png" in err
+    assert Path("a.png").read_bytes() == held
 
 
 def test_benchmark_and_compare(capsys):

@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 from numerics import filled
+from PIL import Image
 from safetensors.torch import load_file
 
 import visionattn
@@ -106,6 +107,14 @@ def test_transformers_computes_the_same(tmp_path):
         "height": 224,
         "width": 224,
     }
+
+
+def test_transformers_prepares_grey_images(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    saved(tmp_path / "ours.safetensors", "test_focalnet", in_chans=1, num_classes=5)
+    write_layout(str(tmp_path / "ours.safetensors"), tmp_path / "hf", "hf")
+    prepare = transformers.AutoImageProcessor.from_pretrained(tmp_path / "hf")
+    assert prepare(Image.new("L", (70, 50)), return_tensors="pt")["pixel_values"].shape[:2] == (1, 1)
 
 
 @pytest.mark.parametrize("name", ["dinat_mini", "nat_mini", "van_b0"])

@@ -1,7 +1,9 @@
 """What is explained is what the models compute, and is where the evidence is."""
 
+import io
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 import visionattn
 from visionattn.cli import main
 from visionattn.cli.explain import _most_but
+from visionattn.errors import VisionattnError
 from visionattn.explain import attention_maps, cam_layers, grad_cam, layer_maps, rollout
 from visionattn.explain.capture import capture
 from visionattn.explain.map import IN_WINDOWS, NOWHERE, OF_TOKENS, ON_MAP
@@ -315,6 +318,39 @@ def test_command_writes_pictures(tmp_path, capsys):
     assert files["a-gradcam.png"].read_bytes() == held
 
 
+@pytest.mark.filterwarnings("error")
+def test_command_takes_what_predict_takes(tmp_path, capsys, monkeypatch):
+    """Folders, whose pictures go by their places, and stdin; what is no image is told, and the others go on."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("photos/x/a.png", "photos/y/a.png"):
+        Path(name).parent.mkdir(parents=True)
+        picture().save(name)
+    Path("photos/text.png").write_text("no image")
+    common = ["explain", "--model", "test_van", "--output", "out"]
+    assert main([*common, "photos", "nowhere.png"]) == 1
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) == 2
+    *errors, random = err.splitlines()
+    assert errors == [
+        "error: cannot read photos/text.png: it is no image",
+        "error: cannot read nowhere.png: there is no such file or folder",
+    ]
+    assert random == "test_van has random weights: --pretrained has the published ones"
+    assert sorted(map(str, Path("out").rglob("*.png"))) == ["out/x/a-gradcam.png", "out/y/a-gradcam.png"]
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(Path("photos/x/a.png").read_bytes())))
+    assert main([*common, "-", "--quiet"]) == 0 and Path("out/stdin-gradcam.png").exists()
+    assert not capsys.readouterr().err
+    assert main([*common, "photos/x/a.png", "photos/y/a.png"]) == 2
+    assert "several images are called a" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("how", [grad_cam, rollout])
+def test_extractors_have_no_classes(how):
+    model = visionattn.create_model("test_dinat", features_only=True).eval()
+    with pytest.raises(VisionattnError, match="expected a classifier, a segmenter or a detector, got an extractor"):
+        how(model, torch.randn(1, 3, 64, 64))
+
+
 def test_a_background_is_not_what_a_map_is_explained_for():
     logits = F.one_hot(torch.tensor([[[0, 0, 0], [0, 2, 1], [0, 1, 0]]]), 4).permute(0, 3, 1, 2).float()
     assert _most_but(0, lambda images: logits, logits) == 1
@@ -332,6 +368,7 @@ def test_a_background_is_not_what_a_map_is_explained_for():
         (["--model", "test_van", "--class", "1000"], "expected a class from 0 to 999, got 1000"),
         (["--model", "test_van", "--layer", "stages.9"], "no layer stages.9 for gradcam: there are stages.0,"),
         (["--model", "test_van", "--method", "attention", "--layer", "x"], "no layer x: there are stages.0.blocks.0"),
+        (["--model", "test_van", "--kwargs", "in_chans=5"], "a model with in_chans 5 cannot take them"),
         (["--model", "test_dinat", "--method", "attention", "--query", "1"], "expected ROW,COL"),
         (["--model", "test_dinat", "--method", "attention", "--query", "40,1"], "in the model's 32 x 32 pixels"),
         (["--model", "test_dinat", "--method", "attention", "--head", "9"], "has heads 0 to 7, got 9"),

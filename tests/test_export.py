@@ -166,6 +166,46 @@ def test_command_and_runtime_without_visionattn(checkpoint, photos, tmp_path, ca
     assert float(first.split(": ")[1].split()[0]) == pytest.approx(100 * chances[best].item(), abs=2)
 
 
+DENSE = {
+    "fpn": {"pyramid_channels": 32, "segmentation_channels": 32},
+    "fcos": {"fpn_channels": 32, "score_thresh": 0.0},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head", DENSE)
+def test_dense_runtime_without_visionattn(head, photos, tmp_path):
+    create = visionattn.create_segmenter if head == "fpn" else visionattn.create_detector
+    model = filled(create("test_patnet", head, 3, backbone_kwargs={"in_chans": 1}, **DENSE[head])).eval()
+    made = export_onnx(model, tmp_path / "a.onnx", size=(64, 96))
+    told = subprocess.run(
+        [sys.executable, str(EXAMPLE.with_name("onnx_dense_runtime.py")), made.path, photos / "bee/3.png", "out.png"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path,
+    ).stdout.splitlines()
+    image = Image.open(photos / "bee/3.png").convert("L")
+    with Image.open(tmp_path / "out.png") as drawn:
+        assert drawn.size == image.size and drawn.mode == ("L" if head == "fpn" else "RGB")
+        found = np.asarray(drawn)
+    small = image.resize((82, 64), Image.Resampling.BILINEAR)  # 90 x 70 as large as fits
+    x, (mean,), (std,) = (
+        torch.zeros(1, 1, 64, 96),
+        made.about["preprocessing"]["mean"],
+        made.about["preprocessing"]["std"],
+    )
+    x[0, 0, :, :82] = (torch.from_numpy(np.array(small)) / 255 - mean) / std
+    with torch.no_grad():
+        if head == "fpn":
+            labels = model(x)[0].argmax(0)[:, :82]
+            assert {line.split(": ")[0] for line in told} == set(map(str, labels.unique().tolist()))
+            expected = Image.fromarray(labels.numpy().astype(np.uint8)).resize(image.size, Image.Resampling.NEAREST)
+            assert (found == np.asarray(expected)).mean() > 0.99  # and the rest are ties
+        else:
+            assert len(told) == int((model([x[0]])[0]["scores"] >= 0.5).sum())
+
+
 @pytest.mark.slow
 def test_int8_weights(checkpoint, tmp_path):
     made = export_onnx(checkpoint[1], tmp_path / "a.onnx", int8="weights")
@@ -191,6 +231,16 @@ def test_torch_program(checkpoint, tmp_path):
     x = torch.randn(3, 3, 96, 80)
     with torch.no_grad():
         torch.testing.assert_close(torch.export.load(tmp_path / "a.pt2").module()(x)[0], model(x), rtol=0, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [n for n in visionattn.list_models("test_*") if n != QUICK])
+def test_int8_of_every_family(name, tmp_path):
+    """What chooses by rank may choose otherwise: how far the outputs are is told, and not bounded here."""
+    pytest.importorskip("torchao")
+    model = filled(visionattn.create_model(name, num_classes=10))
+    for kind, file in (("onnx", "a.onnx"), ("torch", "a.pt2")):
+        assert 0 < export(model, tmp_path / file, kind, (64, 64), "weights").disagreement < float("inf")
 
 
 @pytest.mark.slow

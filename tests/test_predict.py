@@ -129,8 +129,8 @@ def test_an_unreadable_image_does_not_end_the_others(models, photos, capsys):
     ("argv", "message"),
     [
         (["nowhere.png"], "cannot read nowhere.png: there is no such file"),
-        (["none"], "none holds no images"),
-        (["photos/*.bmp"], "no image matches photos/*.bmp"),
+        (["none"], "cannot read none: it holds no images: expected files as"),
+        (["photos/*.bmp"], "cannot read photos/*.bmp: no image matches it"),
         (["-", "-"], "give - once"),
         (["photos", "--json", "no/where.json"], "there is no folder no"),
         (["photos", "--pretrained"], "--pretrained is for --model"),
@@ -198,6 +198,28 @@ def test_objects_are_told_as_coco_has_them(models, photos, capsys):
     rows = csv.DictReader(io.StringIO(told(capsys, *options[:-1], "csv", "--overwrite")))
     assert len(list(rows)) == len(content["annotations"])
     assert set(rows.fieldnames) == {"image", "class", "score", "x", "y", "width", "height"}
+
+
+def test_names_of_nothing_are_told_and_the_others_go_on(models, photos, capsys):
+    Path("none").mkdir()
+    Path("link.png").symlink_to("nowhere")
+    names = [photos[0], "none", "link.png", "*.bmp", photos[1]]
+    assert main(["predict", *names, "--checkpoint", models["classifier"]]) == 1
+    out, err = capsys.readouterr()
+    assert named(out) == photos[:2] and [line.split()[3] for line in err.splitlines()] == [
+        "none:",
+        "link.png:",
+        "*.bmp:",
+    ]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("kind", ["detector", "segmenter", "classifier"])
+def test_a_table_has_its_heads_whatever_is_found(models, photos, capsys, kind):
+    Image.new("RGB", (1, 1)).save("one.png")
+    options = ["--threshold", "1"] if kind == "detector" else []
+    out = told(capsys, "one.png", "--checkpoint", models[kind], "--format", "csv", *options)
+    assert out.startswith("image,class,") and (kind != "detector" or len(out.splitlines()) == 1)
 
 
 def test_maps_are_told_as_coco_has_them(models, photos, capsys):

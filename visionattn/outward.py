@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .create import create_model, find_widths
 from .data.preprocessing import model_preprocessing
-from .errors import VisionattnError, told_of
+from .errors import VisionattnError, told_of, user_input
 from .heads.pyramid import OverBackbone
 from .registry import find, timm_name
 from .weights.description import describe_place, is_place, made_for
@@ -51,8 +51,11 @@ def write_layout(
     if layout != "hf" and out.suffix not in (".safetensors", ".pth"):
         raise VisionattnError(f"expected a name that ends in .safetensors or .pth, got {out}")
     there = out / "config.json" if layout == "hf" else out
-    if there.exists() and not replace:
-        raise VisionattnError(f"{there} exists: choose another name, or replace it with --replace")
+    with user_input(f"cannot write {out}", OSError):  # of names that are too long, for one
+        if there.exists() and not replace:
+            raise VisionattnError(f"{there} exists: choose another name, or replace it with --replace")
+        if layout == "hf" and not next(each for each in (out, *out.parents) if each.exists()).is_dir():
+            raise VisionattnError(f"expected a folder to write to, got {out}, which is a file or inside of one")
     if name:
         prefix = kwargs.pop("checkpoint_prefix", "")
         with told_of(f"checkpoint {source}"):
@@ -75,8 +78,9 @@ def write_layout(
     else:
         state = to_layout(model, layout)
     if layout != "hf":
-        return [_write(state, out)]
-    out.mkdir(parents=True, exist_ok=True)
+        return [_write(state, out, replace)]
+    with user_input(f"cannot write {out}", OSError):
+        out.mkdir(parents=True, exist_ok=True)
     config = hf_config(model, base, made_for(name, kwargs))
     if base.startswith("nat"):
         state = {key.replace("dinat.", "nat.", 1): value for key, value in state.items()}
@@ -84,9 +88,9 @@ def write_layout(
         width = model.num_features
         state |= {"van.layernorm.weight": torch.ones(width), "van.layernorm.bias": torch.zeros(width)}
     texts = {"config.json": config, "preprocessor_config.json": _hf_preprocessing(model)}
-    files = [_write(state, out / "model.safetensors")]
+    files = [_write(state, out / "model.safetensors", replace)]
     for file, content in texts.items():
-        write_file(out / file, json.dumps(content, indent=1))
+        write_file(out / file, json.dumps(content, indent=1), replace)
     return files + [str(out / file) for file in texts]
 
 
@@ -173,14 +177,15 @@ def _hf_preprocessing(model: nn.Module) -> dict[str, Any]:
         "resample": resample.get(own["interpolation"], 3),
         "image_mean": list(own["mean"]),
         "image_std": list(own["std"]),
+        "do_convert_rgb": model.in_chans == 3,
     }
 
 
-def _write(state: dict[str, Tensor], out: Path) -> str:
+def _write(state: dict[str, Tensor], out: Path, replace: bool) -> str:
     """The state dict as a file, whole or not at all."""
     state = {key: value.detach().contiguous() for key, value in state.items()}
     if out.suffix == ".pth":
-        write_file(out, lambda file: torch.save(state, file))
+        write_file(out, lambda file: torch.save(state, file), replace)
     else:
-        write_checkpoint(out, state, {"format": "pt"})
+        write_checkpoint(out, state, {"format": "pt"}, replace)
     return str(out)

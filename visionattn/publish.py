@@ -85,7 +85,7 @@ def convert_file(
         "preprocessing": model_preprocessing(model) | entries.get("preprocessing", {}),
         "adapted": {what: keys for what, keys in report.items() if keys},
     }
-    write_checkpoint(out, tensors, {"format": "pt", DESCRIPTION: json.dumps(description)})
+    write_checkpoint(out, tensors, {"format": "pt", DESCRIPTION: json.dumps(description)}, replace)
     return description
 
 

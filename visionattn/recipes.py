@@ -46,7 +46,8 @@ def recipe_path(name: str) -> Path:
         raise VisionattnError(f"there are several recipes {name}: {', '.join(found)}")
     stems = {each.rpartition("/")[2]: each for each in known} | {each: each for each in known}
     near = [stems[each] for each in difflib.get_close_matches(name, stems, 3, 0.5)]
-    raise VisionattnError(f"there is no recipe {name}" + (f"; did you mean {', '.join(near)}?" if near else ""))
+    told = f"; did you mean {', '.join(near)}?" if near else f": there are {', '.join(known[:6])}, ..."
+    raise VisionattnError(f"there is no recipe {name}{told}")
 
 
 def recipes_of(model: str, task: str) -> list[str]:

@@ -11,6 +11,7 @@ import torch
 from ..create import create_model
 from ..errors import VisionattnError
 from ..macs import count_macs, stages
+from ..progress import tell
 from ..recipes import TASKS, recipes_of
 from ..registry import ModelInfo, list_models, model_info
 from .parser import Command, Parser
@@ -93,6 +94,12 @@ def _add_list(parser: Parser) -> None:
 
 
 def _list(args: Any) -> None:
+    for key in ("params", "gmacs", "top1"):
+        low, high = getattr(args, f"min_{key}"), getattr(args, f"max_{key}")
+        if low is not None and high is not None and low > high:
+            raise VisionattnError(f"--min_{key} {low:g} is above --max_{key} {high:g}: nothing is between them")
+    if args.table and args.format:
+        raise VisionattnError("--table is a format of its own: leave out --format, or --table")
     if args.table:
         print(models_table(args.filter, args.pretrained))
         return
@@ -103,9 +110,12 @@ def _list(args: Any) -> None:
     if args.sort:
         key = COLUMNS[args.sort]
         rows.sort(key=lambda row: (key(row[1]) is not None, key(row[1]) or 0), reverse=args.descending)
+    if not rows:
+        tell("no model is like that")
     form = args.format or ("table" if sys.stdout.isatty() else "names")
     if form == "names":
-        print("\n".join(name for name, _ in rows))
+        for name, _ in rows:
+            print(name)
         return
     cells = [{c: name if c == "name" else COLUMNS[c](info) for c in args.columns} for name, info in rows]
     if form == "json":

@@ -2,7 +2,6 @@
 
 import argparse
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -15,12 +14,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..errors import VisionattnError, printable, require, user_input
-from ..progress import track
+from ..progress import tell, track
 from .parser import Command, Parser
 
 if TYPE_CHECKING:
     from ..explain import Map, Relevance
     from ..explain.pictures import Panel
+    from ..training.inputs import Input
 
 METHODS = ("gradcam", "rollout", "attention")
 
@@ -39,7 +39,9 @@ def pair(text: str) -> tuple[int, int]:
 
 
 def _add(parser: Parser) -> None:
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image file")
+    parser.add_argument(
+        "images", nargs="+", metavar="IMAGE", help="as for predict: file, folder, pattern, http address, or - for stdin"
+    )
     parser.add_argument("--model", help="name of a model, or hf-hub:user/repository")
     parser.add_argument("--pretrained", action="store_true", help="load the published weights of --model")
     parser.add_kwargs()
@@ -54,7 +56,7 @@ def _add(parser: Parser) -> None:
     parser.add_argument(
         "--layer",
         help="name of a layer, or shell pattern of several, 'stages.2.*' for one; of gradcam and attention (default: "
-        "the last)",
+        "the last; of gradcam the last whose map has four positions a side)",
     )
     parser.add_argument("--head", type=int, help="of attention, or channel of gates (default: their mean)")
     parser.add_argument(
@@ -121,6 +123,7 @@ def _load(args: Any) -> Loaded:
     from ..create import create_model
     from ..data.drawing import to_image
     from ..data.preprocessing import class_names, create_transform, model_preprocessing
+    from ..tasks.task import image_mode
 
     if (args.model is None) == (args.checkpoint is None):
         raise VisionattnError("give --model or --checkpoint, and one of them alone")
@@ -138,7 +141,7 @@ def _load(args: Any) -> Loaded:
         raise VisionattnError(f"{args.checkpoint or args.model} has no classes: --method attention needs none")
     own, classes = model_preprocessing(model), class_names(model)
     shown = partial(to_image, mean=own["mean"], std=own["std"])
-    return Loaded(model, create_transform(model), shown, "L" if model.in_chans == 1 else "RGB", classes)
+    return Loaded(model, create_transform(model), shown, image_mode(model), classes)
 
 
 def _load_dense(checkpoint: str) -> Loaded:
@@ -176,55 +179,61 @@ def _check(args: Any) -> None:
     require("matplotlib")
 
 
-def _files(args: Any) -> list[list[Path]]:
+def _files(args: Any, inputs: Sequence["Input"]) -> list[list[Path]]:
     """Of each image: the picture, and the sheet and the animation if they are wanted."""
-    twice = [name for name, count in Counter(Path(image).stem for image in args.images).items() if count > 1]
-    if twice:
-        raise VisionattnError(f"several images are called {twice[0]}, and so would be their pictures")
+    from ..training.inputs import refuse_namesakes
+
+    refuse_namesakes(inputs)
     endings = [".png", *(["-grid.png"] if args.grid else []), *([".gif"] if args.gif else [])]
     folder = Path(args.output)
-    files = [[folder / f"{Path(image).stem}-{args.method}{end}" for end in endings] for image in args.images]
+    files = [[folder / f"{each.picture}-{args.method}{end}" for end in endings] for each in inputs]
     there = next((file for each in files for file in each if file.exists()), None)
     if there is not None and not args.overwrite:
         raise VisionattnError(f"{there} exists: give --output another folder, or --overwrite")
-    with user_input(f"cannot write to {folder}", OSError):
-        folder.mkdir(parents=True, exist_ok=True)
+    if not next(each for each in (folder, *folder.parents) if each.exists()).is_dir():
+        raise VisionattnError(f"expected --output as a folder, got {folder}, which is a file or inside of one")
     return files
 
 
 def _explain(args: Any) -> int:
+    from ..training.inputs import find_inputs
+    from ..weights.description import is_place
+
     _check(args)
-    loaded = _load(args)
+    inputs, loaded = find_inputs(args.images), _load(args)
     loaded.number(args.target)  # before anything is written
     failed = 0
-    for image, files in track(list(zip(args.images, _files(args), strict=True)), "explaining"):
+    for image, own in track(list(zip(inputs, _files(args, inputs), strict=True)), "explaining"):
         try:
-            _explain_one(args, loaded, image, files)
+            _explain_one(args, loaded, image, own)
         except VisionattnError as error:
-            if len(args.images) == 1:
+            if len(inputs) == 1:
                 raise
             failed += 1
-            print(f"error: {image}: {printable(error)}", file=sys.stderr, flush=True)
+            told = printable(error)
+            print(f"error: {told if image.name in told else f'{image.name}: {told}'}", file=sys.stderr, flush=True)
+    if not (args.checkpoint or args.pretrained or is_place(args.model)):
+        tell(f"{args.model} has random weights: --pretrained has the published ones")
     return 1 if failed else 0
 
 
-def _explain_one(args: Any, loaded: Loaded, image: str, files: list[Path]) -> None:
-    from ..data.images import to_mode
+def _explain_one(args: Any, loaded: Loaded, image: "Input", files: list[Path]) -> None:
     from ..explain.pictures import animation, sheet
     from ..weights.files import write_file
 
-    with user_input(f"cannot read {image}", OSError, ValueError), Image.open(image) as opened:
-        tensor = loaded.prepare(to_mode(opened, loaded.mode))
+    tensor = loaded.prepare(image.read(loaded.mode))
     told, title, chosen, others = _found(args, loaded, tensor)
     pictures = {files[0]: sheet(chosen, title)}
     if args.grid:
         pictures[files[1]] = sheet(list(others()), title)
+    with user_input(f"cannot write {files[0]}", OSError):
+        files[0].parent.mkdir(parents=True, exist_ok=True)
     for file, picture in pictures.items():
-        write_file(file, partial(picture.save, format="png"))
+        write_file(file, partial(picture.save, format="png"), args.overwrite)
     if args.gif:
         content = animation([sheet([panel], title) for panel in others()])
-        write_file(files[-1], lambda file, content=content: file.write(content))
-    print(printable(f"{image}: {told}; see {', '.join(map(str, files))}"), flush=True)
+        write_file(files[-1], lambda file, content=content: file.write(content), args.overwrite)
+    print(printable(f"{image.name}: {told}; see {', '.join(map(str, files))}"), flush=True)
 
 
 def _found(

@@ -1,5 +1,6 @@
 """`visionattn plot` and `visionattn report`."""
 
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +32,17 @@ def _plot(args: Any) -> None:
         name if names.count(name) == 1 else str(folder): read_rows(folder)
         for name, folder in zip(names, folders, strict=True)
     }
-    known = list(dict.fromkeys(name for rows in runs.values() for name in metrics_of(rows)))
-    metrics = known[:3] if args.metrics is None else args.metrics.split(",")
+    own = [metrics_of(rows) for rows in runs.values()]
+    known = list(dict.fromkeys(name for names in own for name in names))
+    in_turns = dict.fromkeys(name for names in zip_longest(*own) for name in names if name)  # each run has its say
+    metrics = list(in_turns)[:3] if args.metrics is None else args.metrics.split(",")
     if unknown := [name for name in metrics if name not in known]:
         raise VisionattnError(f"no run has the metric {unknown[0]}: there are {', '.join(known)}")
     if output.exists() and not args.overwrite:
         raise VisionattnError(f"{output} exists: give another --output, or --overwrite")
     figure = draw_curves(runs, metrics)
     kind = output.suffix[1:].lower()
-    write_file(output, lambda file: figure.savefig(file, dpi=120, format=kind))
+    write_file(output, lambda file: figure.savefig(file, dpi=120, format=kind), args.overwrite)
     print(output)
 
 

@@ -13,6 +13,12 @@ from ..measure import positive
 from .catalog import print_table
 from .parser import Command, Parser
 
+CELLS = {
+    "class": ("image", "class", "probability"),
+    "objects": ("image", "class", "score", "x", "y", "width", "height"),
+    "map": ("image", "class", "share", "x", "y", "width", "height"),
+}
+"""Heads of the CSV of what is found."""
 FORMATS = ("text", "table", "json", "csv")
 
 
@@ -65,15 +71,18 @@ def _predict(args: Any) -> int:
     if file or args.format == "json":
         text = json.dumps(_classes(kept) if found.sample == "class" else coco(kept, found), indent=1)
         if file:
-            write_file(file, text + "\n")
+            write_file(file, text + "\n", args.overwrite)
         if args.format == "json":
             print(text)
     return 1 if found.failed else 0
 
 
-def _printed(predictions: Iterable[Any], form: str) -> Iterable[Any]:
+def _printed(predictions: Any, form: str) -> Iterable[Any]:
     """The predictions, which are printed as they come; a table once all are there."""
-    rows, table = [], None
+    rows, heads = [], CELLS[predictions.sample]
+    writer = csv.DictWriter(sys.stdout, heads, lineterminator="\n")
+    if form == "csv":
+        writer.writeheader()
     for each in predictions:
         yield each
         if form == "text":
@@ -81,14 +90,11 @@ def _printed(predictions: Iterable[Any], form: str) -> Iterable[Any]:
             print(printable(f"{each.name}: {each.summary}{drawn}"), flush=True)
         elif form in ("table", "csv"):
             rows += [{"image": each.name} | _flat(entry) for entry in each.listed()]
-        if form == "csv" and rows:
-            if table is None:
-                table = csv.DictWriter(sys.stdout, list(rows[0]), lineterminator="\n")
-                table.writeheader()
-            table.writerows(rows)
+        if form == "csv":
+            writer.writerows(rows)
             rows = []
     if form == "table" and rows:
-        print_table(list(rows[0]), [[_rounded(value) for value in row.values()] for row in rows])
+        print_table(heads, [[_rounded(value) for value in row.values()] for row in rows])
 
 
 def _flat(entry: dict[str, Any]) -> dict[str, Any]:

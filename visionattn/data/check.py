@@ -90,7 +90,7 @@ def check(
     """
     root = Path(root)
     if not root.is_dir():
-        raise VisionattnError(f"folder {root} does not exist")
+        raise VisionattnError(f"{root} is no folder" if root.exists() else f"folder {root} does not exist")
     config = DataConfig(name="folder", root=str(root), labels=labels)
     task = task or ("classification" if labels else find_task(root))
     with listing() as met:
@@ -185,7 +185,7 @@ def _read(images: ImageSet, part: str) -> list[Seen]:
 def _look(images: ImageSet, index: int) -> Seen:
     place = images.place(index)
     if not Path(place).is_file():
-        return Seen([Fault("missing", f"{place} is annotated, but there is no such file")], None, [])
+        return Seen([Fault("missing", f"{place} is listed, but there is no such file")], None, [])
     faults = _wrong_suffix(Path(place))
     try:
         image, target = images.load(index)

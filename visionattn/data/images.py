@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from timm.data import create_dataset
 from timm.utils.misc import natural_key
 from torchvision.datasets import DatasetFolder
@@ -52,7 +52,7 @@ class ImageSet:
                     return to_mode(file, mode), label
             return to_mode(image, mode), label
         except Exception as error:  # decoders raise whatever they like
-            raise VisionattnError(f"cannot read {self.place(index)}: {all_lines(error)}") from error
+            raise VisionattnError(f"cannot read {self.place(index)}: {why_unreadable(error)}") from error
 
     def place(self, index: int) -> str:
         """Where the image comes from: its path if it has one."""
@@ -81,6 +81,12 @@ class FolderImages:
     def filename(self, index: int, **kwargs: Any) -> str:
         """The path of an image."""
         return self.samples[index][0]
+
+
+def why_unreadable(error: Exception) -> str:
+    """What an error that opening or decoding an image raised tells."""
+    known = {UnidentifiedImageError: "it is no image", FileNotFoundError: "there is no such file or folder"}
+    return known.get(type(error)) or all_lines(error)
 
 
 def to_mode(image: Image.Image, mode: str) -> Image.Image:

@@ -231,7 +231,7 @@ def _photometric(joint: JointConfig) -> list[A.BasicTransform]:
 
 
 def _pixels(image: Image.Image) -> np.ndarray:
-    pixels = np.asarray(image)
+    pixels = np.array(image)  # a copy, which may be written to
     return pixels if pixels.ndim == 3 else pixels[..., None]
 
 

@@ -92,7 +92,7 @@ def _draw(ax: "Axes", panel: Panel) -> object:
     ax.set_title("\n".join(textwrap.wrap(panel.title, 38)), fontsize=10)
     heat = panel.heat.detach().float().cpu()
     if panel.image is None:
-        return ax.imshow(heat, cmap=COLOURS, interpolation="nearest", aspect="equal")
+        return ax.imshow(heat.numpy(), cmap=COLOURS, interpolation="nearest", aspect="equal")
     width, height = panel.image.size
     extent = (0, width, height, 0)
     ax.imshow(panel.image.convert("L"), cmap="gray", vmin=0, vmax=255, extent=extent)
@@ -101,7 +101,7 @@ def _draw(ax: "Axes", panel: Panel) -> object:
     known = heat[~heat.isnan()]
     low, high = known.min().item(), known.max().item()
     strength = (0.35 if panel.keys is None else 0.5) + 0.4 * (heat.nan_to_num(low) - low) / max(high - low, 1e-12)
-    drawn = ax.imshow(heat, cmap=COLOURS, alpha=strength.numpy(), extent=extent, interpolation="nearest")
+    drawn = ax.imshow(heat.numpy(), cmap=COLOURS, alpha=strength.numpy(), extent=extent, interpolation="nearest")
     scale = torch.tensor([width / heat.shape[1], height / heat.shape[0]])
     if panel.keys is not None:
         edges = _outline(panel.keys.cpu()) * scale

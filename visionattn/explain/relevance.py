@@ -134,6 +134,8 @@ def class_scores(output: Any, target: int | Sequence[int] | None) -> tuple[Tenso
     Raises:
         VisionattnError: if there is no such class, or none was found.
     """
+    if isinstance(output, list) and not all(isinstance(each, dict) for each in output):
+        raise VisionattnError("expected a classifier, a segmenter or a detector, got an extractor of features")
     count = len(output)
     targets = [target] * count if target is None or isinstance(target, int) else list(target)
     if len(targets) != count:

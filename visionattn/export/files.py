@@ -145,7 +145,7 @@ def export(
             raise VisionattnError(f"{path} is not kept: it is {far:.1e} from what the model computes{hint}")
         written = sorted(folder.iterdir(), key=lambda each: each.name == path.name)  # the file itself comes last
         for each in written:
-            place(each, path.with_name(each.name))
+            place(each, path.with_name(each.name), overwrite)
     return Exported(path, far, shapes, said, usual)
 
 

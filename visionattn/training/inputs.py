@@ -15,11 +15,11 @@ from pathlib import Path, PurePosixPath
 from typing import IO
 from urllib.parse import unquote, urlsplit
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from ..data.images import to_mode
+from ..data.images import to_mode, why_unreadable
 from ..data.paths import EXTENSIONS, find_files, is_data, regular
-from ..errors import VisionattnError, all_lines, shortened, user_input
+from ..errors import VisionattnError, shortened, user_input
 from ..weights.download import PATIENCE, is_address
 
 MOST_BYTES = 2**27
@@ -52,8 +52,7 @@ class Input:
             with self.open() as file, Image.open(file) as image:
                 return to_mode(image, mode)
         except Exception as error:  # decoders raise whatever they like
-            told = "it is no image" if isinstance(error, UnidentifiedImageError) else all_lines(error)
-            raise VisionattnError(f"cannot read {shortened(self.name)}: {told}") from error
+            raise VisionattnError(f"cannot read {shortened(self.name)}: {why_unreadable(error)}") from error
 
 
 def find_inputs(names: Sequence[str]) -> list[Input]:
@@ -61,9 +60,10 @@ def find_inputs(names: Sequence[str]) -> list[Input]:
 
     Args:
         names: files, folders, which are searched to any depth, shell patterns (`**` for any depth), addresses and "-".
+            One of which there is nothing, or no image in it, stands for an image that cannot be read.
 
     Raises:
-        VisionattnError: if there is nothing of a name, or no image in it.
+        VisionattnError: if stdin is named twice, or a folder cannot be read.
     """
     if names.count("-") > 1:
         raise VisionattnError("there is one image on stdin: give - once")
@@ -71,7 +71,6 @@ def find_inputs(names: Sequence[str]) -> list[Input]:
 
 
 def _inputs_of(name: str) -> Iterator[Input]:
-    expected = f"expected files as {', '.join(EXTENSIONS)}"
     if name == "-":
         yield Input("-", _stdin, Path("stdin"))
     elif is_address(name):
@@ -80,22 +79,25 @@ def _inputs_of(name: str) -> Iterator[Input]:
     elif os.path.isdir(name):
         with user_input(f"cannot read {name}", OSError):
             paths = find_files(name)
-        if not paths:
-            raise VisionattnError(f"{name} holds no images: {expected}")
-        yield from _files(paths, Path(name))
-    elif os.path.exists(name) or not glob.has_magic(name):
-        if not os.path.exists(name):
-            raise VisionattnError(f"cannot read {name}: there is no such file or folder")
+        yield from _files(paths, Path(name)) if paths else [_nothing(name, "it holds no images")]
+    elif os.path.lexists(name) or not glob.has_magic(name):
         yield _file(Path(name), Path(Path(name).stem))
     else:
         suffix = Path(name).suffix
         wanted = EXTENSIONS if glob.has_magic(suffix) or not suffix else (*EXTENSIONS, suffix.lower())
         paths = [Path(path) for path in sorted(glob.glob(name, recursive=True))]
         paths = [p for p in paths if p.suffix.lower() in wanted and is_data(p.name) and p.is_file()]
-        if not paths:
-            raise VisionattnError(f"no image matches {name}: {expected}")
         fixed = takewhile(lambda part: not glob.has_magic(part), Path(name).parts[:-1])
-        yield from _files(paths, Path(*fixed))
+        yield from _files(paths, Path(*fixed)) if paths else [_nothing(name, "no image matches it")]
+
+
+def _nothing(name: str, told: str) -> Input:
+    """What stands for a name that leads to no image."""
+
+    def fail() -> IO[bytes]:
+        raise VisionattnError(f"{told}: expected files as {', '.join(EXTENSIONS)}")
+
+    return Input(name, fail, Path(Path(name).name))
 
 
 def _files(paths: Sequence[Path], folder: Path) -> Iterator[Input]:
@@ -108,6 +110,18 @@ def _files(paths: Sequence[Path], folder: Path) -> Iterator[Input]:
 
 def _file(path: Path, picture: Path) -> Input:
     return Input(str(path), lambda: open(regular(path), "rb"), picture)
+
+
+def refuse_namesakes(inputs: Sequence[Input]) -> None:
+    """Pictures go by the names of the images.
+
+    Raises:
+        VisionattnError: if two of them are called the same.
+    """
+    twice = [str(name) for name, count in Counter(each.picture for each in inputs).items() if count > 1]
+    if twice:
+        told = f"several images are called {twice[0]}, and so would be their pictures"
+        raise VisionattnError(f"{told}: give a folder, whose pictures go by their places in it")
 
 
 def _stdin() -> io.BytesIO:

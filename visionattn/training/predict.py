@@ -1,7 +1,6 @@
 """What a model makes of images: classes, or objects and maps as pictures and as COCO has them."""
 
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +16,7 @@ from ..progress import track
 from ..tasks import TASKS
 from ..tasks.task import image_mode
 from ..weights.files import write_file
-from .inputs import Input, find_inputs
+from .inputs import Input, find_inputs, refuse_namesakes
 from .opened import find_wanted, open_wanted
 
 BATCH = 16
@@ -71,8 +70,8 @@ class Predictions:
         failed: names of the images that could not be read, which are told on stderr.
 
     Raises:
-        VisionattnError: if the model cannot be made, nothing is there of a name, a picture would be written over, or an
-            option is of no use to the task; in iteration, if the only image cannot be read.
+        VisionattnError: if the model cannot be made, a picture would be written over, or an option is of no use to the
+            task; in iteration, if the only image cannot be read.
     """
 
     def __init__(
@@ -154,9 +153,7 @@ class Predictions:
 
 def _pictures(inputs: Sequence[Input], folder: Path, overwrite: bool) -> dict[Input, Path]:
     """Where the picture of each image goes."""
-    twice = [str(name) for name, count in Counter(each.picture for each in inputs).items() if count > 1]
-    if twice:
-        raise VisionattnError(f"several images are called {twice[0]}, and so would be their pictures")
+    refuse_namesakes(inputs)
     pictures = {each: folder / f"{each.picture}.png" for each in inputs}
     if not overwrite and (there := next((path for path in pictures.values() if path.exists()), None)):
         raise VisionattnError(f"{there} exists: give --output another folder, or --overwrite")

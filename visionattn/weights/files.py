@@ -152,13 +152,16 @@ def content_hash(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> 
     return digest.hexdigest()
 
 
-def write_checkpoint(path: str | PathLike, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+def write_checkpoint(
+    path: str | PathLike, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], replace: bool = True
+) -> None:
     """Write a safetensors file with a content hash, whole or not at all, and read it again to be sure.
 
     Args:
-        path: of the file; one that is there is replaced.
+        path: of the file.
         tensors: by name; they may share memory.
         metadata: texts for the header.
+        replace: one that is there.
 
     Raises:
         VisionattnError: if it cannot be written, for want of space or otherwise; what was there stays.
@@ -177,24 +180,25 @@ def write_checkpoint(path: str | PathLike, tensors: Mapping[str, Tensor], metada
         save_file(separate, temporary, metadata)
         temporary.chmod(mode)
         read_checkpoint(temporary)
-        place(temporary, path)
+        place(temporary, path, replace)
     except (OSError, SafetensorError) as e:
         raise VisionattnError(f"cannot write {path}: {one_line(e)}") from e
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def write_file(path: Path, content: str | Callable[[BinaryIO], Any]) -> None:
+def write_file(path: Path, content: str | Callable[[BinaryIO], Any], replace: bool = True) -> None:
     """Write a small file, whole or not at all.
 
     Args:
-        path: of the file; one that is there is replaced.
+        path: of the file.
         content: a text, or what is called with the file and writes to it.
+        replace: one that is there.
 
     Raises:
         VisionattnError: if it cannot be written; what was there stays.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with user_input(f"cannot write {path}", OSError):
         try:
             if isinstance(content, str):
@@ -202,21 +206,37 @@ def write_file(path: Path, content: str | Callable[[BinaryIO], Any]) -> None:
             else:
                 with temporary.open("wb") as file:
                     content(file)
-            place(temporary, path)
+            place(temporary, path, replace)
         finally:
             temporary.unlink(missing_ok=True)
 
 
-def place(temporary: Path, path: Path) -> None:
+def place(temporary: Path, path: Path, replace: bool = True) -> None:
     """Put a finished file in its place, once its bytes are on the disk.
 
     Args:
-        temporary: the file, in the folder of `path`.
+        temporary: the file, in the folder of `path` or in one inside of it.
         path: its place.
+        replace: a file that is there; else one that came there since it was looked for stays.
+
+    Raises:
+        VisionattnError: if there is one that is not to be replaced.
     """
     with open(temporary, "rb") as file:
         os.fsync(file.fileno())
-    os.replace(temporary, path)
+    if not replace:
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            raise VisionattnError(f"{path} exists, and did not when this began: it stays as it is") from None
+        except OSError:  # file systems without links
+            if path.exists():
+                raise VisionattnError(f"{path} exists, and did not when this began: it stays as it is") from None
+            replace = True
+        else:
+            temporary.unlink()
+    if replace:
+        os.replace(temporary, path)
     folder = os.open(path.parent, os.O_RDONLY)
     os.fsync(folder)
     os.close(folder)
