@@ -277,7 +277,7 @@ def _found(
     told = loaded.name(int(found[0].classes[0]))
 
     def panel(each: "Relevance") -> Panel:
-        return Panel(each.layer, each.values[0], shown)
+        return Panel(each.layer + ("" if each.values[0].any() else ", no evidence"), each.values[0], shown)
 
     return told, f"{args.method}, {told}", [panel(each) for each in chosen], lambda: map(panel, found)
 

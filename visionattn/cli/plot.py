@@ -12,7 +12,9 @@ SUFFIXES = (".png", ".svg")
 
 def _add_plot(parser: Parser) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder of train.py")
-    parser.add_argument("--metrics", metavar="NAME,NAME", help="metrics to draw (default: the first three of all runs)")
+    parser.add_argument(
+        "--metrics", metavar="NAME,NAME", help="metrics to draw (default: three, the first of each run in turn)"
+    )
     parser.add_argument("--output", default="curves.png", help="picture to write, by its suffix a PNG or SVG")
     parser.add_argument("--overwrite", action="store_true", help="write over a picture that is there")
 
