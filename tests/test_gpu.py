@@ -50,10 +50,12 @@ def close(found, expected, part):
     torch.testing.assert_close(found.detach().cpu().to(expected.dtype), expected, rtol=0, atol=part * max(scale, 1e-6))
 
 
-@pytest.mark.parametrize("name, mixer", [each for each in MADE if each[1] != "pgqa"])
+@pytest.mark.parametrize("name, mixer", MADE)
 def test_what_the_cpu_computes(name, mixer):
     """In float32, there and back, and in channels_last."""
     model, x = make(name, mixer), torch.randn(3, 3, 32, 32)
+    if not comparable(mixer, model):
+        pytest.skip("a rounding may choose otherwise")
     logits, grads = gradients(model, x)
     model.cuda()
     for layout in (torch.contiguous_format, torch.channels_last):
