@@ -168,7 +168,7 @@ def test_command_and_runtime_without_visionattn(checkpoint, photos, tmp_path, ca
 
 DENSE = {
     "fpn": {"pyramid_channels": 32, "segmentation_channels": 32},
-    "fcos": {"fpn_channels": 32, "score_thresh": 0.0},
+    "fcos": {"fpn_channels": 64, "score_thresh": 0.0},
 }
 
 

@@ -78,7 +78,7 @@ def _gates(router: HeadRouter, x: Tensor) -> Tensor:
         gates.append(q)
     if K:
         p, kept = _routed(router, x)
-        p = p * kept
+        p = p.where(kept, 0)
         gates.append(K * p / p.sum(-1, keepdim=True).clamp(min=torch.finfo(p.dtype).eps))
     if S and K:
         w = 2 * _softmax(router.wg_0, x)
