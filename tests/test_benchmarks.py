@@ -245,6 +245,24 @@ def test_every_setting_has_columns_of_its_own(monkeypatch):
     assert each["none"][few] == "60.0" and many not in each["none"]
 
 
+@pytest.mark.slow
+def test_the_page_tells_the_results_that_are_kept(script, tmp_path):
+    """docs/mixers.md is of benchmarks/mixers_results, with both pictures."""
+    page, kept = tmp_path / "mixers.md", FOLDER.parent / "docs" / "mixers.md"
+    page.write_text(kept.read_text())
+    assert script("mixers", "report", "--output", str(FOLDER / "mixers_results"), "--page", str(page))[0] == 0
+    assert page.read_text() == kept.read_text()
+    assert {path.name for path in tmp_path.iterdir()} == {"mixers.md", "mixers_time.png", "mixers_distance.png"}
+
+
+def test_an_axis_leaves_out_what_lies_far_below(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    from comparison.pictures import _least
+
+    assert _least([50.0]) == 50 and _least([70.0, 80, 81, 82]) == 70  # not that far
+    assert _least([10.0, 80, 81, 82, 83, 84]) == pytest.approx(80.25 - 2 * 2.5)
+
+
 def test_memory_is_what_a_step_holds_at_once():
     """Four layers of 1 MiB maps whose outputs are kept for the backward pass."""
     layers = [layer for _ in range(4) for layer in (nn.Linear(512, 512, bias=False), nn.Sigmoid())]

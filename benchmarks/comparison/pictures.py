@@ -1,7 +1,8 @@
 """The pictures of the comparison."""
 
+from collections.abc import Iterable
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, quantiles
 from typing import TYPE_CHECKING
 
 from .training import DISTANCES
@@ -20,6 +21,13 @@ def _figure(panels: int):
     return figure, figure.subplots(1, panels, squeeze=False)[0]
 
 
+def _least(values: Iterable[float]) -> float:
+    """Where an axis of values ends that is not to be as long as the few that lie far below the others want it."""
+    values = sorted(values)
+    first, _, third = quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+    return max(values[0], first - 2 * (third - first))
+
+
 def draw_time(found: "Found", path: Path) -> bool:
     """Accuracy over the time of an image forward and backward, for each scaffold; whether anything is known of it."""
     tiers = [name for name, (tier, _) in found.tiers.items() if tier in ("0", "1a")]
@@ -35,16 +43,22 @@ def draw_time(found: "Found", path: Path) -> bool:
         return False
     figure, panels = _figure(len(points))
     for axes, (scaffold, known) in zip(panels, points.items(), strict=True):
-        for time, accuracy, row in known:
-            color = "black" if row.mixer in THICK else "tab:blue"
-            axes.plot(time, accuracy, "o", color=color, markersize=4)
-            style = {"fontsize": 7, "color": color, "xytext": (3, 2), "textcoords": "offset points"}
-            axes.annotate(row.name, (time, accuracy), **style)
+        known.sort(key=lambda each: -each[1])  # as they are numbered
+        low = _least(accuracy for _, accuracy, _ in known)
+        for number, (time, accuracy, row) in enumerate(known, 1):
+            color, inside = "black" if row.mixer in THICK else "tab:blue", accuracy >= low
+            axes.plot(time, max(accuracy, low), "o" if inside else "v", color=color, markersize=4)
+            style = {"fontsize": 8, "color": color, "xytext": (3, 2), "textcoords": "offset points"}
+            axes.annotate(str(number), (time, max(accuracy, low)), **style)
+            axes.plot([], [], " ", label=f"{number}  {row.name}: {accuracy:.1f} %, {time:.2f} ms")
         axes.set(
             xscale="log", title=f"{scaffold}, tier {tier}, equal parameters", ylabel="accuracy, %",
-            xlabel="ms an image, forward and backward",
+            xlabel="ms an image, forward and backward (triangles: less accurate than the axis tells)",
         )  # fmt: skip
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("{x:g}")
         axes.grid(alpha=0.3, which="both")
+        axes.legend(fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.1), handlelength=0)
     figure.savefig(path, dpi=110)
     return True
 
