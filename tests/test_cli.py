@@ -14,6 +14,7 @@ import visionattn
 from visionattn.cli import commands, main
 from visionattn.cli.catalog import COLUMNS
 from visionattn.recipes import folder, list_recipes
+from visionattn.training.checkpoint import save_checkpoint
 from visionattn.weights.files import DESCRIPTION, write_checkpoint
 
 
@@ -49,6 +50,7 @@ def test_help_of_a_command(capsys, name):
         (["info", "van_b0", "--jsn"], "unrecognized arguments: --jsn"),
         (["compare", "van_b0"], "two models or more"),
         (["benchmark", "test_van", "--batch", "0"], "from 1 up"),
+        (["benchmark", "test_van", "--threads", "100000"], "expected --threads of at most "),
         (["benchmark", "test_van", "--device", "nowhere"], "cannot use device nowhere"),
         (["benchmark", "test_van", "--int8", "--compile"], "--int8 is for inference"),
         (["train", "--config", "recipe:dinat_tin"], "did you mean classification/dinat_tiny"),
@@ -199,6 +201,34 @@ def test_benchmark_and_compare(capsys):
     )
     assert rows[0]["speed"] == 1 and rows[1]["params"] == rows[0]["params"]
     assert "test_van" in told(capsys, "benchmark", "test_van", "--training", "--rounds", "2")
+
+
+@pytest.mark.parametrize("task", ["detection", "segmentation"])
+def test_benchmark_and_compare_take_models_of_every_task(capsys, tmp_path, task):
+    kept = str(tmp_path / "kept.safetensors")
+    head, kwargs, create = {
+        "detection": ("fcos", {"fpn_channels": 64}, visionattn.create_detector),
+        "segmentation": ("fpn", {"pyramid_channels": 32, "segmentation_channels": 32}, visionattn.create_segmenter),
+    }[task]
+    entries = {"task": task, "model": "test_van", "model_kwargs": {}, "head": head, "head_kwargs": kwargs}
+    entries |= {"classes": list("abc"), "data": {}, "annotations": {}, "joint": {}}
+    save_checkpoint(Path(kept), create("test_van", head, 3, **kwargs).state_dict(), entries)
+    options = ["--rounds", "1", "--size", "64", "--format", "json", "--quiet"]
+    assert json.loads(told(capsys, "benchmark", kept, *options))["models"][0]["ms"] > 0
+    assert len(json.loads(told(capsys, "compare", "test_van", kept, *options))) == 2
+    refused = [["--training"], ["--fuse"], *([["--dtype", "bfloat16"]] if task == "detection" else [])]
+    for given in refused:
+        assert main(["benchmark", kept, "--quiet", *given]) == 2
+        assert f"is of {task}" in (err := capsys.readouterr().err) and err.count("\n") == 1
+    if task == "detection":
+        assert main(["export", kept, str(tmp_path / "a.onnx")]) == 2
+        assert "a detector's file has one size: give --size" in capsys.readouterr().err
+
+
+def test_push_wants_a_folder(kept, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert main(["push", str(kept / "kept.safetensors"), "local-dir:"]) == 2
+    assert "expected local-dir:FOLDER" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 def test_train_and_validate_are_the_scripts(capsys):

@@ -14,7 +14,7 @@ DOCS = Path(__file__).parent.parent / "docs"
 
 
 def test_the_table_of_models_is_current():
-    """Refresh it with `python -m visionattn.cli list --table` below the heading."""
+    """Refresh it with `python -m visionattn list --table` below the heading."""
     assert (DOCS / "models.md").read_text().split("\n\n", 2)[2] == models_table() + "\n"
 
 

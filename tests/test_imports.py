@@ -7,7 +7,16 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent / "visionattn"
 ORDER = (
-    *("errors", "progress measure", "layers data", "arguments", "backbone", "registry quantize", "recipes", "weights"),
+    *(
+        "errors version",
+        "progress measure",
+        "layers data",
+        "arguments",
+        "backbone",
+        "registry quantize",
+        "recipes",
+        "weights",
+    ),
     *(
         "models",
         "heads swap",
@@ -20,7 +29,7 @@ ORDER = (
         "training",
         "demo",
     ),
-    *("cli", "moved", "visionattn"),
+    *("cli", "moved __main__", "visionattn"),
 )
 """Each imports what is before it and its own folder; those on one place know nothing of each other."""
 RANKS = {name: rank for rank, names in enumerate(ORDER) for name in names.split()}

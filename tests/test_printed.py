@@ -83,7 +83,7 @@ def test_python_blocks_run_as_printed(installed):
 def test_shell_blocks_run_as_printed(installed, block):
     programs = installed.parent / "bin"
     programs.mkdir(exist_ok=True)
-    for name, command in (("visionattn", "-m visionattn.cli"), ("python", "")):
+    for name, command in (("visionattn", "-m visionattn"), ("python", "")):
         (programs / name).write_text(f'#!/bin/sh\nexec {sys.executable} {command} "$@"\n')
         (programs / name).chmod(0o755)
     done = call(installed, "bash", "-euc", block)

@@ -16,8 +16,8 @@ from .models.skeletons import mixer_info
 from .quantize import quantize
 from .registry import list_models, model_info, register_model
 from .swap import replace_attention
+from .version import __version__ as __version__
 
-__version__ = "0.1.0"
 __all__ = [
     "create_model",
     "fold",

@@ -1,6 +1,8 @@
 """A page for the browser: drop an image, see what a model makes of it, and where in the image it looks."""
 
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from .reports.findings import evidence
 from .reports.page import overlay
 from .tasks import TASKS
 from .tasks.task import image_mode
+from .training.inputs import Input
 from .training.opened import Opened
 
 SIDE = 320
@@ -83,16 +86,19 @@ def make_page(opened: Opened, title: str) -> Any:
 
     answer, sample = make_answer(opened), TASKS[opened.task.config.task].sample
 
-    def answered(image: Image.Image | None, threshold: float) -> tuple[Any, Image.Image | None, str]:
+    def answered(path: str | None, threshold: float) -> tuple[Any, Image.Image | None, str]:
         try:
-            return answer(image, threshold)
+            photo = Input("the image", partial(open, path, "rb"), Path())
+            return answer(None if path is None else photo.read(image_mode(opened.model)), threshold)
         except (VisionattnError, ValueError, OSError) as error:  # of this image
-            raise gradio.Error(str(error)) from error
+            raise gradio.Error(str(error), print_exception=False) from error
 
     with gradio.Blocks(title=title, analytics_enabled=False) as page:
         gradio.Markdown(f"# {title}")
         with gradio.Row():
-            image = gradio.Image(type="pil", label="Image", sources=["upload", "clipboard"], height=SIDE)
+            image = gradio.Image(label="Image", sources=["upload", "clipboard"], height=SIDE)
+            # Read here, as the other commands read images. Gradio writes files for classes that inherit of its own.
+            image.preprocess = lambda payload: None if payload is None else payload.path
             if sample == "class":
                 found = gradio.Label(num_top_classes=5, label="Classes")
             else:
@@ -125,7 +131,8 @@ def run_demo(page: Any, host: str, port: int, share: bool, block: bool = True) -
             server_name=host, server_port=port or None, share=share, prevent_thread_lock=True, quiet=True
         )
     except OSError as error:
-        raise VisionattnError(f"cannot serve at {host}:{port}: {error}") from error
+        told = "another program is there: give another --port" if "empty port" in str(error) else error
+        raise VisionattnError(f"cannot serve at {host}:{port}: {told}") from error
     print(f"demo at {public or local}, end it with Ctrl-C", flush=True)
     if block:
         page.block_thread()

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from . import __version__
 from .errors import VisionattnError
+from .version import __version__
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler tells of its starts and stops otherwise
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -46,8 +46,10 @@ def start(args: argparse.Namespace) -> tuple[torch.device, Seconds]:
     """The device and the clock that options ask for, and so many threads.
 
     Raises:
-        VisionattnError: if there is no such device, or it has no such clock.
+        VisionattnError: if there is no such device, or it has no such clock, or not so many cores.
     """
+    if args.threads > max(most := os.cpu_count() or 1, torch.get_num_threads()):
+        raise VisionattnError(f"expected --threads of at most {most}, the cores of this machine, got {args.threads}")
     torch.manual_seed(0)
     torch.set_num_threads(args.threads)
     try:

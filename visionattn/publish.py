@@ -121,6 +121,8 @@ def push(path: str, place: str, private: bool = False, message: str = "Add model
     kind, _, folder = place.partition(":")
     try:
         if kind == "local-dir":
+            if not folder:
+                raise VisionattnError("expected local-dir:FOLDER, got local-dir: without a folder")
             if Path(folder, "config.json").exists():
                 raise VisionattnError(f"{folder} holds a model already")
             save_for_hf(model, folder, **options)

@@ -1,12 +1,11 @@
 """The `visionattn` command."""
 
-import sys
 from importlib import import_module
 from typing import Any
 
-from .. import __version__
 from ..errors import optional, run
 from ..progress import set_quiet
+from ..version import __version__
 from .parser import Command, Parser
 from .scripts import SCRIPTS
 
@@ -64,7 +63,3 @@ def main(argv: list[str] | None = None) -> int:
         return known[args.command].run(own)
 
     return run(call)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -56,6 +56,9 @@ def _export(args: Any) -> None:
             tell(f"{args.model} has random weights: --pretrained has the published ones")
     size = (args.size[0], args.size[-1]) if args.size else None
     model = create_model(args.model, **kwargs).eval()
+    if task_of(model) == "detection" and not size:
+        raise VisionattnError("a detector's file has one size: give --size, the height and width of your images")
+    tell(f"writing {args.format}, and comparing it with PyTorch: this may take minutes")
     folder = open_folder(args.data, model) if args.data else None
     images = calibration(folder, model, size) if folder and args.int8 == "static" else ()
     made = export(model, args.out, args.format, size, args.int8, images, overwrite=args.overwrite)

@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from ..create import create_model
 from ..errors import VisionattnError
+from ..export.about import task_of
 from ..macs import count_macs
 from ..measure import DTYPES, LAYOUTS, Seconds, add_machine, in_turns, machine, peak_memory, positive, start
 from ..progress import tell
@@ -51,10 +52,19 @@ def _made(name: str, args: Any, device: torch.device, training: bool = False) ->
     parameters and multiply-adds in 1e9."""
     kwargs = {"img_size": args.size} if args.size and not is_place(name) else {}
     model = create_model(name, **kwargs).train(training)
+    task = task_of(model)
+    if training and task != "classification":
+        raise VisionattnError(f"--training is for classifiers: {name} is of {task}")
+    if task == "detection" and args.dtype != "float32":
+        raise VisionattnError(f"{name} is of detection, whose boxes are of float32: leave out --dtype")
+    if args.fuse and not hasattr(model, "fuse"):
+        raise VisionattnError(f"--fuse is for classifiers and extractors: {name} is of {task}")
     channels, size = _input(model, args.size)
-    macs = count_macs(deepcopy(model).eval().to("meta"), (channels, size, size))[""]
+    macs = None
+    if task != "detection":  # what these do goes by what they find
+        macs = count_macs(deepcopy(model).eval().to("meta"), (channels, size, size))[""] / 1e9
     params = sum(p.numel() for p in model.parameters())
-    facts = {"model": name, "size": size, "params": params / 1e6, "gmacs": macs / 1e9}
+    facts = {"model": name, "size": size, "params": params / 1e6, "gmacs": macs}
     if args.fuse:
         model.fuse()
     if args.int8:

@@ -121,6 +121,8 @@ def export(
         "size": list(size) if size else None,
     }
     shapes = sizes_of(model, size)
+    if task_of(model) == "detection":
+        about["size"] = list(shapes[0][2:])
     with user_input(f"cannot write {path}", OSError), folder_beside(path) as folder:
         file = folder / path.name
         try:

@@ -20,6 +20,7 @@ from torchvision.ops.poolers import initLevelMapper
 from ..arguments import check_arguments, hints, made_with
 from ..errors import VisionattnError
 from ..layers.norm import allow_single_values
+from ..layers.precision import has_autocast
 from .pyramid import STRIDES, FeatureMaps, OverBackbone, by_size
 
 
@@ -57,7 +58,7 @@ class Anchors(AnchorGenerator):
     precision and mode of earlier passes."""
 
     def set_cell_anchors(self, dtype: torch.dtype, device: torch.device) -> None:
-        dtype = torch.float32 if torch.is_autocast_enabled(device.type) else dtype
+        dtype = torch.float32 if has_autocast(device) else dtype
         if all(anchors.dtype == dtype and anchors.device == device for anchors in self.cell_anchors):
             return
         with torch.inference_mode(False):  # or training could not use them
@@ -68,7 +69,7 @@ class Anchors(AnchorGenerator):
 def _in_float(module: nn.Module, args: tuple, output: Any) -> Any:
     """Forward hook: what a head predicts, in float32 under autocast, as boxes take the precision of their offsets."""
     if isinstance(output, Tensor):
-        return output.float() if torch.is_autocast_enabled(output.device.type) else output
+        return output.float() if has_autocast(output.device) else output
     if isinstance(output, dict):
         return {name: _in_float(module, args, value) for name, value in output.items()}
     return [_in_float(module, args, value) for value in output]

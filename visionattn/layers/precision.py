@@ -6,9 +6,13 @@ import torch
 from torch import Tensor
 
 
+def has_autocast(device: torch.device) -> bool:
+    """Whether autocast is on there. A meta device has none, which torch does not answer."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
 def without_autocast(x: Tensor) -> AbstractContextManager:
     """Context in which products on the device of `x` keep the precision of their operands under autocast."""
-    device = x.device.type
-    if device != "meta" and torch.is_autocast_enabled(device):  # meta has none
-        return torch.autocast(device, enabled=False)
+    if has_autocast(x.device):
+        return torch.autocast(x.device.type, enabled=False)
     return nullcontext()
