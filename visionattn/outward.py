@@ -22,6 +22,7 @@ from .weights.inverse import to_layout
 from .weights.layouts import _targets
 
 LAYOUTS = ("timm", "official", "hf")
+HF_FILES = ("model.safetensors", "config.json", "preprocessor_config.json")
 
 
 def write_layout(
@@ -50,9 +51,9 @@ def write_layout(
         raise VisionattnError(f"expected a layout of {', '.join(LAYOUTS)}, got {layout}")
     if layout != "hf" and out.suffix not in (".safetensors", ".pth"):
         raise VisionattnError(f"expected a name that ends in .safetensors or .pth, got {out}")
-    there = out / "config.json" if layout == "hf" else out
+    wanted = [out / file for file in HF_FILES] if layout == "hf" else [out]
     with user_input(f"cannot write {out}", OSError):  # of names that are too long, for one
-        if there.exists() and not replace:
+        if not replace and (there := next((file for file in wanted if file.exists()), None)):
             raise VisionattnError(f"{there} exists: choose another name, or replace it with --replace")
         if layout == "hf" and not next(each for each in (out, *out.parents) if each.exists()).is_dir():
             raise VisionattnError(f"expected a folder to write to, got {out}, which is a file or inside of one")
@@ -87,11 +88,11 @@ def write_layout(
     if base.startswith("van"):  # in the published files, and never applied
         width = model.num_features
         state |= {"van.layernorm.weight": torch.ones(width), "van.layernorm.bias": torch.zeros(width)}
-    texts = {"config.json": config, "preprocessor_config.json": _hf_preprocessing(model)}
-    files = [_write(state, out / "model.safetensors", replace)]
-    for file, content in texts.items():
-        write_file(out / file, json.dumps(content, indent=1), replace)
-    return files + [str(out / file) for file in texts]
+    weights, *texts = wanted
+    _write(state, weights, replace)
+    for file, content in zip(texts, (config, _hf_preprocessing(model)), strict=True):
+        write_file(file, json.dumps(content, indent=1), replace)
+    return list(map(str, wanted))
 
 
 def timm_state_dict(model: nn.Module, name: str) -> dict[str, Tensor]:

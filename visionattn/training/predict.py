@@ -96,7 +96,7 @@ class Predictions:
         }
         if name := next((name for name, given in useless.items() if given), None):
             raise VisionattnError(f"option {name} is of no use to {task}: leave it out")
-        self.inputs = find_inputs(names)
+        self.inputs, self.overwrite = find_inputs(names), overwrite
         self.pictures = _pictures(self.inputs, Path(output or "predictions"), overwrite) if self.draws else {}
         opened = open_wanted(wanted)
         self.task, self.model, self.classes = opened.task, opened.model, opened.classes
@@ -148,7 +148,7 @@ class Predictions:
         with user_input(f"cannot write {path}", OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
         picture = self.task.draw_on(image, found, classes, threshold)
-        write_file(path, partial(picture.save, format="png"))
+        write_file(path, partial(picture.save, format="png"), self.overwrite)
 
 
 def _pictures(inputs: Sequence[Input], folder: Path, overwrite: bool) -> dict[Input, Path]:
