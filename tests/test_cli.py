@@ -107,7 +107,7 @@ def test_arguments_of_a_model(capsys, tmp_path):
     Image.new("L", (40, 40), 90).save(image)
     explained = ["explain", str(image), "--model", "test_isotropic", *kwargs, "--output", str(tmp_path / "explained")]
     assert "image" in told(capsys, *explained, "--method", "attention")
-    exported = ["export", "test_isotropic", str(tmp_path / "a.pt2"), "--format", "torch"]
+    exported = ["export", "test_isotropic", str(tmp_path / "a.pt2"), "--format", "torch", "--size", "64"]
     assert "test_isotropic" in told(capsys, *exported, *kwargs)
     kept = tmp_path / "kept.safetensors"
     entries = {"task": "classification", "model": "test_van", "model_kwargs": {"num_classes": 7, "in_chans": 1}}
