@@ -123,7 +123,7 @@ def test_all_that_is_wrong_with_coco(tmp_path: Path):
         ("annotation", "annotation negative"), ("annotation", "annotation text"),
         ("annotation", "annotation of nothing"),
         ("annotation", "annotation of no class"), ("annotation", "b b.png: the image is 60 x 40, but 61 x 40"),
-        ("box", "leaves 60 x 40"), ("box", "less than a pixel"), ("missing", "gone.png is annotated"),
+        ("box", "leaves 60 x 40"), ("box", "less than a pixel"), ("missing", "gone.png is listed"),
         ("unannotated", "unlisted.png"), ("class", "dog: validation has no"),
     }  # fmt: skip
     for kind, text in expected:

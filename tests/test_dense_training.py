@@ -244,7 +244,7 @@ def test_predictions_are_drawn(tmp_path: Path, runs, head: str, capsys):
     (tmp_path / "broken.jpg").write_bytes(b"no image")
     for wrong, told, code in (
         ("broken.jpg", "broken.jpg", 1),  # which does not end the others
-        ("nowhere.jpg", "nowhere.jpg", 2),
+        ("nowhere.jpg", "nowhere.jpg", 1),
         ("new/../0.jpg", "several images", 2),
     ):
         assert command([*options, "--overwrite", images[0], str(tmp_path / wrong)]) == code

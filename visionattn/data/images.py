@@ -84,9 +84,9 @@ class FolderImages:
 
 
 def why_unreadable(error: Exception) -> str:
-    """What an error that opening or decoding an image raised tells."""
-    known = {UnidentifiedImageError: "it is no image", FileNotFoundError: "there is no such file or folder"}
-    return known.get(type(error)) or all_lines(error)
+    """What an error that decoding an image raised tells: not how the file was opened, but which one if it says that."""
+    told = all_lines(error)
+    return "it is no image" if isinstance(error, UnidentifiedImageError) and "<" in told else told
 
 
 def to_mode(image: Image.Image, mode: str) -> Image.Image:

@@ -51,6 +51,8 @@ class Input:
         try:
             with self.open() as file, Image.open(file) as image:
                 return to_mode(image, mode)
+        except FileNotFoundError as error:
+            raise VisionattnError(f"cannot read {shortened(self.name)}: there is no such file or folder") from error
         except Exception as error:  # decoders raise whatever they like
             raise VisionattnError(f"cannot read {shortened(self.name)}: {why_unreadable(error)}") from error
 
