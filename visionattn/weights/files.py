@@ -227,9 +227,7 @@ def place(temporary: Path, path: Path, replace: bool = True) -> None:
     if not replace:
         try:
             os.link(temporary, path)
-        except FileExistsError:
-            raise VisionattnError(f"{path} exists, and did not when this began: it stays as it is") from None
-        except OSError:  # file systems without links
+        except OSError:  # which it also is where file systems have no links
             if path.exists():
                 raise VisionattnError(f"{path} exists, and did not when this began: it stays as it is") from None
             replace = True
