@@ -24,6 +24,7 @@ from visionattn.layers import (
     size_constant,
 )
 from visionattn.layers.cache import ParameterCache
+from visionattn.layers.heads import SplitHeads
 from visionattn.macs import counted_flops
 
 
@@ -90,6 +91,15 @@ def test_neighborhood_attention_is_its_definition(size, kernel, dilation, stride
         torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
     with torch.no_grad():
         torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2)])
+def test_gradients_of_heads_that_lie_side_by_side_are_not_copied(order):
+    x, whole = torch.randn(2, 5, 24, requires_grad=True), torch.randn(2, 5, 3, 2, 4)
+    sides = [whole[:, :, i].transpose(1, 2) for i in order]
+    (grad,) = torch.autograd.grad(SplitHeads.apply(x, 2), x, sides)
+    torch.testing.assert_close(grad, whole[:, :, list(order)].flatten(2), rtol=0, atol=0)
+    assert (grad.data_ptr() == whole.data_ptr()) == (order == (0, 1, 2))
 
 
 def test_stride_of_the_kernel_is_window_attention():

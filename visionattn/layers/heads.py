@@ -1,5 +1,7 @@
 """Heads of attention."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.autograd import Function
@@ -21,7 +23,7 @@ def split_heads(x: Tensor, num_heads: int, parts: int = 3) -> Tensor:
 
 
 class SplitHeads(Function):
-    """`split_heads` in three parts, whose gradients are put side by side in one pass."""
+    """`split_heads` in three parts, whose gradients are put side by side in one pass, unless they lie so."""
 
     @staticmethod
     def forward(ctx, x: Tensor, num_heads: int) -> tuple[Tensor, ...]:
@@ -31,4 +33,20 @@ class SplitHeads(Function):
     @staticmethod
     @in_own_precision
     def backward(ctx, *grads: Tensor) -> tuple[Tensor, None]:
-        return torch.stack([grad.transpose(1, 2) for grad in grads], 2).view(ctx.shape), None
+        grads, whole = [grad.transpose(1, 2) for grad in grads], grads[0]._base
+        if whole is None or not _are_parts(grads, whole):
+            whole = torch.stack(grads, 2)
+        return whole.view(ctx.shape), None
+
+
+def _are_parts(parts: Sequence[Tensor], whole: Tensor) -> bool:
+    """Whether a contiguous (B, N, parts, heads, d) holds parts (B, N, heads, d)."""
+    B, N, *rest = parts[0].shape
+    return (
+        whole.shape == (B, N, len(parts), *rest)
+        and whole.is_contiguous()
+        and all(
+            (x.data_ptr(), x.shape, x.stride()) == (y.data_ptr(), y.shape, y.stride())
+            for x, y in zip(parts, whole.unbind(2), strict=True)
+        )
+    )

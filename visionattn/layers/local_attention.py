@@ -195,24 +195,24 @@ def padded_heads(qkv: Tensor, bias: Tensor | None, heads: int, plan: Plan) -> tu
     return q, k, v
 
 
-def relative_bias(table: Tensor, plan: Plan) -> list[Tensor]:
+def relative_bias(table: Tensor, plan: Plan, by_kind: bool = False) -> list[Tensor]:
     """Additive attention bias of each group of tiles, -inf where a pair does not count.
 
     Args:
         table: (heads, entries) flattened relative position bias.
         plan: tiles to expand it for.
+        by_kind: leave it to `local_attention` to expand a bias for tiles that are of a few kinds.
 
     Returns:
-        for each group a (1, heads * tiles, T, w) tensor, or (1, heads, T, w) if its tiles share it.
+        for each group a (1, heads * tiles, T, w) tensor, or (1, heads, T, w) if its tiles share it, or (1, heads,
+            kinds, T, w).
     """
     table, biases = F.pad(table, (0, 1 if plan.holders is None else OUTSIDE), value=-torch.inf), []
     for group in plan.groups:
-        bias = table.index_select(1, group.pairs.flatten()).unflatten(1, group.pairs.shape).flatten(0, 1)
-        if group.kinds is not None:
-            head = torch.arange(len(table), device=table.device) * len(group.pairs)
-            index = (head[:, None] + group.kinds).flatten()
-            bias = bias.flatten(1).index_select(0, index).unflatten(1, bias.shape[1:])
-        biases.append(bias[None])
+        bias = table.index_select(1, group.pairs.flatten()).unflatten(1, group.pairs.shape)[None]
+        if group.kinds is None:
+            bias = bias.flatten(1, 2)
+        biases.append(bias if by_kind else group.of_tiles(bias))
     return biases
 
 
@@ -302,6 +302,7 @@ def local_attention(
     if takes_kernel(q, k, v, plan, dropout):
         from .tile_kernel import tile_attention  # which imports Triton
 
+        biases = [group.of_tiles(each) for group, each in zip(plan.groups, biases, strict=True)]
         return tile_attention(q, k, v, plan, biases, scale, axis_logits)
     if axis_logits is None:
         from .tile_products import takes_products, tile_products
@@ -339,6 +340,7 @@ def fused_attention(
             tiles[1] = torch.cat([tiles[1], places.expand(*tiles[1].shape[:-1], -1)], -1)
         tiles = [x.transpose(1, 2).flatten(0, 1) if join else x.flatten(1, 2) for x in tiles]
         if group_bias is not None:
+            group_bias = group.of_tiles(group_bias)
             group_bias = for_batch(group_bias[..., : group.keys.shape[1]], tiles[0])
         out = F.scaled_dot_product_attention(*tiles, attn_mask=group_bias, dropout_p=dropout, scale=scale)
         tiles, length = group.queries.shape

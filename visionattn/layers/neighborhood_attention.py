@@ -1,5 +1,9 @@
 """Neighbourhood attention, dilated and strided, without a custom kernel."""
 
+import math
+from functools import cache
+from itertools import product
+
 import numpy as np
 import torch
 from timm.layers import to_2tuple, trunc_normal_
@@ -13,6 +17,9 @@ from .local_attention import AxisTiles, local_attention, local_plan, padded_head
 from .pointwise import Pointwise
 from .position import resize_table
 from .symbolic import Size, ceil_div, fixed
+
+COPY = 32
+"""Queries whose products with a key take as long as it takes to copy the key, on CPUs."""
 
 
 def neighborhood_axis(
@@ -201,13 +208,18 @@ class NeighborhoodAttention2d(nn.Module):
         )
 
 
-def _cpu_window(window: tuple[int, int, int], of_rows: bool) -> tuple[int | None, ...]:
-    """The window with the tiles that were fastest on CPUs: flat ones see fewer keys that do not count; small maps are
-    cut up in training, where all weights are kept."""
-    K = window[0]
-    if torch.is_grad_enabled():
-        return *window, max(K, 4), K
-    return *window, max(-(-K // 2), 4) if of_rows else max(K, 4), None
+@cache
+def _cpu_tiles(size: tuple[int, int], window: tuple[tuple, tuple]) -> tuple[tuple, tuple]:
+    """The window with the tiles that cost least on CPUs; small maps are cut up too."""
+    groups = [-(-length // dilation) for length, (_, dilation, _) in zip(size, window, strict=True)]
+
+    def cost(tile: tuple[int, int]) -> int:
+        tiles = math.prod(-(-n // T) for n, T in zip(groups, tile, strict=True))
+        keys = math.prod(min(K + T - 1, n) for n, T, (K, *_) in zip(groups, tile, window, strict=True))
+        return tiles * keys * (math.prod(tile) + COPY)
+
+    tile = min(product(*(range(max(-(-K // 2), 4), max(K, 4) + 1) for K, *_ in window)), key=cost)
+    return tuple((*axis, T, axis[0]) for axis, T in zip(window, tile, strict=True))
 
 
 @torch.fx.wrap
@@ -216,13 +228,15 @@ def _neighborhood_attention(layer: NeighborhoodAttention2d, qkv: Tensor) -> Tens
     (H, W), heads, table = fixed(*qkv.shape[1:3]), layer.num_heads, layer.rpb
     window = layer.window(H, W)
     if layer.axes[0] is neighborhood_axis and table is not None and is_direct(qkv):
-        window = tuple(map(_cpu_window, window, (True, False)))
+        window = _cpu_tiles((H, W), window)
     plan = local_plan(layer.axes, (H, W), window, qkv.device, heads if table is None else None)
     q, k, v = padded_heads(qkv, layer.qkv.bias, heads, plan)
 
+    by_kind = torch.is_grad_enabled() and is_direct(qkv)
+
     def bias() -> list[Tensor]:
         # Rounded last, as the gradient of an entry is a sum over the map.
-        return [each.to(qkv.dtype) for each in relative_bias(layer.table(H, W).flatten(1), plan)]
+        return [each.to(qkv.dtype) for each in relative_bias(layer.table(H, W).flatten(1), plan, by_kind)]
 
     biases = None if table is None else layer._bias_cache((H, W, window, qkv.dtype), [table], bias)
     out = local_attention(q, k, v, plan, biases, layer.scale, layer.attn_drop if layer.training else 0.0)

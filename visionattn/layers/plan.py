@@ -28,6 +28,10 @@ class TileGroup(NamedTuple):
     mask: Tensor | None = None
     kinds: Tensor | None = None
 
+    def of_tiles(self, bias: Tensor | None) -> Tensor | None:
+        """A bias as `relative_bias` returns it, where it is by kinds expanded to (1, heads * tiles, T, w)."""
+        return bias if bias is None or bias.ndim < 5 else bias.index_select(2, self.kinds).flatten(1, 2)
+
 
 class Plan(NamedTuple):
     """Gather tables of blocked attention on a map; a tile's window is the product of its row and column windows.

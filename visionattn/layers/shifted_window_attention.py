@@ -6,6 +6,7 @@ from timm.layers import to_2tuple, trunc_normal_
 from torch import Tensor, nn
 
 from .cache import ParameterCache
+from .direct import is_direct
 from .local_attention import AxisTiles, local_attention, local_plan, padded_heads, relative_bias
 from .symbolic import Size, ceil_div, fixed, is_symbolic
 from .window_attention import WindowAttention2d
@@ -130,8 +131,10 @@ def _shifted(layer: ShiftedWindowAttention2d, qkv: Tensor) -> Tensor:
     plan = local_plan((shifted_window_axis, graph_shifted_window_axis), (H, W), (window, window), qkv.device)
     key = H, W, window[1] == 0 if isinstance(window[1], int) else None, qkv.dtype
 
+    by_kind = torch.is_grad_enabled() and is_direct(qkv)
+
     def bias() -> list[Tensor]:
-        return [each.to(qkv.dtype) for each in relative_bias(layer.rpb.flatten(1), plan)]
+        return [each.to(qkv.dtype) for each in relative_bias(layer.rpb.flatten(1), plan, by_kind)]
 
     biases = layer._cache(key, [layer.rpb], bias)
     q, k, v = padded_heads(qkv, layer.qkv.bias, layer.num_heads, plan)

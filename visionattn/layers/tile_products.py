@@ -4,7 +4,7 @@ Rows that hold all heads are copied, and no more tiles at a time than caches hol
 as it has no gradient of a bias, training multiplies out the definition and keeps the weights.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -42,10 +42,10 @@ def tile_products(
     """`local_attention`, where `takes_products`; `plain` is what else computes it, for gradients of gradients."""
     group = plan.groups[0]
     if _is_whole(group.queries, q) and _is_whole(group.keys, k):  # a tile that is the map
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=biases[0], scale=scale)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=group.of_tiles(biases[0]), scale=scale)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *biases)):
         return _TileProducts.apply(plan, scale, plain, q, k, v, *biases)
-    return _forward(plan, scale, q, k, v, biases, None)
+    return _forward(plan, scale, q, k, v, biases)
 
 
 def _is_whole(places: Tensor, x: Tensor) -> bool:
@@ -54,20 +54,18 @@ def _is_whole(places: Tensor, x: Tensor) -> bool:
     return places.shape == (1, N) and torch.equal(places[0], torch.arange(N))
 
 
-def _chunks(plan: Plan, biases: Sequence[Tensor | None], k: Tensor, v: Tensor) -> Iterator[tuple]:
-    """Few tiles at a time: their span among the queries of all groups, queries (tiles, T), keys (tiles, w), and the
-    part of the biases that is theirs, (heads, tiles, T, w), where there are any."""
-    width, first = k.shape[1] * (k.shape[-1] + v.shape[-1]) * k.itemsize, 0
-    for group, bias in zip(plan.groups, biases, strict=True):
-        (tiles, T), step = group.queries.shape, max(1, CHUNK // (width * group.keys.shape[1]))
-        if bias is not None:
-            bias = bias[0].unflatten(0, (k.shape[1], -1)).expand(-1, tiles, -1, -1)
+def _chunks(plan: Plan, k: Tensor, v: Tensor) -> Iterator[tuple[int, slice, slice, slice]]:
+    """Few tiles at a time: their group, their span in it, and those of their queries and of their keys among those of
+    all groups."""
+    width, query, key = k.shape[1] * (k.shape[-1] + v.shape[-1]) * k.itemsize, 0, 0
+    for i, group in enumerate(plan.groups):
+        (tiles, T), w = group.queries.shape, group.keys.shape[1]
+        step = max(1, CHUNK // (width * w))
         for start in range(0, tiles, step):
-            part = slice(start, start + step)
-            queries = group.queries[part]
-            span = slice(first + start * T, first + start * T + queries.numel())
-            yield span, queries, group.keys[part], None if bias is None else bias[:, part]
-        first += tiles * T
+            count = min(step, tiles - start)
+            spans = (slice(first, first + count * n) for first, n in ((start, 1), (query, T), (key, w)))
+            yield i, *spans
+            query, key = query + count * T, key + count * w
 
 
 def _tiles(rows: Tensor, index: Tensor) -> Tensor:
@@ -77,39 +75,58 @@ def _tiles(rows: Tensor, index: Tensor) -> Tensor:
     return rows.view(*index.shape, heads, -1).movedim(2, 0)
 
 
-def _of_items(*tiles: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The heads of (heads, tiles, ...), or the tiles if there are fewer."""
-    heads, count = tiles[0].shape[:2]
-    return zip(*(x.unbind(int(count < heads)) for x in tiles), strict=True)
-
-
-def _forward(
-    plan: Plan, scale: float, q: Tensor, k: Tensor, v: Tensor, biases: Sequence[Tensor], kept: list[Tensor] | None
-) -> Tensor:
+def _forward(plan: Plan, scale: float, q: Tensor, k: Tensor, v: Tensor, biases: Sequence[Tensor]) -> Tensor:
     B, heads, N, _ = q.shape
     result = q.new_empty(B, N, heads, v.shape[-1])
-    out = q.new_empty(sum(group.queries.numel() for group in plan.groups), *result.shape[2:])
+    out = q.new_empty(_count(plan)[0], *result.shape[2:])
+    masks = [
+        group.of_tiles(bias)[0].unflatten(0, (heads, -1)).expand(-1, len(group.keys), -1, -1)
+        for bias, group in zip(biases, plan.groups, strict=True)
+    ]
     for b in range(B):
-        for span, queries, keys, bias in _chunks(plan, biases, k, v):
-            tiles = _tiles(q[b], queries), _tiles(k[b], keys), _tiles(v[b], keys)
-            into = out[span].unflatten(0, queries.shape)
-            if kept is None:
-                tiles, mask = (x.transpose(0, 1) for x in tiles), bias.transpose(0, 1)
-                into.copy_(F.scaled_dot_product_attention(*tiles, attn_mask=mask, scale=scale).transpose(1, 2))
-                continue
-            for bias_i, into_i, q_i, k_i, v_i in _of_items(bias, into.movedim(2, 0), *tiles):
-                weights = torch.baddbmm(bias_i, q_i, k_i.transpose(1, 2), alpha=scale)
-                kept.append(torch.softmax(weights, -1, out=weights))
-                into_i.copy_(torch.bmm(weights, v_i))
+        for i, tiles, span, _ in _chunks(plan, k, v):
+            queries, keys = plan.groups[i].queries[tiles], plan.groups[i].keys[tiles]
+            inputs = _tiles(q[b], queries), _tiles(k[b], keys), _tiles(v[b], keys), masks[i][:, tiles]
+            *inputs, mask = (x.transpose(0, 1) for x in inputs)
+            attended = F.scaled_dot_product_attention(*inputs, attn_mask=mask, scale=scale)
+            out[span].unflatten(0, queries.shape).copy_(attended.transpose(1, 2))
         torch.index_select(out, 0, plan.inverse, out=result[b])
     return result.transpose(1, 2)
 
 
-def _accumulate(total: Tensor, x: Tensor) -> None:
-    """Add to a total, which all share where it is expanded."""
-    if total.stride(0) == 0 and len(x) > 1:
-        total, x = total[0], x.sum(0)
-    total.add_(x)
+def _count(plan: Plan) -> tuple[int, int]:
+    """Queries and keys of all tiles."""
+    return tuple(sum(each) for each in zip(*((x.queries.numel(), x.keys.numel()) for x in plan.groups), strict=True))
+
+
+def _rows(plan: Plan, heads: int) -> Tensor:
+    """Where the queries (N * heads) are among those of all tiles (heads * places)."""
+    return (plan.inverse[:, None] + torch.arange(heads) * _count(plan)[0]).flatten()
+
+
+def _bags(plan: Plan, k: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the keys (heads * M) are found among those of all tiles (heads * places), as `embedding_bag` takes it."""
+    keys = torch.cat([group.keys.flatten() for group in plan.groups])
+    counts = torch.bincount(keys, minlength=k.shape[2])
+    heads = torch.arange(k.shape[1])[:, None] * len(keys)
+    return (heads + keys.argsort(stable=True)).flatten(), (heads + counts.cumsum(0) - counts).flatten()
+
+
+def _by_kind(bias: Tensor, group: TileGroup, heads: int) -> tuple[Tensor, Tensor]:
+    """A bias as (heads, kinds, T, w), and which of the kinds each tile is of."""
+    if bias.ndim == 5:
+        return bias[0], group.kinds
+    bias, tiles = bias[0].unflatten(0, (heads, -1)), torch.arange(len(group.queries))
+    return bias, tiles if bias.shape[1] == len(tiles) else torch.zeros_like(tiles)
+
+
+def _empty_side_by_side(*parts: Tensor) -> Iterable[Tensor]:
+    """(B, N, heads, d) for each of the parts (B, heads, N, d); as `SplitHeads` wants it where they are of one size."""
+    shapes = [part.transpose(1, 2).shape for part in parts]
+    if len(set(shapes)) > 1:
+        return [parts[0].new_empty(shape) for shape in shapes]
+    B, N, heads, d = shapes[0]
+    return parts[0].new_empty(B, N, len(parts), heads, d).unbind(2)
 
 
 class _TileProducts(Function):
@@ -117,11 +134,25 @@ class _TileProducts(Function):
 
     @staticmethod
     def forward(ctx, plan: Plan, scale: float, plain: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        kept = []
-        out = _forward(plan, scale, *inputs[:3], inputs[3:], kept)
+        q, k, v, *biases = inputs
+        B, heads, N, _ = q.shape
+        result = q.new_empty(B, N, heads, v.shape[-1])
+        out, rows, kept = q.new_empty(heads, _count(plan)[0], v.shape[-1]), _rows(plan, heads), []
+        kinds = [_by_kind(bias, group, heads) for bias, group in zip(biases, plan.groups, strict=True)]
+        for b in range(B):
+            for i, tiles, span, _ in _chunks(plan, k, v):
+                queries, keys = plan.groups[i].queries[tiles], plan.groups[i].keys[tiles]
+                bias, kind = kinds[i]
+                of_heads = _tiles(q[b], queries), _tiles(k[b], keys), _tiles(v[b], keys)
+                of_heads += out[:, span].unflatten(1, queries.shape), bias
+                for q_i, k_i, v_i, out_i, bias_i in zip(*of_heads, strict=True):
+                    weights = bias_i.index_select(0, kind[tiles]).baddbmm_(q_i, k_i.transpose(1, 2), alpha=scale)
+                    kept.append(torch.softmax(weights, -1, out=weights))
+                    torch.bmm(weights, v_i, out=out_i)
+            torch.index_select(out.flatten(0, 1), 0, rows, out=result[b].flatten(0, 1))
         ctx.save_for_backward(*inputs, *kept)
         ctx.plan, ctx.scale, ctx.plain = plan, scale, plain
-        return out
+        return result.transpose(1, 2)
 
     @staticmethod
     @in_own_precision
@@ -136,32 +167,33 @@ class _TileProducts(Function):
                 return ctx.plain(q, k, v, plan, biases, scale)
 
             return None, None, None, *replayed(plain, inputs, wanted, grad)
-        dq, dk, dv = q.new_empty(q.transpose(1, 2).shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
-        dbiases = [torch.zeros_like(x) if want else None for x, want in zip(biases, wanted[3:], strict=True)]
-        places = sum(group.queries.numel() for group in plan.groups)
-        dout, dq_tiles = grad.new_zeros(places, q.shape[1], v.shape[-1]), q.new_empty(places, *dq.shape[2:])
-        heads = torch.arange(k.shape[1])[:, None] * k.shape[2]
+        heads, (places, num_keys) = q.shape[1], _count(plan)
+        rows, (keys_in, key_starts) = _rows(plan, heads), _bags(plan, k)
+        dq, dk, dv = _empty_side_by_side(q, k, v)
+        dbiases = [torch.zeros_like(bias) for bias in biases]
+        kinds = [_by_kind(dbias, group, heads) for dbias, group in zip(dbiases, plan.groups, strict=True)]
+        dout, dq_tiles = grad.new_zeros(places, heads, v.shape[-1]), q.new_empty(heads, places, q.shape[-1])
+        dk_tiles, dv_tiles = (x.new_empty(heads, num_keys, x.shape[-1]) for x in (k, v))
         for b in range(len(q)):
             dout.index_copy_(0, plan.inverse, grad[b].transpose(0, 1))  # that of repeated queries is zero
-            for span, queries, keys, dbias in _chunks(plan, dbiases, k, v):
-                tiles = _tiles(q[b], queries) * scale, _tiles(k[b], keys), _tiles(v[b], keys)
-                tiles += tuple(x[span].unflatten(0, queries.shape).movedim(2, 0) for x in (dout, dq_tiles))
-                index = (heads + keys[:, None]).transpose(0, 1)  # of rows of (heads * M, d)
-                items = list(_of_items(index, *tiles))
-                shape = len(items), *items[0][0].shape
-                dk_i, dv_i = k.new_empty(*shape, k.shape[-1]), v.new_empty(*shape, v.shape[-1])
-                dbias = None if dbias is None else list(_of_items(dbias))
-                for i, (_, q_i, k_i, v_i, dout_i, dq_i) in enumerate(items):
+            for i, tiles, span, key_span in _chunks(plan, k, v):
+                queries, keys = plan.groups[i].queries[tiles], plan.groups[i].keys[tiles]
+                dbias, kind = kinds[i]
+                of_heads = _tiles(q[b], queries), _tiles(k[b], keys), _tiles(v[b], keys)
+                of_heads += dout[span].unflatten(0, queries.shape).movedim(2, 0), dbias
+                of_heads += (dq_tiles[:, span].unflatten(1, queries.shape),)
+                of_heads += tuple(x[:, key_span].unflatten(1, keys.shape) for x in (dk_tiles, dv_tiles))
+                for q_i, k_i, v_i, dout_i, dbias_i, dq_i, dk_i, dv_i in zip(*of_heads, strict=True):
                     weights = next(kept)
-                    torch.bmm(weights.transpose(1, 2), dout_i, out=dv_i[i])
+                    torch.bmm(weights.transpose(1, 2), dout_i, out=dv_i)
                     dlogits = torch.bmm(dout_i, v_i.transpose(1, 2))
                     torch._softmax_backward_data(dlogits, weights, -1, weights.dtype, grad_input=dlogits)
-                    if dbias is not None:
-                        _accumulate(*dbias[i], dlogits)
-                    torch.bmm(dlogits.transpose(1, 2), q_i, out=dk_i[i])
-                    torch.mul(torch.bmm(dlogits, k_i), scale, out=dq_i)
-                index = torch.stack([item[0] for item in items]).flatten()
-                for x, part in ((dk, dk_i), (dv, dv_i)):
-                    x[b].flatten(0, 1).index_add_(0, index, part.flatten(0, -2))
-            torch.index_select(dq_tiles, 0, plan.inverse, out=dq[b])
-        return None, None, None, dq.transpose(1, 2), dk, dv, *dbiases
+                    dbias_i.index_add_(0, kind[tiles], dlogits)
+                    dk_i.baddbmm_(dlogits.transpose(1, 2), q_i, beta=0, alpha=scale)
+                    dq_i.baddbmm_(dlogits, k_i, beta=0, alpha=scale)
+            dq[b] = dq_tiles.flatten(0, 1).index_select(0, rows).view(dq.shape[1:])
+            for x, part in ((dk, dk_tiles), (dv, dv_tiles)):
+                sums = F.embedding_bag(keys_in, part.flatten(0, 1), key_starts, mode="sum")
+                x[b] = sums.unflatten(0, (heads, -1)).transpose(0, 1)
+        dbiases = (dbias if want else None for dbias, want in zip(dbiases, wanted[3:], strict=True))
+        return None, None, None, *(x.transpose(1, 2) for x in (dq, dk, dv)), *dbiases
