@@ -8,8 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from .direct import in_own_precision, is_direct, is_watched, replayed, replays
-from .pointwise import Pointwise
+from .direct import in_own_precision, is_direct, replayed, replays
 from .self_attention import SelfAttention
 from .size_constant import size_constant
 from .symbolic import Size, for_batch
@@ -120,85 +119,101 @@ PAIRS = 2**18
 
 
 class _Rotation(Function):
-    """Queries, keys and values (B, N, 3, heads, d), the first two rotated by complex factors (N, 2, 1, d / 2)."""
+    """Queries, keys and values, the first two rotated by complex factors (N, 2, 1, d / 2), from what a projection
+    writes, (B, N, 3, heads, d), to (3, B, heads, N, d)."""
 
     @staticmethod
     def forward(ctx, packed: Tensor, turn: Tensor) -> Tensor:
         ctx.turn = turn
-        out = torch.empty_like(packed)
-        torch.mul(_pairs(packed), turn, out=_pairs(out))
-        out[:, :, 2] = packed[:, :, 2]
+        B, N, _, heads, d = packed.shape
+        out = packed.new_empty(3, B, heads, N, d)
+        _rotate(packed, turn, out.permute(1, 3, 0, 2, 4))
         return out
 
     @staticmethod
     @in_own_precision
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        return _Rotation.apply(grad.contiguous(), ctx.turn.conj()), None
+        return _RotationBack.apply(grad, ctx.turn), None
+
+
+class _RotationBack(Function):
+    """The transpose of `_Rotation`."""
+
+    @staticmethod
+    def forward(ctx, grad: Tensor, turn: Tensor) -> Tensor:
+        ctx.turn, grad = turn, grad.permute(1, 3, 0, 2, 4)
+        out = torch.empty_like(grad, memory_format=torch.contiguous_format)
+        _rotate(grad, turn.conj(), out)
+        return out
+
+    @staticmethod
+    @in_own_precision
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return _Rotation.apply(grad, ctx.turn), None
+
+
+def _rotate(x: Tensor, turn: Tensor, out: Tensor) -> None:
+    """Both (B, N, 3, heads, d)."""
+    pairs, out_pairs = (torch.view_as_complex(each.unflatten(-1, (-1, 2)))[:, :, :2] for each in (x, out))
+    torch.mul(pairs, turn, out=out_pairs)
+    out[:, :, 2] = x[:, :, 2]
 
 
 class _Attention(Function):
     """`_attend` that keeps its input and the weights, where the plain form keeps each four times."""
 
     @staticmethod
-    def forward(ctx, packed: Tensor, mask: Tensor) -> Tensor:
-        B, N, _, heads, _ = packed.shape
-        weights = packed.new_empty(B, heads, N, N)
-        ctx.save_for_backward(packed, mask, weights)
-        return _attend(packed, mask, weights)
+    def forward(ctx, qkv: Tensor, mask: Tensor) -> Tensor:
+        weights = qkv.new_empty(*qkv.shape[1:4], qkv.shape[3])
+        ctx.save_for_backward(qkv, mask, weights)
+        return _attend(qkv, mask, weights)
 
     @staticmethod
     @in_own_precision
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        packed, mask, weights = ctx.saved_tensors
+        qkv, mask, weights = ctx.saved_tensors
         if replays(grad):
-            return *replayed(partial(_plain, mask=mask), [packed], [True], grad), None
-        out = torch.empty_like(packed)
-        for b, heads in _pieces(packed):
-            q, k, v = packed[b, :, :, heads].permute(1, 2, 0, 3)
-            dq, dk, dv = out[b, :, :, heads].permute(1, 2, 0, 3)
-            p, g = weights[b, heads], grad[b, heads]
-            dp = (g @ v.mT).mul_(mask)
-            dlogits = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)
-            dq.copy_(dlogits @ k)
-            dk.copy_(dlogits.mT @ q)
-            dv.copy_((p * mask).mT @ g)
+            return *replayed(partial(_plain, mask=mask), [qkv], [True], grad), None
+        out = torch.empty_like(qkv)
+        for (q, k, v), p, g, (dq, dk, dv) in _pieces(qkv, weights, grad, out):
+            dp = torch.bmm(g, v.mT).mul_(mask)
+            torch._softmax_backward_data(dp, p, -1, p.dtype, grad_input=dp)
+            torch.bmm(dp, k, out=dq)
+            torch.bmm(dp.mT, q, out=dk)
+            torch.bmm(torch.mul(p, mask, out=dp).mT, g, out=dv)
         return out, None
 
 
-def _plain(packed: Tensor, mask: Tensor) -> Tensor:
-    q, k, v = packed.permute(2, 0, 3, 1, 4)
+def _plain(qkv: Tensor, mask: Tensor) -> Tensor:
+    q, k, v = qkv
     return (q @ k.mT).softmax(-1) * mask @ v
 
 
-def _attend(packed: Tensor, mask: Tensor, weights: Tensor | None = None) -> Tensor:
+def _attend(qkv: Tensor, mask: Tensor, weights: Tensor | None = None) -> Tensor:
     """softmax(q k^T) masked, times v: attention by its definition, some heads after the other, outside autograd.
 
     Args:
-        packed: queries, keys and values (B, N, 3, heads, d).
+        qkv: queries, keys and values (3, B, heads, N, d).
         mask: factors on the weights (N, N).
         weights: gets the weights (B, heads, N, N) before the mask.
     """
-    out = torch.empty_like(packed[:, :, 0], memory_format=torch.contiguous_format)
-    for b, heads in _pieces(packed):
-        q, k, v = packed[b, :, :, heads].permute(1, 2, 0, 3)  # (heads, N, d)
-        if weights is None:
-            p = (q @ k.mT).softmax(-1).mul_(mask)
-        else:
-            p = torch.softmax(q @ k.mT, -1, out=weights[b, heads]) * mask
-        out[b, :, heads] = (p @ v).transpose(0, 1)
-    return out.transpose(1, 2)
+    out = torch.empty_like(qkv[0])
+    if weights is None:
+        for (q, k, v), y in _pieces(qkv, out):
+            p = torch.bmm(q, k.mT)
+            torch.bmm(torch.softmax(p, -1, out=p).mul_(mask), v, out=y)
+    else:
+        for (q, k, v), p, y in _pieces(qkv, weights, out):
+            torch.softmax(torch.bmm(q, k.mT, out=p), -1, out=p)
+            torch.bmm(p * mask, v, out=y)
+    return out
 
 
-def _pairs(packed: Tensor) -> Tensor:
-    """The queries and keys of (B, N, 3, heads, d), their channels as complex numbers."""
-    return torch.view_as_complex(packed.unflatten(-1, (-1, 2)))[:, :, :2]
-
-
-def _pieces(packed: Tensor) -> Iterator[tuple[int, slice]]:
-    """Samples, and some of their heads."""
-    B, N, _, heads, _ = packed.shape
+def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Some heads of all images at a time, of (B, heads, N, ...) and (3, B, heads, N, d)."""
+    N = tensors[0].shape[-2]
     step = max(1, PAIRS // N**2)
-    return ((b, slice(i, i + step)) for b in range(B) for i in range(0, heads, step))
+    return zip(*(x.flatten(-4, -3).split(step, -3) for x in tensors), strict=True)
 
 
 @size_constant
@@ -229,13 +244,8 @@ def _direct_attention(
     mask = _causal_factors(qkv.shape[3], *constants)
     if rate:
         mask = mask * (1 - rate) + rate
-    packed = qkv.permute(1, 3, 0, 2, 4).contiguous()  # (B, N, 3, heads, d), as the projection wrote it
-    if torch.is_grad_enabled():
-        return _Attention.apply(_Rotation.apply(packed, turn), mask)
-    if type(attention.qkv) is Pointwise and not is_watched(attention.qkv):
-        _pairs(packed).mul_(turn)  # which nobody else holds
-        return _attend(packed, mask)
-    return _attend(_Rotation.apply(packed, turn), mask)
+    rotated = _Rotation.apply(qkv.permute(1, 3, 0, 2, 4), turn)
+    return _Attention.apply(rotated, mask) if torch.is_grad_enabled() else _attend(rotated, mask)
 
 
 @torch.fx.wrap
