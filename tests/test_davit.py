@@ -12,6 +12,8 @@ from torch.autograd import gradcheck
 import visionattn
 from visionattn.errors import VisionattnError
 from visionattn.layers import ChannelAttention, ConvPosEnc, WindowAttention2d
+from visionattn.layers.channel_attention import InPlaces
+from visionattn.layers.heads import split_heads
 from visionattn.layers.local_attention import local_plan
 from visionattn.layers.window_attention import graph_window_axis, window_axis
 from visionattn.macs import counted_flops
@@ -93,6 +95,19 @@ def test_versions_of_channel_attention_differ_by_roles_and_scale():
         state[name] = torch.cat([k, v, q])
     two.load_state_dict(state)
     close(one(x), two(x))
+
+
+def test_channel_weights_of_a_large_map_are_no_denormal_numbers():
+    """As logits grow with the map, some would be; they slow down all products with them."""
+    qkv = (1.6 * torch.randn(1, 3136, 192)).requires_grad_()
+    out = InPlaces.apply(qkv, 2, 1)
+    _, weights = out.grad_fn.saved_tensors
+    q, k, v = split_heads(qkv.detach().double(), 2)
+    expected = (32**-0.5 * k.mT @ v).softmax(-1)
+    tiny = torch.finfo(torch.float32).tiny
+    assert (expected.float() > 0)[expected < tiny].any() and not (weights > 0)[weights < tiny].any()
+    close(weights.double(), expected, atol=1e-3)
+    close(out.double(), (q @ expected.mT).transpose(1, 2).flatten(2), atol=1e-2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

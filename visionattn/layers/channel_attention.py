@@ -1,6 +1,7 @@
 """Attention between channels."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
@@ -98,6 +99,8 @@ class InPlaces(Function):
         for i in range(B):
             torch.bmm(first[i].transpose(1, 2), second[i], out=weights[i])
         weights = weights.mul_(scale).softmax(3)
+        # Logits grow with the map. Weights that are too small to count, or no normal numbers, slow products down.
+        F.threshold_(weights, torch.finfo(weights.dtype).eps ** 3, 0.0)
         for i in range(B):
             torch.bmm(mixed[i], weights[i].transpose(1, 2), out=out[i].transpose(0, 1))
         ctx.save_for_backward(qkv, weights)
