@@ -78,6 +78,8 @@ def definition(layer, x):
         ((5, 6), {"halo_size": 0}),  # windows
         ((1, 1), {"stride": 2}),
         ((2, 9), {"halo_size": 5, "mask": "all"}),  # a halo wider than block and map
+        ((4, 8), {"num_heads": 8}),  # more heads than blocks
+        ((3, 7), {"num_heads": 8, "mask": "all"}),
     ],
 )
 def test_halo_attention_is_its_definition(size, options):

@@ -76,10 +76,12 @@ def randomised(module):
         ((19, 20), 6, 1, 3, {}),
         ((21, 16), 5, 2, (5, 2), {"rel_pos_bias": False}),  # stride = kernel: windows
         ((17, 17), 2, 1, 1, {"qk_scale": 0.3}),
+        ((6, 3), 3, 1, 1, {"num_heads": 8}),  # more heads than tiles
     ],
 )
 def test_neighborhood_attention_is_its_definition(size, kernel, dilation, stride, options):
-    layer = randomised(NeighborhoodAttention2d(8, 2, kernel, dilation, stride, **options))
+    options = {"num_heads": 2, "kernel_size": kernel, "dilation": dilation, "stride": stride} | options
+    layer = randomised(NeighborhoodAttention2d(8, **options))
     x = torch.randn(2, *size, 8, dtype=torch.float64, requires_grad=True)
     parameters = [x, *layer.parameters()]
     out, expected = layer(x), neighborhood_attention(layer, x)

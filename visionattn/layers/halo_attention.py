@@ -63,8 +63,9 @@ class HaloAttention2d(nn.Module):
 
     Cost: N C (D_qk / s^2 + D_qk + D_v) + N / s^2 w^2 (D_qk + D_v) + 2 N / s^2 w D_qk multiply-adds for N = H W
     positions of a map that blocks divide, C channels in, D_qk channels of all queries, D_v channels out, a window of
-    w = block_size + 2 halo_size and queries of stride s. The attention products are executed at a width per head of
-    D_qk / heads + 2 w, or D_v / heads if that is more, rounded up to a multiple of 8.
+    w = block_size + 2 halo_size and queries of stride s. Queries and keys are multiplied at a width per head of
+    D_qk / heads + 2 w. In fused attention, that is in graphs, in half precision and on other devices than CPUs, weights
+    and values are too; the width is then rounded up to a multiple of 8.
 
     Args:
         dim: channels C.

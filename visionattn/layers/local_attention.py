@@ -228,10 +228,14 @@ def _with_axis_logits(q: Tensor, v: Tensor, rows: Tensor, cols: Tensor) -> tuple
     """
     features = q.shape[-1] + rows.shape[-1] + cols.shape[-1]
     width = 8 * -(-max(features, v.shape[-1]) // 8)
-    row, col = (torch.eye(x.shape[-1], dtype=x.dtype, device=x.device) for x in (rows, cols))
-    places = torch.cat([row.repeat_interleave(len(col), 0), col.repeat(len(row), 1)], 1)
     q = F.pad(torch.cat([q, rows, cols], -1), (0, width - features))
-    return q, F.pad(places, (0, width - features)), F.pad(v, (0, width - v.shape[-1]))
+    return q, F.pad(_axis_places(rows, cols), (0, width - features)), F.pad(v, (0, width - v.shape[-1]))
+
+
+def _axis_places(rows: Tensor, cols: Tensor) -> Tensor:
+    """Features (w_rows * w_cols, w_rows + w_cols) of a window's keys that select their row and column."""
+    row, col = (torch.eye(x.shape[-1], dtype=x.dtype, device=x.device) for x in (rows, cols))
+    return torch.cat([row.repeat_interleave(len(col), 0), col.repeat(len(row), 1)], 1)
 
 
 @torch.compiler.assume_constant_result
@@ -304,11 +308,13 @@ def local_attention(
 
         biases = [group.of_tiles(each) for group, each in zip(plan.groups, biases, strict=True)]
         return tile_attention(q, k, v, plan, biases, scale, axis_logits)
-    if axis_logits is None:
-        from .tile_products import takes_products, tile_products
+    from .tile_products import axis_products, takes_products, tile_products
 
-        if takes_products(q, k, v, plan, biases, dropout):
+    if takes_products(q, k, v, plan, biases, dropout, axis_logits):
+        if axis_logits is None:
             return tile_products(q, k, v, plan, biases, scale, fused_attention)
+        places = _axis_places(*axis_logits)
+        return axis_products(q, k, v, plan, biases, scale, axis_logits, places, fused_attention)
     return fused_attention(q, k, v, plan, biases, scale, dropout, axis_logits)
 
 

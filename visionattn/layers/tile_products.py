@@ -1,10 +1,12 @@
-"""Blocked local attention with a bias, image by image, on CPUs in full precision.
+"""Blocked local attention with a bias or axis logits, image by image, on CPUs in full precision.
 
-Rows that hold all heads are copied, and no more tiles at a time than caches hold. Fused attention computes the result;
-as it has no gradient of a bias, training multiplies out the definition and keeps the weights.
+Rows that hold all heads are copied, and no more tiles at a time than caches hold. With a bias fused attention computes
+the result; as it has no gradient of one, training multiplies out the definition and keeps the weights. Axis logits are
+products with further features of the queries, which fused attention wants keys and values to be as wide as.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import repeat
 
 import torch
 import torch.nn.functional as F
@@ -16,24 +18,32 @@ from .plan import Plan, TileGroup
 
 MAX_TILE = 2**16  # pairs, beyond which weights are too many to keep
 CHUNK = 2**22  # bytes of keys and values that are copied at a time
+FEW = 4  # heads for each tile from which on these are taken one by one, all heads at once
 
 
 def takes_products(
-    q: Tensor, k: Tensor, v: Tensor, plan: Plan, biases: Sequence[Tensor | None], dropout: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plan,
+    biases: Sequence[Tensor | None],
+    dropout: float,
+    axis_logits: tuple[Tensor, Tensor] | None = None,
 ) -> bool:
-    """Whether `tile_products` computes this attention."""
+    """Whether `tile_products` or `axis_products` computes this attention."""
+    added = biases if axis_logits is None else axis_logits
     return (
         not dropout
         and q.is_cpu
-        and all(bias is not None and bias.dtype == q.dtype for bias in biases)
-        and is_direct(q, k, v, *biases)
+        and all(each is not None and each.dtype == q.dtype for each in added)
+        and is_direct(q, k, v, *added)
         and all(_fits(group, bias) for group, bias in zip(plan.groups, biases, strict=True))
     )
 
 
-def _fits(group: TileGroup, bias: Tensor) -> bool:
+def _fits(group: TileGroup, bias: Tensor | None) -> bool:
     (_, T), w = group.queries.shape, group.keys.shape[1]
-    return T * w <= MAX_TILE and bias.shape[-1] == w  # plans for kernels have wider ones
+    return T * w <= MAX_TILE and (bias is None or bias.shape[-1] == w)  # plans for kernels have wider ones
 
 
 def tile_products(
@@ -44,8 +54,37 @@ def tile_products(
     if _is_whole(group.queries, q) and _is_whole(group.keys, k):  # a tile that is the map
         return F.scaled_dot_product_attention(q, k, v, attn_mask=group.of_tiles(biases[0]), scale=scale)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *biases)):
-        return _TileProducts.apply(plan, scale, plain, q, k, v, *biases)
+        return _TileProducts.apply(plan, scale, plain, None, q, k, v, *biases)
     return _forward(plan, scale, q, k, v, biases)
+
+
+def axis_products(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plan,
+    masks: Sequence[Tensor | None],
+    scale: float,
+    axis_logits: tuple[Tensor, Tensor],
+    places: Tensor,
+    plain: Callable[..., Tensor],
+) -> Tensor:
+    """`local_attention` with axis logits, where `takes_products`.
+
+    Args:
+        places: (w, w_rows + w_cols), the features of keys by which they select their row and column.
+    """
+    widths = [q.shape[-1], *(x.shape[-1] for x in axis_logits)]
+    # Rows hold all heads, as tiles are copied.
+    features = torch.cat([x.transpose(1, 2) for x in (q * scale, *axis_logits)], -1).transpose(1, 2)
+
+    def by_axes(features: Tensor, k: Tensor, v: Tensor, plan: Plan, masks: Sequence[Tensor], scale: float) -> Tensor:
+        q, *axis_logits = features.split(widths, -1)
+        return plain(q, k, v, plan, masks, scale, axis_logits=tuple(axis_logits))
+
+    if torch.is_grad_enabled():
+        return _TileProducts.apply(plan, 1.0, by_axes, places, features, k, v, *masks)
+    return _multiplied(plan, 1.0, places, features, k, v, masks, None)
 
 
 def _is_whole(places: Tensor, x: Tensor) -> bool:
@@ -129,36 +168,98 @@ def _empty_side_by_side(*parts: Tensor) -> Iterable[Tensor]:
     return parts[0].new_empty(B, N, len(parts), heads, d).unbind(2)
 
 
+def _items(by_tile: bool, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Of (heads, tiles, ...) the heads, or the tiles."""
+    return zip(*(x.unbind(int(by_tile)) for x in tensors), strict=True)
+
+
+def _copies(by_tile: bool, bias: Tensor, kinds: Tensor) -> Iterator[Tensor]:
+    """Of a bias (heads, kinds, T, w) what each item adds, a tensor of its own."""
+    if by_tile:
+        return (bias[:, kind].clone() for kind in kinds.tolist())
+    return (of_head.index_select(0, kinds) for of_head in bias)
+
+
+def _add(by_tile: bool, bias: Tensor, kinds: Tensor, item: int, x: Tensor) -> None:
+    """Add what an item has to a bias (heads, kinds, T, w)."""
+    if by_tile:
+        bias[:, kinds[item]] += x
+    else:
+        bias[item].index_add_(0, kinds, x)
+
+
+def _multiply(a: Tensor, b: Tensor, scale: float, out: Tensor) -> None:
+    if out.is_contiguous():
+        out.baddbmm_(a, b, beta=0, alpha=scale)
+    else:
+        torch.mul(torch.bmm(a, b), scale, out=out)
+
+
+def _widened(k: Tensor, places: Tensor | None) -> Tensor:
+    return k if places is None else torch.cat([k, places.expand(len(k), -1, -1)], -1)
+
+
+def _multiplied(
+    plan: Plan, scale: float, places: Tensor | None, q: Tensor, k: Tensor, v: Tensor, biases: Sequence[Tensor | None],
+    kept: list[Tensor] | None,
+) -> Tensor:  # fmt: skip
+    """Attention of tiles by its definition, outside autograd.
+
+    Args:
+        places: further features (w, n) of the keys of every window.
+        biases: those of the groups, or masks.
+        kept: gets the weights.
+    """
+    B, heads, N, _ = q.shape
+    result = q.new_empty(B, N, heads, v.shape[-1])
+    out, rows = q.new_empty(heads, _count(plan)[0], v.shape[-1]), _rows(plan, heads)
+    added = [
+        None if bias is None else _by_kind(bias, group, heads) for bias, group in zip(biases, plan.groups, strict=True)
+    ]
+    for b in range(B):
+        for i, tiles, span, _ in _chunks(plan, k, v):
+            queries, keys = plan.groups[i].queries[tiles], plan.groups[i].keys[tiles]
+            by_tile = FEW * len(queries) <= heads
+            inputs = (
+                _tiles(q[b], queries),
+                _tiles(k[b], keys),
+                _tiles(v[b], keys),
+                out[:, span].unflatten(1, queries.shape),
+            )
+            starts = repeat(None) if added[i] is None else _copies(by_tile, added[i][0], added[i][1][tiles])
+            for (q_i, k_i, v_i, out_i), start in zip(_items(by_tile, *inputs), starts, strict=False):
+                k_i = _widened(k_i, places).transpose(1, 2)
+                if start is not None and start.dtype == q.dtype:
+                    weights = start.baddbmm_(q_i, k_i, alpha=scale)
+                else:
+                    weights = torch.bmm(q_i, k_i)
+                    weights = weights if start is None else weights.masked_fill_(~start, -torch.inf)
+                torch.softmax(weights, -1, out=weights)
+                _multiply(weights, v_i, 1.0, out_i)
+                if kept is not None:
+                    kept.append(weights)
+        torch.index_select(out.flatten(0, 1), 0, rows, out=result[b].flatten(0, 1))
+    return result.transpose(1, 2)
+
+
 class _TileProducts(Function):
-    """`_forward` that keeps the weights, and its gradients."""
+    """`_multiplied` that keeps the weights, and its gradients."""
 
     @staticmethod
-    def forward(ctx, plan: Plan, scale: float, plain: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    def forward(
+        ctx, plan: Plan, scale: float, plain: Callable[..., Tensor], places: Tensor | None, *inputs: Tensor | None
+    ) -> Tensor:
         q, k, v, *biases = inputs
-        B, heads, N, _ = q.shape
-        result = q.new_empty(B, N, heads, v.shape[-1])
-        out, rows, kept = q.new_empty(heads, _count(plan)[0], v.shape[-1]), _rows(plan, heads), []
-        kinds = [_by_kind(bias, group, heads) for bias, group in zip(biases, plan.groups, strict=True)]
-        for b in range(B):
-            for i, tiles, span, _ in _chunks(plan, k, v):
-                queries, keys = plan.groups[i].queries[tiles], plan.groups[i].keys[tiles]
-                bias, kind = kinds[i]
-                of_heads = _tiles(q[b], queries), _tiles(k[b], keys), _tiles(v[b], keys)
-                of_heads += out[:, span].unflatten(1, queries.shape), bias
-                for q_i, k_i, v_i, out_i, bias_i in zip(*of_heads, strict=True):
-                    weights = bias_i.index_select(0, kind[tiles]).baddbmm_(q_i, k_i.transpose(1, 2), alpha=scale)
-                    kept.append(torch.softmax(weights, -1, out=weights))
-                    torch.bmm(weights, v_i, out=out_i)
-            torch.index_select(out.flatten(0, 1), 0, rows, out=result[b].flatten(0, 1))
-        ctx.save_for_backward(*inputs, *kept)
+        out = _multiplied(plan, scale, places, q, k, v, biases, kept := [])
+        ctx.save_for_backward(places, *inputs, *kept)
         ctx.plan, ctx.scale, ctx.plain = plan, scale, plain
-        return result.transpose(1, 2)
+        return out
 
     @staticmethod
     @in_own_precision
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        plan, scale, wanted = ctx.plan, ctx.scale, ctx.needs_input_grad[3:]
-        saved = ctx.saved_tensors  # once, or checkpoints refuse
+        plan, scale, wanted = ctx.plan, ctx.scale, ctx.needs_input_grad[4:]
+        places, *saved = ctx.saved_tensors  # once, or checkpoints refuse
         inputs, kept = saved[: len(wanted)], iter(saved[len(wanted) :])
         q, k, v, *biases = inputs
         if replays(grad):
@@ -166,34 +267,38 @@ class _TileProducts(Function):
             def plain(q: Tensor, k: Tensor, v: Tensor, *biases: Tensor) -> Tensor:
                 return ctx.plain(q, k, v, plan, biases, scale)
 
-            return None, None, None, *replayed(plain, inputs, wanted, grad)
-        heads, (places, num_keys) = q.shape[1], _count(plan)
+            return None, None, None, None, *replayed(plain, inputs, wanted, grad)
+        heads, (num_queries, num_keys) = q.shape[1], _count(plan)
         rows, (keys_in, key_starts) = _rows(plan, heads), _bags(plan, k)
         dq, dk, dv = _empty_side_by_side(q, k, v)
-        dbiases = [torch.zeros_like(bias) for bias in biases]
-        kinds = [_by_kind(dbias, group, heads) for dbias, group in zip(dbiases, plan.groups, strict=True)]
-        dout, dq_tiles = grad.new_zeros(places, heads, v.shape[-1]), q.new_empty(heads, places, q.shape[-1])
+        dbiases = [torch.zeros_like(bias) if want else None for bias, want in zip(biases, wanted[3:], strict=True)]
+        added = [
+            None if x is None else _by_kind(x, group, heads) for x, group in zip(dbiases, plan.groups, strict=True)
+        ]
+        dout, dq_tiles = grad.new_zeros(num_queries, heads, v.shape[-1]), q.new_empty(heads, num_queries, q.shape[-1])
         dk_tiles, dv_tiles = (x.new_empty(heads, num_keys, x.shape[-1]) for x in (k, v))
         for b in range(len(q)):
             dout.index_copy_(0, plan.inverse, grad[b].transpose(0, 1))  # that of repeated queries is zero
             for i, tiles, span, key_span in _chunks(plan, k, v):
                 queries, keys = plan.groups[i].queries[tiles], plan.groups[i].keys[tiles]
-                dbias, kind = kinds[i]
-                of_heads = _tiles(q[b], queries), _tiles(k[b], keys), _tiles(v[b], keys)
-                of_heads += dout[span].unflatten(0, queries.shape).movedim(2, 0), dbias
-                of_heads += (dq_tiles[:, span].unflatten(1, queries.shape),)
-                of_heads += tuple(x[:, key_span].unflatten(1, keys.shape) for x in (dk_tiles, dv_tiles))
-                for q_i, k_i, v_i, dout_i, dbias_i, dq_i, dk_i, dv_i in zip(*of_heads, strict=True):
+                by_tile = FEW * len(queries) <= heads
+                parts = _tiles(q[b], queries), _tiles(k[b], keys), _tiles(v[b], keys)
+                parts += (
+                    dout[span].unflatten(0, queries.shape).movedim(2, 0),
+                    dq_tiles[:, span].unflatten(1, queries.shape),
+                )
+                parts += tuple(x[:, key_span].unflatten(1, keys.shape) for x in (dk_tiles, dv_tiles))
+                for item, (q_i, k_i, v_i, dout_i, dq_i, dk_i, dv_i) in enumerate(_items(by_tile, *parts)):
                     weights = next(kept)
-                    torch.bmm(weights.transpose(1, 2), dout_i, out=dv_i)
+                    _multiply(weights.transpose(1, 2), dout_i, 1.0, dv_i)
                     dlogits = torch.bmm(dout_i, v_i.transpose(1, 2))
                     torch._softmax_backward_data(dlogits, weights, -1, weights.dtype, grad_input=dlogits)
-                    dbias_i.index_add_(0, kind[tiles], dlogits)
-                    dk_i.baddbmm_(dlogits.transpose(1, 2), q_i, beta=0, alpha=scale)
-                    dq_i.baddbmm_(dlogits, k_i, beta=0, alpha=scale)
+                    if added[i] is not None:
+                        _add(by_tile, added[i][0], added[i][1][tiles], item, dlogits)
+                    _multiply(dlogits.transpose(1, 2), q_i[..., : k.shape[-1]], scale, dk_i)
+                    _multiply(dlogits, _widened(k_i, places), scale, dq_i)
             dq[b] = dq_tiles.flatten(0, 1).index_select(0, rows).view(dq.shape[1:])
             for x, part in ((dk, dk_tiles), (dv, dv_tiles)):
                 sums = F.embedding_bag(keys_in, part.flatten(0, 1), key_starts, mode="sum")
                 x[b] = sums.unflatten(0, (heads, -1)).transpose(0, 1)
-        dbiases = (dbias if want else None for dbias, want in zip(dbiases, wanted[3:], strict=True))
-        return None, None, None, *(x.transpose(1, 2) for x in (dq, dk, dv)), *dbiases
+        return None, None, None, None, *(x.transpose(1, 2) for x in (dq, dk, dv)), *dbiases
