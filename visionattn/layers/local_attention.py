@@ -1,10 +1,10 @@
-"""Blocked local attention: tiles of queries against windows of keys, through fused dense attention.
+"""Blocked local attention: tiles of queries against windows of keys.
 
 Window, halo, neighbourhood and grid attention are one computation. The map is cut into tiles of queries; all queries of
 a tile see parts of one rectangular window of keys. A `Plan` says which queries form a tile, which keys its window
-holds and which (query, key) pairs count; `local_attention` gathers tiles and windows, calls
-`scaled_dot_product_attention` and puts the result back. A key is copied once per tile that sees it, not per query. On
-NVIDIA GPUs a kernel of our own reads tiles and windows in place (`tile_kernel`).
+holds and which (query, key) pairs count. Tiles and windows are copied and attended by fused attention (`fused_tiles`),
+or, where these are faster on CPUs, by products with gradients of their own (`tile_products`): a key is copied once per
+tile that sees it, not per query. On NVIDIA GPUs a kernel of our own reads both in place (`tile_kernel`).
 
 A plan depends on sizes alone. It is built in NumPy from Python integers and kept. Where a graph leaves the size open,
 the plan is arithmetic in the graph, on tiles that are the same at any size.
@@ -23,10 +23,12 @@ from torch import Tensor
 
 from .cache import is_plain
 from .direct import is_direct
+from .fused_tiles import fused_attention
 from .heads import SplitHeads, split_heads
 from .plan import Plan, TileGroup
 from .size_constant import size_constant
-from .symbolic import Size, for_batch, is_exporting, is_symbolic
+from .symbolic import Size, is_exporting, is_symbolic
+from .tile_products import axis_products, takes_products, tile_products
 
 MAX_PAIRS = 2**20
 MAX_HEAD_DIM = 128  # of the kernel for GPUs
@@ -216,28 +218,6 @@ def relative_bias(table: Tensor, plan: Plan, by_kind: bool = False) -> list[Tens
     return biases
 
 
-def _with_axis_logits(q: Tensor, v: Tensor, rows: Tensor, cols: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The axis logits as further features of the queries, which a key selects by its place in the window.
-
-    Nothing of the size of all logits is stored. Fused attention wants queries, keys and values of one width, a multiple
-    of 8: zeros fill them up.
-
-    Returns:
-        queries (B, heads, N, width), the features (w_rows * w_cols, width - d) that every window's keys get, and values
-        (B, heads, M, width).
-    """
-    features = q.shape[-1] + rows.shape[-1] + cols.shape[-1]
-    width = 8 * -(-max(features, v.shape[-1]) // 8)
-    q = F.pad(torch.cat([q, rows, cols], -1), (0, width - features))
-    return q, F.pad(_axis_places(rows, cols), (0, width - features)), F.pad(v, (0, width - v.shape[-1]))
-
-
-def _axis_places(rows: Tensor, cols: Tensor) -> Tensor:
-    """Features (w_rows * w_cols, w_rows + w_cols) of a window's keys that select their row and column."""
-    row, col = (torch.eye(x.shape[-1], dtype=x.dtype, device=x.device) for x in (rows, cols))
-    return torch.cat([row.repeat_interleave(len(col), 0), col.repeat(len(row), 1)], 1)
-
-
 @torch.compiler.assume_constant_result
 @cache
 def _has_kernel(device: torch.device) -> bool:
@@ -308,50 +288,8 @@ def local_attention(
 
         biases = [group.of_tiles(each) for group, each in zip(plan.groups, biases, strict=True)]
         return tile_attention(q, k, v, plan, biases, scale, axis_logits)
-    from .tile_products import axis_products, takes_products, tile_products
-
     if takes_products(q, k, v, plan, biases, dropout, axis_logits):
         if axis_logits is None:
-            return tile_products(q, k, v, plan, biases, scale, fused_attention)
-        places = _axis_places(*axis_logits)
-        return axis_products(q, k, v, plan, biases, scale, axis_logits, places, fused_attention)
+            return tile_products(q, k, v, plan, biases, scale)
+        return axis_products(q, k, v, plan, biases, scale, axis_logits)
     return fused_attention(q, k, v, plan, biases, scale, dropout, axis_logits)
-
-
-def fused_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    plan: Plan,
-    biases: Sequence[Tensor | None],
-    scale: float,
-    dropout: float = 0.0,
-    axis_logits: tuple[Tensor, Tensor] | None = None,
-) -> Tensor:
-    """`local_attention` by fused attention of copied tiles."""
-    B, heads, _, _ = q.shape
-    dim, places = v.shape[-1], None
-    if axis_logits is not None:
-        q, places, v = _with_axis_logits(q * scale, v, *axis_logits)
-        scale = 1.0
-    outs = []
-    for group, group_bias in zip(plan.groups, biases, strict=True):
-        # Tiles join the heads, where each has its own bias, or the batch, where they share one.
-        join = group.shared and group_bias is not None
-        tiles = [
-            x.index_select(2, index.flatten()).unflatten(2, index.shape)
-            for x, index in ((q, group.queries), (k, group.keys), (v, group.keys))
-        ]
-        if places is not None:
-            tiles[1] = torch.cat([tiles[1], places.expand(*tiles[1].shape[:-1], -1)], -1)
-        tiles = [x.transpose(1, 2).flatten(0, 1) if join else x.flatten(1, 2) for x in tiles]
-        if group_bias is not None:
-            group_bias = group.of_tiles(group_bias)
-            group_bias = for_batch(group_bias[..., : group.keys.shape[1]], tiles[0])
-        out = F.scaled_dot_product_attention(*tiles, attn_mask=group_bias, dropout_p=dropout, scale=scale)
-        tiles, length = group.queries.shape
-        out = out.unflatten(0, (B, tiles)).transpose(1, 2) if join else out
-        if places is not None:  # a graph that reshapes a part would ask how many images there are
-            out = out[..., :dim].clone(memory_format=torch.contiguous_format)
-        outs.append(out.reshape(B, heads, tiles * length, dim))
-    return torch.cat(outs, 2).index_select(2, plan.inverse)

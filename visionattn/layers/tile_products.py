@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from .direct import in_own_precision, is_direct, replayed, replays
+from .fused_tiles import axis_places, fused_attention
 from .plan import Plan, TileGroup
 
 MAX_TILE = 2**16  # pairs, beyond which weights are too many to keep
@@ -46,16 +47,14 @@ def _fits(group: TileGroup, bias: Tensor | None) -> bool:
     return T * w <= MAX_TILE and (bias is None or bias.shape[-1] == w)  # plans for kernels have wider ones
 
 
-def tile_products(
-    q: Tensor, k: Tensor, v: Tensor, plan: Plan, biases: Sequence[Tensor], scale: float, plain: Callable[..., Tensor]
-) -> Tensor:
-    """`local_attention`, where `takes_products`; `plain` is what else computes it, for gradients of gradients."""
+def tile_products(q: Tensor, k: Tensor, v: Tensor, plan: Plan, biases: Sequence[Tensor], scale: float) -> Tensor:
+    """`local_attention`, where `takes_products`."""
     group = plan.groups[0]
     if _is_whole(group.queries, q) and _is_whole(group.keys, k):  # a tile that is the map
         return F.scaled_dot_product_attention(q, k, v, attn_mask=group.of_tiles(biases[0]), scale=scale)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *biases)):
-        return _TileProducts.apply(plan, scale, plain, None, q, k, v, *biases)
-    return _forward(plan, scale, q, k, v, biases)
+        return _TileProducts.apply(plan, scale, fused_attention, None, q, k, v, *biases)
+    return _fused(plan, scale, q, k, v, biases)
 
 
 def axis_products(
@@ -66,24 +65,18 @@ def axis_products(
     masks: Sequence[Tensor | None],
     scale: float,
     axis_logits: tuple[Tensor, Tensor],
-    places: Tensor,
-    plain: Callable[..., Tensor],
 ) -> Tensor:
-    """`local_attention` with axis logits, where `takes_products`.
-
-    Args:
-        places: (w, w_rows + w_cols), the features of keys by which they select their row and column.
-    """
-    widths = [q.shape[-1], *(x.shape[-1] for x in axis_logits)]
+    """`local_attention` with axis logits, where `takes_products`."""
+    widths, places = [x.shape[-1] for x in (q, *axis_logits)], axis_places(*axis_logits)
     # Rows hold all heads, as tiles are copied.
     features = torch.cat([x.transpose(1, 2) for x in (q * scale, *axis_logits)], -1).transpose(1, 2)
 
-    def by_axes(features: Tensor, k: Tensor, v: Tensor, plan: Plan, masks: Sequence[Tensor], scale: float) -> Tensor:
+    def plain(features: Tensor, k: Tensor, v: Tensor, plan: Plan, masks: Sequence[Tensor], scale: float) -> Tensor:
         q, *axis_logits = features.split(widths, -1)
-        return plain(q, k, v, plan, masks, scale, axis_logits=tuple(axis_logits))
+        return fused_attention(q, k, v, plan, masks, scale, axis_logits=tuple(axis_logits))
 
-    if torch.is_grad_enabled():
-        return _TileProducts.apply(plan, 1.0, by_axes, places, features, k, v, *masks)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (features, k, v)):
+        return _TileProducts.apply(plan, 1.0, plain, places, features, k, v, *masks)
     return _multiplied(plan, 1.0, places, features, k, v, masks, None)
 
 
@@ -114,7 +107,7 @@ def _tiles(rows: Tensor, index: Tensor) -> Tensor:
     return rows.view(*index.shape, heads, -1).movedim(2, 0)
 
 
-def _forward(plan: Plan, scale: float, q: Tensor, k: Tensor, v: Tensor, biases: Sequence[Tensor]) -> Tensor:
+def _fused(plan: Plan, scale: float, q: Tensor, k: Tensor, v: Tensor, biases: Sequence[Tensor]) -> Tensor:
     B, heads, N, _ = q.shape
     result = q.new_empty(B, N, heads, v.shape[-1])
     out = q.new_empty(_count(plan)[0], *result.shape[2:])
@@ -207,7 +200,7 @@ def _multiplied(
 
     Args:
         places: further features (w, n) of the keys of every window.
-        biases: those of the groups, or masks.
+        biases: those of the groups; or masks, with a scale of 1.
         kept: gets the weights.
     """
     B, heads, N, _ = q.shape
@@ -220,12 +213,8 @@ def _multiplied(
         for i, tiles, span, _ in _chunks(plan, k, v):
             queries, keys = plan.groups[i].queries[tiles], plan.groups[i].keys[tiles]
             by_tile = FEW * len(queries) <= heads
-            inputs = (
-                _tiles(q[b], queries),
-                _tiles(k[b], keys),
-                _tiles(v[b], keys),
-                out[:, span].unflatten(1, queries.shape),
-            )
+            inputs = _tiles(q[b], queries), _tiles(k[b], keys), _tiles(v[b], keys)
+            inputs += (out[:, span].unflatten(1, queries.shape),)
             starts = repeat(None) if added[i] is None else _copies(by_tile, added[i][0], added[i][1][tiles])
             for (q_i, k_i, v_i, out_i), start in zip(_items(by_tile, *inputs), starts, strict=False):
                 k_i = _widened(k_i, places).transpose(1, 2)
