@@ -86,18 +86,15 @@ def _is_whole(places: Tensor, x: Tensor) -> bool:
     return places.shape == (1, N) and torch.equal(places[0], torch.arange(N))
 
 
-def _chunks(plan: Plan, k: Tensor, v: Tensor) -> Iterator[tuple[int, slice, slice, slice]]:
-    """Few tiles at a time: their group, their span in it, and those of their queries and of their keys among those of
-    all groups."""
-    width, query, key = k.shape[1] * (k.shape[-1] + v.shape[-1]) * k.itemsize, 0, 0
+def _chunks(plan: Plan, k: Tensor, v: Tensor) -> Iterator[tuple[int, slice, slice]]:
+    """Few tiles at a time: their group, their span in it, and that of their queries among those of all groups."""
+    width, first = k.shape[1] * (k.shape[-1] + v.shape[-1]) * k.itemsize, 0
     for i, group in enumerate(plan.groups):
-        (tiles, T), w = group.queries.shape, group.keys.shape[1]
-        step = max(1, CHUNK // (width * w))
+        (tiles, T), step = group.queries.shape, max(1, CHUNK // (width * group.keys.shape[1]))
         for start in range(0, tiles, step):
             count = min(step, tiles - start)
-            spans = (slice(first, first + count * n) for first, n in ((start, 1), (query, T), (key, w)))
-            yield i, *spans
-            query, key = query + count * T, key + count * w
+            yield i, slice(start, start + count), slice(first, first + count * T)
+            first += count * T
 
 
 def _tiles(rows: Tensor, index: Tensor) -> Tensor:
@@ -110,13 +107,13 @@ def _tiles(rows: Tensor, index: Tensor) -> Tensor:
 def _fused(plan: Plan, scale: float, q: Tensor, k: Tensor, v: Tensor, biases: Sequence[Tensor]) -> Tensor:
     B, heads, N, _ = q.shape
     result = q.new_empty(B, N, heads, v.shape[-1])
-    out = q.new_empty(_count(plan)[0], *result.shape[2:])
+    out = q.new_empty(_count(plan), *result.shape[2:])
     masks = [
         group.of_tiles(bias)[0].unflatten(0, (heads, -1)).expand(-1, len(group.keys), -1, -1)
         for bias, group in zip(biases, plan.groups, strict=True)
     ]
     for b in range(B):
-        for i, tiles, span, _ in _chunks(plan, k, v):
+        for i, tiles, span in _chunks(plan, k, v):
             queries, keys = plan.groups[i].queries[tiles], plan.groups[i].keys[tiles]
             inputs = _tiles(q[b], queries), _tiles(k[b], keys), _tiles(v[b], keys), masks[i][:, tiles]
             *inputs, mask = (x.transpose(0, 1) for x in inputs)
@@ -126,22 +123,41 @@ def _fused(plan: Plan, scale: float, q: Tensor, k: Tensor, v: Tensor, biases: Se
     return result.transpose(1, 2)
 
 
-def _count(plan: Plan) -> tuple[int, int]:
-    """Queries and keys of all tiles."""
-    return tuple(sum(each) for each in zip(*((x.queries.numel(), x.keys.numel()) for x in plan.groups), strict=True))
+def _count(plan: Plan) -> int:
+    """Queries of all tiles."""
+    return sum(group.queries.numel() for group in plan.groups)
 
 
 def _rows(plan: Plan, heads: int) -> Tensor:
     """Where the queries (N * heads) are among those of all tiles (heads * places)."""
-    return (plan.inverse[:, None] + torch.arange(heads) * _count(plan)[0]).flatten()
+    return (plan.inverse[:, None] + torch.arange(heads) * _count(plan)).flatten()
 
 
-def _bags(plan: Plan, k: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the keys (heads * M) are found among those of all tiles (heads * places), as `embedding_bag` takes it."""
-    keys = torch.cat([group.keys.flatten() for group in plan.groups])
-    counts = torch.bincount(keys, minlength=k.shape[2])
-    heads = torch.arange(k.shape[1])[:, None] * len(keys)
-    return (heads + keys.argsort(stable=True)).flatten(), (heads + counts.cumsum(0) - counts).flatten()
+class _Sums:
+    """Sums of what the tiles of a chunk have for each key, of all heads.
+
+    Args:
+        keys: (places,) of the tiles.
+        heads: number of heads.
+        num_keys: M; None to sum for those keys alone that are there.
+    """
+
+    def __init__(self, keys: Tensor, heads: int, num_keys: int | None) -> None:
+        self.keys, counts = torch.unique(keys, return_counts=True) if num_keys is None else (None, None)
+        if num_keys is not None:
+            counts = torch.bincount(keys, minlength=num_keys)
+        first = torch.arange(heads)[:, None] * len(keys)
+        self.order = (first + keys.argsort(stable=True)).flatten()
+        self.starts = (first + counts.cumsum(0) - counts).flatten()
+
+    def add(self, tiles: Tensor, total: Tensor) -> None:
+        """Put the sums over (heads, places, d) into (M, heads, d), or add those of some keys."""
+        sums = F.embedding_bag(self.order, tiles.flatten(0, 1), self.starts, mode="sum")
+        sums = sums.unflatten(0, (len(tiles), -1)).transpose(0, 1)
+        if self.keys is None:
+            total.copy_(sums)
+        else:
+            total.index_add_(0, self.keys, sums)
 
 
 def _by_kind(bias: Tensor, group: TileGroup, heads: int) -> tuple[Tensor, Tensor]:
@@ -205,12 +221,12 @@ def _multiplied(
     """
     B, heads, N, _ = q.shape
     result = q.new_empty(B, N, heads, v.shape[-1])
-    out, rows = q.new_empty(heads, _count(plan)[0], v.shape[-1]), _rows(plan, heads)
+    out, rows = q.new_empty(heads, _count(plan), v.shape[-1]), _rows(plan, heads)
     added = [
         None if bias is None else _by_kind(bias, group, heads) for bias, group in zip(biases, plan.groups, strict=True)
     ]
     for b in range(B):
-        for i, tiles, span, _ in _chunks(plan, k, v):
+        for i, tiles, span in _chunks(plan, k, v):
             queries, keys = plan.groups[i].queries[tiles], plan.groups[i].keys[tiles]
             by_tile = FEW * len(queries) <= heads
             inputs = _tiles(q[b], queries), _tiles(k[b], keys), _tiles(v[b], keys)
@@ -257,18 +273,21 @@ class _TileProducts(Function):
                 return ctx.plain(q, k, v, plan, biases, scale)
 
             return None, None, None, None, *replayed(plain, inputs, wanted, grad)
-        heads, (num_queries, num_keys) = q.shape[1], _count(plan)
-        rows, (keys_in, key_starts) = _rows(plan, heads), _bags(plan, k)
+        heads, num_queries, rows = q.shape[1], _count(plan), _rows(plan, q.shape[1])
         dq, dk, dv = _empty_side_by_side(q, k, v)
+        chunks = list(_chunks(plan, k, v))
+        whole = k.shape[2] if len(chunks) == 1 else None
+        sums = [_Sums(plan.groups[i].keys[tiles].flatten(), heads, whole) for i, tiles, _ in chunks]
+        totals = [x.new_empty(x[0].transpose(0, 1).shape) for x in (k, v)] if whole is None else None
         dbiases = [torch.zeros_like(bias) if want else None for bias, want in zip(biases, wanted[3:], strict=True)]
         added = [
             None if x is None else _by_kind(x, group, heads) for x, group in zip(dbiases, plan.groups, strict=True)
         ]
         dout, dq_tiles = grad.new_zeros(num_queries, heads, v.shape[-1]), q.new_empty(heads, num_queries, q.shape[-1])
-        dk_tiles, dv_tiles = (x.new_empty(heads, num_keys, x.shape[-1]) for x in (k, v))
         for b in range(len(q)):
             dout.index_copy_(0, plan.inverse, grad[b].transpose(0, 1))  # that of repeated queries is zero
-            for i, tiles, span, key_span in _chunks(plan, k, v):
+            into = (dk[b], dv[b]) if totals is None else [total.zero_() for total in totals]
+            for (i, tiles, span), of_chunk in zip(chunks, sums, strict=True):
                 queries, keys = plan.groups[i].queries[tiles], plan.groups[i].keys[tiles]
                 by_tile = FEW * len(queries) <= heads
                 parts = _tiles(q[b], queries), _tiles(k[b], keys), _tiles(v[b], keys)
@@ -276,8 +295,8 @@ class _TileProducts(Function):
                     dout[span].unflatten(0, queries.shape).movedim(2, 0),
                     dq_tiles[:, span].unflatten(1, queries.shape),
                 )
-                parts += tuple(x[:, key_span].unflatten(1, keys.shape) for x in (dk_tiles, dv_tiles))
-                for item, (q_i, k_i, v_i, dout_i, dq_i, dk_i, dv_i) in enumerate(_items(by_tile, *parts)):
+                dkv = [x.new_empty(heads, *keys.shape, x.shape[-1]) for x in (k, v)]
+                for item, (q_i, k_i, v_i, dout_i, dq_i, dk_i, dv_i) in enumerate(_items(by_tile, *parts, *dkv)):
                     weights = next(kept)
                     _multiply(weights.transpose(1, 2), dout_i, 1.0, dv_i)
                     dlogits = torch.bmm(dout_i, v_i.transpose(1, 2))
@@ -286,8 +305,9 @@ class _TileProducts(Function):
                         _add(by_tile, added[i][0], added[i][1][tiles], item, dlogits)
                     _multiply(dlogits.transpose(1, 2), q_i[..., : k.shape[-1]], scale, dk_i)
                     _multiply(dlogits, _widened(k_i, places), scale, dq_i)
+                for tiles, total in zip(dkv, into, strict=True):
+                    of_chunk.add(tiles.flatten(1, 2), total)
             dq[b] = dq_tiles.flatten(0, 1).index_select(0, rows).view(dq.shape[1:])
-            for x, part in ((dk, dk_tiles), (dv, dv_tiles)):
-                sums = F.embedding_bag(keys_in, part.flatten(0, 1), key_starts, mode="sum")
-                x[b] = sums.unflatten(0, (heads, -1)).transpose(0, 1)
+            if totals is not None:
+                dk[b], dv[b] = totals
         return None, None, None, None, *(x.transpose(1, 2) for x in (dq, dk, dv)), *dbiases
