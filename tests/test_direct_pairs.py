@@ -6,11 +6,19 @@ import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import Tensor, nn
+from torch.autograd import gradgradcheck
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.nn.utils import parametrizations
 
 import visionattn
-from visionattn.layers import ChannelAttention, CogAttention, NeighborhoodAttention2d, direct
+from visionattn.layers import (
+    CausalSelfAttention,
+    ChannelAttention,
+    CogAttention,
+    HaloAttention2d,
+    NeighborhoodAttention2d,
+    direct,
+)
 from visionattn.layers.covariance_norm import normed_sum
 from visionattn.layers.depthwise_mlp import DepthwiseMlp
 from visionattn.layers.gated_mlp import GatedMlp
@@ -26,6 +34,8 @@ LAYERS = {
     "cog attention": (lambda: CogAttention(8, 2), (2, 5, 8)),
     "channel attention": (lambda: ChannelAttention(8, 2), (2, 5, 4, 8)),
     "neighbourhood attention": (lambda: NeighborhoodAttention2d(8, 2, 3), (2, 5, 4, 8)),
+    "causal attention": (lambda: CausalSelfAttention(8, 2), (2, 5, 8)),
+    "halo attention": (lambda: HaloAttention2d(8, num_heads=2, block_size=4, halo_size=1), (2, 8, 5, 4)),
 }
 
 
@@ -65,6 +75,13 @@ def test_a_layer_that_is_used_twice(layer):
     )
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_second_derivatives(layer):
+    make, shape = LAYERS[layer]
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    assert gradgradcheck(make().double(), x, atol=1e-6, fast_mode=True)
 
 
 @pytest.mark.parametrize("layer", LAYERS)

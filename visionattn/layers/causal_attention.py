@@ -124,7 +124,7 @@ class _Rotation(Function):
 
     @staticmethod
     def forward(ctx, packed: Tensor, turn: Tensor) -> Tensor:
-        ctx.turn = turn
+        ctx.turn, ctx.shape = turn, packed.shape
         B, N, _, heads, d = packed.shape
         out = packed.new_empty(3, B, heads, N, d)
         _rotate(packed, turn, out.permute(1, 3, 0, 2, 4))
@@ -133,23 +133,19 @@ class _Rotation(Function):
     @staticmethod
     @in_own_precision
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        return _RotationBack.apply(grad, ctx.turn), None
+        if replays(grad):
+            anything = torch.zeros(ctx.shape, dtype=grad.dtype, requires_grad=True)  # linear, it is the same everywhere
+            return *replayed(partial(_plainly_rotated, turn=ctx.turn), [anything], [True], grad), None
+        out = grad.new_empty(ctx.shape)
+        _rotate(grad.permute(1, 3, 0, 2, 4), ctx.turn.conj(), out)
+        return out, None
 
 
-class _RotationBack(Function):
-    """The transpose of `_Rotation`."""
-
-    @staticmethod
-    def forward(ctx, grad: Tensor, turn: Tensor) -> Tensor:
-        ctx.turn, grad = turn, grad.permute(1, 3, 0, 2, 4)
-        out = torch.empty_like(grad, memory_format=torch.contiguous_format)
-        _rotate(grad, turn.conj(), out)
-        return out
-
-    @staticmethod
-    @in_own_precision
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        return _Rotation.apply(grad, ctx.turn), None
+def _plainly_rotated(packed: Tensor, turn: Tensor) -> Tensor:
+    a, b = packed[:, :, :2, :, ::2], packed[:, :, :2, :, 1::2]
+    pairs = torch.stack([a * turn.real - b * turn.imag, a * turn.imag + b * turn.real], -1)
+    rotated = torch.cat([pairs.reshape(*packed.shape[:2], 2, *packed.shape[3:]), packed[:, :, 2:]], 2)
+    return rotated.permute(2, 0, 3, 1, 4)
 
 
 def _rotate(x: Tensor, turn: Tensor, out: Tensor) -> None:

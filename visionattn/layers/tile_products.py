@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .direct import in_own_precision, is_direct, replayed, replays
 from .fused_tiles import axis_places, fused_attention
@@ -73,7 +74,8 @@ def axis_products(
 
     def plain(features: Tensor, k: Tensor, v: Tensor, plan: Plan, masks: Sequence[Tensor], scale: float) -> Tensor:
         q, *axis_logits = features.split(widths, -1)
-        return fused_attention(q, k, v, plan, masks, scale, axis_logits=tuple(axis_logits))
+        with sdpa_kernel(SDPBackend.MATH):  # the others on CPUs have no second derivative
+            return fused_attention(q, k, v, plan, masks, scale, axis_logits=tuple(axis_logits))
 
     if torch.is_grad_enabled() and any(x.requires_grad for x in (features, k, v)):
         return _TileProducts.apply(plan, 1.0, plain, places, features, k, v, *masks)
