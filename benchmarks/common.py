@@ -24,6 +24,20 @@ class Parser(argparse.ArgumentParser):
         raise VisionattnError(f"{message}; see --help")
 
 
+def output(*endings: str) -> Callable[[str], Path]:
+    """The type of an option that names a file to write, which is looked at before anything is measured."""
+
+    def path(given: str) -> Path:
+        path = Path(given)
+        if endings and path.suffix not in endings:
+            raise argparse.ArgumentTypeError(f"expected a file that ends in {', '.join(endings)}, got {given!r}")
+        if path.is_dir() or not path.parent.is_dir():
+            raise argparse.ArgumentTypeError(f"expected a file in a folder that is there, got {given!r}")
+        return path
+
+    return path
+
+
 @cache
 def reference(family: str) -> ModuleType:
     """benchmarks/reference/<family>.py."""

@@ -1,6 +1,6 @@
 """Time and memory of blocks and models against resolution, with exponents fitted to them.
 
-    python benchmarks/scaling.py                                         # every block of visionattn.layers
+    python benchmarks/scaling.py                                         # the blocks whose papers tell how cost grows
     python benchmarks/scaling.py HiLoAttention LargeKernelAttention --plot scaling.png
     python benchmarks/scaling.py van_b0 illama_tiny --sizes 224 448 896  # models, by sizes of images
 
@@ -21,7 +21,7 @@ from pathlib import Path
 from statistics import linear_regression, median
 
 import torch
-from common import Parser, Table
+from common import Parser, Table, output
 from torch import Tensor, nn
 
 import visionattn
@@ -131,14 +131,14 @@ def plot(rows: list[dict], path: Path) -> None:
 
 def main(argv: list[str]) -> None:
     parser = Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", help="blocks of visionattn.layers and models; none: all blocks")
+    parser.add_argument("names", nargs="*", help="blocks and models; none: all blocks there are here")
     parser.add_argument("--sizes", type=positive, nargs="+", help="sides of maps for blocks, of images for models")
     parser.add_argument("--batch", type=positive, default=1, help="maps or images")
-    parser.add_argument("--plot", type=Path, help="file for a picture")
+    parser.add_argument("--plot", type=output(".png", ".pdf", ".svg"), help="file for a picture")
     parser.add_argument("--markdown", action="store_true", help="print a table in Markdown")
     add_machine(parser)
     args = parser.parse_args(argv)
-    names = [block for name in args.names for block in (_variants(name) or [visionattn.model_info(name).name])]
+    names = [block for name in args.names for block in _chosen(name)]
     if args.sizes and len(set(args.sizes)) < 2:
         raise VisionattnError(f"expected two sizes or more, got {args.sizes[0]}")
     if args.plot:
@@ -162,9 +162,13 @@ def main(argv: list[str]) -> None:
         print(f"\n{args.plot}")
 
 
-def _variants(name: str) -> list[str]:
-    """The entries of a block, which may have several."""
-    return [block for block in BLOCKS if block == name or block.startswith(f"{name},")]
+def _chosen(name: str) -> list[str]:
+    """The entries of a block, which may have several, or a model."""
+    if blocks := [block for block in BLOCKS if block == name or block.startswith(f"{name},")]:
+        return blocks
+    if hasattr(layers, name):
+        raise VisionattnError(f"expected a model, or one of the blocks {'; '.join(BLOCKS)}; got {name}")
+    return [visionattn.model_info(name).name]
 
 
 if __name__ == "__main__":

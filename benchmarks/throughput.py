@@ -3,7 +3,7 @@
     python benchmarks/throughput.py                                    # one model of each family
     python benchmarks/throughput.py 'van_*' --against reference        # as published: benchmarks/reference/
     python benchmarks/throughput.py --all --against timm,reference     # the first of these that has the model
-    python benchmarks/throughput.py van_b1 --int8 --against plain      # what fusing or int8 changes in time and output
+    python benchmarks/throughput.py van_b1 --int8 --against plain      # what fusing or int8 changes in inference
     python benchmarks/throughput.py dinat_mini --device cuda --dtype bfloat16 --compile --compile-mode max-autotune
 
 Both sides take turns in one process, each in its better memory layout. The ratio is their median time by ours, above 1
@@ -20,6 +20,7 @@ import gc
 import json
 import math
 import sys
+import traceback
 from argparse import Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterable
 from importlib.util import find_spec
@@ -28,7 +29,7 @@ from statistics import fmean, median
 
 import timm
 import torch
-from common import REFERENCES, Parser, Table, ceiling, ratio, reference, shake
+from common import REFERENCES, Parser, Table, ceiling, output, ratio, reference, shake
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -45,6 +46,8 @@ REPRESENTATIVES = (
     "halonet26t", "hornet_tiny_gf", "illama_tiny", "litv2_small", "moh_vit_small_75", "nalaformer_xt", "overlock_xt",
     "patnet_t2", "sgformer_s", "sparsifiner_deit_small", "van_b1",
 )  # fmt: skip
+SAME = 1e-3
+"""Of the largest logit, up to which two sides compute one function, in float32."""
 MOST_PARAMETERS = 60e6
 """Of the models that patterns and --all stand for."""
 
@@ -201,6 +204,10 @@ def measure(info: ModelInfo, args: Namespace, device: torch.device, seconds: Cal
         with torch.inference_mode():
             logits = [side.logits().float() for side in sides]
         differs = ((logits[0] - logits[1]).abs().max() / logits[1].abs().max()).item()
+        if args.dtype == "float32" and not args.int8 and not differs < SAME:
+            raise VisionattnError(
+                f"logits differ by {differs:.1e} from {library}'s, which compute another function here"
+            )
     times = in_turns([side.step for side in sides], args.rounds, seconds)
     memory = [peak_memory(side.step, device) for side in sides] if training else []
     row = {"model": info.name, "family": info.family, "mode": "training" if training else "inference", "size": size}
@@ -268,13 +275,13 @@ def parse(argv: list[str]) -> Namespace:
     parser.add_argument("--autocast", action="store_true", help="float32 weights, computing in --dtype")
     parser.add_argument("--compile", action="store_true", help="torch.compile both sides")
     parser.add_argument("--compile-mode", help="default, reduce-overhead, max-autotune, ...")
-    parser.add_argument("--fuse", action="store_true", help="fold our batch norms and layer scales for inference")
-    parser.add_argument("--int8", action="store_true", help="int8 weights of ours for inference on a CPU, fused")
+    parser.add_argument("--fuse", action="store_true", help="fold our batch norms and layer scales; times inference")
+    parser.add_argument("--int8", action="store_true", help="int8 weights of ours on a CPU, fused; times inference")
     parser.add_argument(
         "--layout", choices=("best", *LAYOUTS), default="best", help="of memory; best: the better of each"
     )
     parser.add_argument("--markdown", action="store_true", help="print a table in Markdown")
-    parser.add_argument("--json", type=Path, help="file for all that was measured")
+    parser.add_argument("--json", type=output(), help="file for all that was measured")
     add_machine(parser)
     args = parser.parse_args(argv)
     args.against = [library for library in args.against.split(",") if library]
@@ -284,6 +291,12 @@ def parse(argv: list[str]) -> Namespace:
         raise VisionattnError("--against transformers needs transformers: python -m pip install transformers")
     if args.compile_mode and not args.compile:
         raise VisionattnError("--compile-mode says how to --compile: give both")
+    if args.autocast and args.dtype == "float32":
+        raise VisionattnError("--autocast computes in --dtype: give bfloat16 or float16")
+    if args.int8 or args.fuse:
+        if args.mode == "training":
+            raise VisionattnError("--int8 and --fuse are for inference, got --mode training")
+        args.mode = "inference"
     if args.int8 and (args.compile or args.autocast or args.dtype != "float32" or args.device != "cpu"):
         raise VisionattnError("--int8 is for float32 on a CPU, without --compile and --autocast")
     return args
@@ -320,9 +333,11 @@ def main(argv: list[str]) -> int:
             try:
                 row = measure(visionattn.model_info(name), args, device, seconds, training)
             except (RuntimeError, AssertionError, TypeError, ValueError) as error:  # whatever the two raise
-                print(f"{name}: {all_lines(error)[:300]}", file=sys.stderr, flush=True)
+                *_, (last, line) = traceback.walk_tb(error.__traceback__)
+                where = "" if str(error) else f" at {Path(last.f_code.co_filename).name}:{line}"
+                print(f"{name}: {all_lines(error)[:300]}{where}", file=sys.stderr, flush=True)
                 failed.append(name)
-                continue
+                break
             if row is None:
                 left.append(name)
                 break
@@ -332,7 +347,7 @@ def main(argv: list[str]) -> int:
                 args.json.write_text(json.dumps({"about": about | {"gflops": best}, "rows": rows}, indent=1))
     if left and not rows:
         raise VisionattnError(f"{' or '.join(args.against)} has none of {', '.join(left)}")
-    if args.against:
+    if args.against and rows:
         print("\ngeometric means over the families, of those over their models:")
         show_means(rows, "inference")
         show_means(rows, "training")

@@ -53,6 +53,15 @@ def test_help_and_misspelt_options(script, name):
         ("throughput", ["test_van", "--device", "nowhere"], "cannot use device nowhere"),
         ("throughput", ["test_van", "--compile-mode", "default"], "give both"),
         ("throughput", ["test_van", "--int8", "--dtype", "bfloat16"], "--int8 is for float32 on a CPU"),
+        ("throughput", ["test_van", "--int8", "--mode", "training"], "are for inference"),
+        ("throughput", ["test_van", "--autocast"], "give bfloat16 or float16"),
+        ("throughput", ["test_van", "--json", "nowhere/x.json"], "a file in a folder that is there"),
+        ("throughput", ["test_van", "--json", str(FOLDER)], "a file in a folder that is there"),
+        ("scaling", ["SelfAttention", "--plot", str(FOLDER)], "ends in .png, .pdf, .svg"),
+        ("scaling", ["SelfAttention", "--plot", "nowhere/x.png"], "a file in a folder that is there"),
+        ("scaling", ["CogAttention"], "or one of the blocks AttentiveConv2d; "),
+        ("scaling", ["SelfAttention", "--sizes", "8", "1000000"], "more memory than there is"),
+        ("neighborhood_attention", ["--size", "1000000"], "more memory than there is"),
         ("scaling", ["SelfAtention"], "unknown model SelfAtention"),
         ("scaling", ["SelfAttention", "--sizes", "14"], "two sizes"),
         ("neighborhood_attention", ["--size", "100"], "size of 224 or more"),
@@ -78,11 +87,22 @@ def test_requests_that_cannot_be_met(script, name, argv, told):
 
 def test_throughput_alone(script, tmp_path):
     options = ["--batch", "2", "--rounds", "2", "--threads", "1", "--json", str(tmp_path / "found.json")]
-    code, out, _ = script("throughput", "test_van", *options, "--clock", "cpu", "--fuse")
+    code, out, _ = script("throughput", "test_van", *options, "--fuse")
+    assert code == 0 and out.count("inference") == 1 and "training" not in out
+    code, out, _ = script("throughput", "test_van", *options, "--clock", "cpu")
     assert code == 0 and out.count("test_van") == 2
     rows = json.loads((tmp_path / "found.json").read_text())["rows"]
     assert [row["mode"] for row in rows] == ["inference", "training"]
     assert rows[1]["memory"][0] > 0 and len(rows[0]["times"][0]) == 2
+
+
+def test_throughput_of_what_cannot_be_compared(script):
+    """timm cuts off what patches do not cover, and takes no map that windows do not divide."""
+    options = ["--batch", "1", "--rounds", "1", "--mode", "inference", "--against", "timm"]
+    code, out, err = script("throughput", "convit_tiny", "--size", "40", *options)
+    assert code == 1 and "another function" in err and "geometric" not in out
+    code, out, err = script("throughput", "halonet26t", "--size", "96", *options)
+    assert code == 1 and len(err.splitlines()) == 1 and "AssertionError at " in err and "geometric" not in out
 
 
 @pytest.mark.parametrize(("name", "peer"), [("convit_tiny", "timm"), ("patnet_t0", "reference")])

@@ -104,6 +104,14 @@ def test_gradients_of_heads_that_lie_side_by_side_are_not_copied(order):
     assert (grad.data_ptr() == whole.data_ptr()) == (order == (0, 1, 2))
 
 
+@pytest.mark.parametrize("size", [(0, 5), (5, 0)])
+def test_maps_without_positions(size):
+    for layer in (NeighborhoodAttention2d(8, 2), layers.WindowAttention2d(8, 2), layers.ChannelAttention(8, 2)):
+        assert layer(torch.randn(2, *size, 8)).shape == (2, *size, 8)
+    assert layers.HaloAttention2d(8, num_heads=2)(torch.randn(2, 8, *size)).shape == (2, 8, *size)
+    assert layers.CausalSelfAttention(8, 2)(torch.randn(2, 0, 8)).shape == (2, 0, 8)
+
+
 def test_stride_of_the_kernel_is_window_attention():
     layer = randomised(NeighborhoodAttention2d(8, 2, 4, stride=4, rel_pos_bias=False))
     x = torch.randn(2, 12, 8, 8, dtype=torch.float64)

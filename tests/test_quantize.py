@@ -10,6 +10,7 @@ from torch import nn
 
 import visionattn
 from visionattn.errors import VisionattnError
+from visionattn.export import export
 from visionattn.layers.int8 import Int8Linear
 from visionattn.layers.pointwise import Mlp, Pointwise, Pointwise2d
 
@@ -46,6 +47,14 @@ def test_output_stays_close(name):
     assert cosine(quantized(x), out) > 0.999  # other parts round differently then
     with torch.inference_mode():
         assert torch.equal(quantized(x), out)
+
+
+def test_what_is_quantized_is_told_as_that(tmp_path):
+    model = visionattn.quantize(made("test_van"), 16)
+    with pytest.raises(VisionattnError, match="is quantized already"):
+        visionattn.quantize(model, 16)
+    with pytest.raises(VisionattnError, match="export the model itself, with int8"):
+        export(model, tmp_path / "model.onnx", "onnx")
 
 
 @pytest.mark.parametrize("name", ["test_van", "test_convit"])

@@ -10,6 +10,8 @@ from importlib.util import find_spec
 
 UNUSABLE = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ELOOP)
 """What the system says of paths that somebody gave, where there is nothing to be looked for."""
+OUT_OF_MEMORY = "can't allocate memory", "out of memory", "Storage size calculation overflowed"
+"""What torch says then."""
 LONGEST = 300
 """Characters that are shown of a name, a path or an address that somebody gave."""
 
@@ -170,6 +172,11 @@ def run(main: Callable[[list[str]], int | None]) -> int:
         if error.errno not in UNUSABLE or error.filename is None:
             raise
         print(f"error: cannot use {shortened(error.filename)}: {error.strerror}", file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not any(told in str(error) for told in OUT_OF_MEMORY):
+            raise
+        print(f"error: this takes more memory than there is ({one_line(error)[:LONGEST]})", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -34,7 +34,8 @@ def quantize(model: T, min_channels: int = 96) -> T:
         the model. Its state dict has `int8` and `scale` where it had `weight`, and is loaded by a quantized model.
 
     Raises:
-        VisionattnError: in training mode, on other devices, in another precision or if no map is that large.
+        VisionattnError: in training mode, on other devices, in another precision, if no map is that large or if the
+            model is quantized already.
     """
     if model.training:
         raise VisionattnError("expected a model in eval mode to quantize, got one in training mode: call eval() first")
@@ -44,6 +45,8 @@ def quantize(model: T, min_channels: int = 96) -> T:
         if parameter.device.type != "cpu" or parameter.dtype != torch.float32:
             found = f"{parameter.dtype} on {parameter.device}"
             raise VisionattnError(f"expected a model in torch.float32 on the CPU to quantize, got {found}")
+    if is_quantized(model):
+        raise VisionattnError(f"this {type(model).__name__} is quantized already")
     parents = list(model.modules())
     for parent in parents:
         if isinstance(parent, Backbone):
@@ -59,3 +62,8 @@ def quantize(model: T, min_channels: int = 96) -> T:
     for parent, name, child in chosen:
         setattr(parent, name, Int8Linear(child, isinstance(child, Pointwise2d)))
     return model.requires_grad_(False)
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether a model has int8 weights."""
+    return any(isinstance(module, Int8Linear) for module in model.modules())

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from ..errors import VisionattnError, one_line, optional, require, user_input
+from ..quantize import is_quantized
 from ..weights.files import place
 from .about import about_model, as_text, task_of
 from .folder import folder_beside
@@ -107,6 +108,8 @@ def export(
         raise VisionattnError(f"opset is of ONNX files: {kind} has none")
     wanted, path = FORMATS[kind], Path(path)
     wanted.check()
+    if is_quantized(model):
+        raise VisionattnError("graphs do not round inputs as int8 weights want it: export the model itself, with int8")
     module = traced(model)
     check_place(path, wanted.suffix, overwrite)
     if int8 not in (None, *INT8):

@@ -208,7 +208,7 @@ def _attend(qkv: Tensor, mask: Tensor, weights: Tensor | None = None) -> Tensor:
 def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Some heads of all images at a time, of (B, heads, N, ...) and (3, B, heads, N, d)."""
     N = tensors[0].shape[-2]
-    step = max(1, PAIRS // N**2)
+    step = max(1, PAIRS // max(1, N**2))
     return zip(*(x.flatten(-4, -3).split(step, -3) for x in tensors), strict=True)
 
 

@@ -226,6 +226,8 @@ def _cpu_tiles(size: tuple[int, int], window: tuple[tuple, tuple]) -> tuple[tupl
 def _neighborhood_attention(layer: NeighborhoodAttention2d, qkv: Tensor) -> Tensor:
     """(B, H, W, 3C) projections to (B, H, W, C). Opaque to symbolic tracing, as its tiling depends on the size."""
     (H, W), heads, table = fixed(*qkv.shape[1:3]), layer.num_heads, layer.rpb
+    if is_direct(qkv) and not qkv.numel():
+        return qkv.chunk(3, -1)[2]
     window = layer.window(H, W)
     if layer.axes[0] is neighborhood_axis and table is not None and is_direct(qkv):
         window = _cpu_tiles((H, W), window)
