@@ -10,7 +10,7 @@ from .cache import ParameterCache
 from .checks import check_counts, check_positive
 from .local_attention import AxisTiles, local_attention, local_plan
 from .pointwise import Pointwise
-from .symbolic import Size, ceil_div, fixed, is_symbolic
+from .symbolic import Size, any_count, ceil_div, fixed, is_symbolic
 
 
 def halo_axis(length: int, block_size: int, halo_size: int, stride: int = 1, mask: str = "pad") -> AxisTiles:
@@ -201,6 +201,7 @@ def _relative(table: Tensor, queries: int, block: int) -> Tensor:
 
 
 @torch.fx.wrap
+@any_count
 def _halo_attention(layer: HaloAttention2d, q: Tensor, kv: Tensor) -> Tensor:
     """(B, H / s, W / s, D_qk) queries and (B, H, W, D_qk + D_v) keys and values to (B, H / s, W / s, D_v). Opaque to
     symbolic tracing, as its tiling depends on the size."""

@@ -16,7 +16,7 @@ from .heads import check_heads
 from .local_attention import AxisTiles, local_attention, local_plan, padded_heads, relative_bias
 from .pointwise import Pointwise
 from .position import resize_table
-from .symbolic import Size, ceil_div, fixed
+from .symbolic import Size, any_count, ceil_div, fixed
 
 COPY = 32
 """Queries whose products with a key take as long as it takes to copy the key, on CPUs."""
@@ -223,6 +223,7 @@ def _cpu_tiles(size: tuple[int, int], window: tuple[tuple, tuple]) -> tuple[tupl
 
 
 @torch.fx.wrap
+@any_count
 def _neighborhood_attention(layer: NeighborhoodAttention2d, qkv: Tensor) -> Tensor:
     """(B, H, W, 3C) projections to (B, H, W, C). Opaque to symbolic tracing, as its tiling depends on the size."""
     (H, W), heads, table = fixed(*qkv.shape[1:3]), layer.num_heads, layer.rpb

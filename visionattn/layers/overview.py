@@ -11,6 +11,7 @@ from .depthwise import depthwise
 from .dilated_reparam import ChannelScale, DilatedReparamNorm, GlobalResponseNorm2d, GrnMlp, ResidualDepthwise
 from .layout import channels_last
 from .pointwise import Pointwise2d
+from .symbolic import any_count
 
 
 class RepConvBlock(nn.Module):
@@ -108,6 +109,7 @@ class FocusBlock(ContMixBlock):
 
 
 @torch.fx.wrap
+@any_count
 def with_overview(x: Tensor, overview: Tensor) -> Tensor:
     """A map (B, C, H, W) and, in further channels, one of half its size, every position of which is there four times:
     every second is the smaller map again."""

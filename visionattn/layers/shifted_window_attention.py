@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from .cache import ParameterCache
 from .direct import is_direct
 from .local_attention import AxisTiles, local_attention, local_plan, padded_heads, relative_bias
-from .symbolic import Size, ceil_div, fixed, is_symbolic
+from .symbolic import Size, any_count, ceil_div, fixed, is_symbolic
 from .window_attention import WindowAttention2d
 
 
@@ -124,6 +124,7 @@ class ShiftedWindowAttention2d(WindowAttention2d):
 
 
 @torch.fx.wrap
+@any_count
 def _shifted(layer: ShiftedWindowAttention2d, qkv: Tensor) -> Tensor:
     """(B, H, W, 3C) projections to (B, H, W, C). Opaque to symbolic tracing, as its tiling depends on the size."""
     H, W = fixed(*qkv.shape[1:3])

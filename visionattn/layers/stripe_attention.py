@@ -9,7 +9,7 @@ from .depthwise import DepthwiseConv2d, depthwise
 from .heads import check_heads
 from .local_attention import AxisTiles, local_attention, local_plan, padded_heads
 from .pointwise import Pointwise
-from .symbolic import Size, ceil_div, fixed
+from .symbolic import Size, any_count, ceil_div, fixed
 
 
 def stripe_axis(length: int, width: int | None) -> AxisTiles:
@@ -92,6 +92,7 @@ class StripeAttention2d(nn.Module):
 
 
 @torch.fx.wrap
+@any_count
 def _stripe_attention(layer: StripeAttention2d, qkv: Tensor) -> Tensor:
     """(B, H, W, 3C) projections to (B, H, W, C). Opaque to symbolic tracing, as its tiling depends on the size."""
     H, W = fixed(*qkv.shape[1:3])

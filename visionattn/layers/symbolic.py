@@ -5,18 +5,37 @@ in Python, no constant table. `is_symbolic` tells where tables must be arithmeti
 division towards zero, such arithmetic divides what is not negative.
 """
 
+from collections.abc import Callable
+from functools import wraps
 from operator import index
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.fx.experimental import _config as config
 from torch.fx.experimental.symbolic_shapes import has_static_value
 
 Size = int | torch.SymInt
+F = TypeVar("F", bound=Callable)
 
 
 def is_exporting() -> bool:
     """`torch.compiler.is_exporting`, which Dynamo took to be true in `torch.compile` too, in torch 2.11 at least."""
     return torch.compiler._is_exporting_flag
+
+
+def any_count(function: F) -> F:
+    """Decorator of what counts something that depends on the size, as tiles of a map: graphs of torch.export do not
+    tell one from several by it, which they do else where they look how tensors lie in memory."""
+
+    @wraps(function)
+    def call(*args, **kwargs):
+        if torch.compiler.is_dynamo_compiling() or not is_exporting():
+            return function(*args, **kwargs)
+        with config.patch(backed_size_oblivious=True):
+            return function(*args, **kwargs)
+
+    return call
 
 
 def is_symbolic(*sizes: Size) -> bool:

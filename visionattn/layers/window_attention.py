@@ -9,7 +9,7 @@ from .checks import check_counts
 from .heads import check_heads, split_heads
 from .local_attention import AxisTiles, local_attention, local_plan, padded_heads
 from .pointwise import Pointwise
-from .symbolic import Size, ceil_div, fixed, is_symbolic
+from .symbolic import Size, any_count, ceil_div, fixed, is_symbolic
 
 
 def window_axis(length: int, window_size: int) -> AxisTiles:
@@ -83,6 +83,7 @@ class WindowAttention2d(nn.Module):
 
 
 @torch.fx.wrap
+@any_count
 def _partition(x: Tensor, size: int) -> Tensor:
     """(B, H, W, C) to its windows (windows, size, size, C), if it consists of such: what is cut before the projection
     need not be copied three times after it."""
@@ -93,6 +94,7 @@ def _partition(x: Tensor, size: int) -> Tensor:
 
 
 @torch.fx.wrap
+@any_count
 def _merge(x: Tensor, size: int, H: Size, W: Size) -> Tensor:
     """The map of what `_partition` returned."""
     if x.shape[1] == H and x.shape[2] == W:
@@ -101,6 +103,7 @@ def _merge(x: Tensor, size: int, H: Size, W: Size) -> Tensor:
 
 
 @torch.fx.wrap
+@any_count
 def window_attention(
     qkv: Tensor, bias: Tensor | None, heads: int, size: int, scale: float | None = None, dropout: float = 0.0
 ) -> Tensor:
