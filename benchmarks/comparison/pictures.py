@@ -17,7 +17,7 @@ THICK = {"softmax": ("black", "-"), "dw7": ("0.55", "-"), "none": ("black", ":")
 def _figure(panels: int):
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8 * panels, 7.5), layout="constrained")
+    figure = Figure(figsize=(8 * panels, 9), layout="constrained")
     return figure, figure.subplots(1, panels, squeeze=False)[0]
 
 
@@ -58,7 +58,7 @@ def draw_time(found: "Found", path: Path) -> bool:
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_formatter("{x:g}")
         axes.grid(alpha=0.3, which="both")
-        axes.legend(fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.1), handlelength=0)
+        axes.legend(fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.12), handlelength=0)
     figure.savefig(path, dpi=110)
     return True
 
@@ -97,6 +97,6 @@ def draw_distance(found: "Found", path: Path) -> bool:
             ylabel="accuracy, %",
         )
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.1))
+        axes.legend(fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.12))
     figure.savefig(path, dpi=110)
     return True
