@@ -226,16 +226,15 @@ def _cpu_tiles(size: tuple[int, int], window: tuple[tuple, tuple]) -> tuple[tupl
 @any_count
 def _neighborhood_attention(layer: NeighborhoodAttention2d, qkv: Tensor) -> Tensor:
     """(B, H, W, 3C) projections to (B, H, W, C). Opaque to symbolic tracing, as its tiling depends on the size."""
-    (H, W), heads, table = fixed(*qkv.shape[1:3]), layer.num_heads, layer.rpb
-    if is_direct(qkv) and not qkv.numel():
+    (H, W), heads, table, direct = fixed(*qkv.shape[1:3]), layer.num_heads, layer.rpb, is_direct(qkv)
+    if direct and not qkv.numel():
         return qkv.chunk(3, -1)[2]
     window = layer.window(H, W)
-    if layer.axes[0] is neighborhood_axis and table is not None and is_direct(qkv):
+    if direct and layer.axes[0] is neighborhood_axis and table is not None:
         window = _cpu_tiles((H, W), window)
     plan = local_plan(layer.axes, (H, W), window, qkv.device, heads if table is None else None)
     q, k, v = padded_heads(qkv, layer.qkv.bias, heads, plan)
-
-    by_kind = torch.is_grad_enabled() and is_direct(qkv)
+    by_kind = direct and torch.is_grad_enabled()
 
     def bias() -> list[Tensor]:
         # Rounded last, as the gradient of an entry is a sum over the map.

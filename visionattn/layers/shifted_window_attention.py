@@ -131,8 +131,7 @@ def _shifted(layer: ShiftedWindowAttention2d, qkv: Tensor) -> Tensor:
     window = layer.window(H, W, qkv.device)
     plan = local_plan((shifted_window_axis, graph_shifted_window_axis), (H, W), (window, window), qkv.device)
     key = H, W, window[1] == 0 if isinstance(window[1], int) else None, qkv.dtype
-
-    by_kind = torch.is_grad_enabled() and is_direct(qkv)
+    by_kind = is_direct(qkv) and torch.is_grad_enabled()
 
     def bias() -> list[Tensor]:
         return [each.to(qkv.dtype) for each in relative_bias(layer.rpb.flatten(1), plan, by_kind)]
