@@ -9,5 +9,7 @@ def one_thread():
 
 
 @pytest.fixture(autouse=True)
-def seed():
+def same_start():
+    """Whatever ran before it in the process, benchmarks for instance."""
     torch.manual_seed(0)
+    torch.set_flush_denormal(False)
