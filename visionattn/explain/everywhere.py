@@ -239,9 +239,9 @@ def agent_attention(layer: AgentAttention, x: Tensor, grid: tuple[int, int] | No
     q, k, v = split_heads(qkv, heads)
     patches = qkv[:, first:].unflatten(1, (H, W)).chunk(3, -1)
     (agents,) = split_heads(pooled(patches[0], layer.agent_shape), heads, 1)
-    to_keys, to_agents = layer.biases(H, W)
+    to_keys, to_agents = layer.biases(H, W)  # (heads, agents, N) both
     scale = q.shape[3] ** -0.5
-    logits = {"collect": agents @ k.mT * scale + to_keys, "spread": q @ agents.mT * scale + to_agents}
+    logits = {"collect": agents @ k.mT * scale + to_keys, "spread": q @ agents.mT * scale + to_agents.mT}
     collect, spread = (each.softmax(-1) for each in logits.values())
     local = layer.dwc(patches[2].permute(0, 3, 1, 2)).flatten(2).mT
     out = (spread @ (collect @ v)).transpose(1, 2).flatten(2) + F.pad(local, (0, 0, first, 0))

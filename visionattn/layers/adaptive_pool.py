@@ -20,13 +20,15 @@ def adaptive_pool(x: Tensor, size: tuple[Size, Size]) -> Tensor:
     """
     if not is_symbolic(*size, *x.shape[2:]):
         return x if x.shape[2:] == size else F.adaptive_avg_pool2d(x, size)
-    rows, cols = (_shares(old, new, x) for old, new in zip(x.shape[2:], size, strict=True))
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    sizes = zip(x.shape[2:], size, strict=True)
+    rows, cols = (pool_shares(old, new, x.device, dtype).to(x.dtype) for old, new in sizes)
     return rows @ x @ cols.mT
 
 
-def _shares(length: Size, keys: Size, x: Tensor) -> Tensor:
+def pool_shares(length: Size, keys: Size, device: torch.device, dtype: torch.dtype) -> Tensor:
     """(keys, length) weights of the means over an axis."""
-    start, end = bins(torch.arange(keys, device=x.device)[:, None], length, keys)
-    position = torch.arange(length, device=x.device)
-    weights = ((position >= start) & (position < end)).to(torch.promote_types(x.dtype, torch.float32))
-    return (weights / weights.sum(1, keepdim=True)).to(x.dtype)
+    start, end = bins(torch.arange(keys, device=device)[:, None], length, keys)
+    position = torch.arange(length, device=device)
+    weights = ((position >= start) & (position < end)).to(dtype)
+    return weights / weights.sum(1, keepdim=True)

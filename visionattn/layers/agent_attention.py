@@ -6,17 +6,23 @@ import torch
 import torch.nn.functional as F
 from timm.layers import to_2tuple, trunc_normal_
 from torch import Tensor, nn
+from torch.autograd import Function
 
-from .adaptive_pool import adaptive_pool
+from .adaptive_pool import adaptive_pool, pool_shares
 from .cache import ParameterCache
 from .checks import check_counts
 from .depthwise import depthwise
+from .direct import in_own_precision, is_direct, replayed, replays
 from .heads import check_heads, split_heads
 from .pointwise import Pointwise
+from .precision import without_autocast
+from .size_constant import size_constant
 from .symbolic import Size, fixed, for_batch, is_exporting, is_symbolic
 
 SIDE = 7
 """Of the tables of biases that are interpolated to the map, whatever its size."""
+FEW = 9
+"""Agents up to which products of their own are faster than fused attention without gradients, too."""
 AXES = ("ah_bias", "aw_bias", "ha_bias", "wa_bias")
 """Tables with an axis of the map, their last one."""
 
@@ -112,19 +118,26 @@ class AgentAttention(nn.Module):
         return self.proj(_agent_attention(self, self.qkv(x), grid))
 
     def biases(self, height: Size, width: Size) -> tuple[Tensor, Tensor]:
-        """P (heads, n, N), what is added to the logits of the agents, and R (heads, N, n), of the queries, on a map of
-        that size; the class token first if there is one."""
+        """P and R, (heads, n, N) each, what is added to the logits of agents and keys, and of agents and queries, on a
+        map of that size; the class token first if there is one."""
         size = height, width
-        to_keys = self._on_map(self.an_bias, self.ah_bias, self.aw_bias, self.ac_bias, size)
-        to_agents = self._on_map(self.na_bias, self.ha_bias, self.wa_bias, self.ca_bias, size)
-        return to_keys, to_agents.mT.contiguous()
+        with without_autocast(self.an_bias):
+            to_keys = self._on_map(self.an_bias, self.ah_bias, self.aw_bias, self.ac_bias, size)
+            return to_keys, self._on_map(self.na_bias, self.ha_bias, self.wa_bias, self.ca_bias, size)
 
     def _on_map(self, table: Tensor, rows: Tensor, cols: Tensor, token: Tensor | None, size: tuple) -> Tensor:
         """A table (heads, n, 7, 7), those of rows (heads, n, H0), of columns (heads, n, W0) and of the class token
         (heads, n, 1), as one (heads, agents, N)."""
         dtype = torch.promote_types(table.dtype, torch.float32)
-        bias = _resized(_resized(table.to(dtype), size[1]).mT, size[0]).mT
-        bias = bias + _resized(rows.to(dtype), size[0])[..., None] + _resized(cols.to(dtype), size[1])[:, :, None]
+        table, rows, cols = table.to(dtype), _resized(rows.to(dtype), size[0]), _resized(cols.to(dtype), size[1])
+        if not is_symbolic(*size) and size == (SIDE, SIDE):
+            bias = table + rows[..., None] + cols[:, :, None]
+        else:  # rows of the table resized, those of rows, and 1, times columns to resize it by, 1, and those of columns
+            to_rows, to_cols = (_line(SIDE, length, table.device, dtype) for length in size)
+            ones = to_rows.new_ones(()).expand(*rows.shape, 1)
+            left = torch.cat([to_rows.mT @ table, rows[..., None], ones], -1)
+            right = torch.cat([to_cols, torch.ones_like(to_cols[:1])]).expand(*cols.shape[:2], -1, -1)
+            bias = left @ torch.cat([right, cols[:, :, None]], 2)
         bias = bias.flatten(2) if token is None else torch.cat([token.to(dtype), bias.flatten(2)], 2)
         built = (math.isqrt(self.agent_num),) * 2
         if self.agent_shape == built:
@@ -136,15 +149,18 @@ class AgentAttention(nn.Module):
 
 
 def _resized(table: Tensor, length: Size) -> Tensor:
-    """(heads, n, ..., L) to (heads, n, ..., length), linearly, with half-pixel centres."""
+    """(heads, n, L) to (heads, n, length), linearly, with half-pixel centres."""
     old = table.shape[-1]
-    if is_symbolic(length):  # an interpolation that ONNX has no open size for
-        source = ((torch.arange(length, device=table.device) + 0.5) * old / length - 0.5).clamp(0, old - 1)
-        weights = 1 - (source - torch.arange(old, device=table.device)[:, None]).abs()
-        return table @ weights.clamp(min=0).to(table.dtype)
-    if old == length:
-        return table
-    return F.interpolate(table.flatten(0, -2)[None], length, mode="linear")[0].unflatten(0, table.shape[:-1])
+    same = not is_symbolic(length) and old == length
+    return table if same else table @ _line(old, length, table.device, table.dtype)
+
+
+@size_constant
+def _line(old: int, length: Size, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """(old, length) weights by which an axis is interpolated linearly."""
+    place, source = (torch.arange(n, device=device, dtype=dtype) for n in (old, length))
+    source = ((source + 0.5) * old / length - 0.5).clamp(0, old - 1)
+    return (1 - (source - place[:, None]).abs()).clamp(min=0)
 
 
 def resize_axis_tables(state_dict: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -171,25 +187,115 @@ def pooled(x: Tensor, shape: tuple[int, int]) -> Tensor:
 @torch.fx.wrap
 def _agent_attention(layer: AgentAttention, qkv: Tensor, grid: tuple[int, int] | None) -> Tensor:
     """(B, H, W, 3C) or (B, N, 3C) projections to (B, H, W, C) or (B, N, C)."""
-    heads, C, first = layer.num_heads, qkv.shape[-1] // 3, int(layer.class_token)
+    heads, first = layer.num_heads, int(layer.class_token)
     if qkv.ndim == 4:
         H, W = fixed(*qkv.shape[1:3])
     else:
         H, W = grid or (math.isqrt(qkv.shape[1] - first),) * 2
     tokens = qkv.flatten(1, -2)
-    patches = tokens[:, first:].unflatten(1, (H, W))
-    q, k, v = split_heads(tokens, heads)
-    (agents,) = split_heads(pooled(patches[..., :C], layer.agent_shape), heads, 1)
+    direct = is_direct(qkv, *layer.tables) and (torch.is_grad_enabled() or math.prod(layer.agent_shape) <= FEW)
 
     def biases() -> list[Tensor]:
-        return [bias.to(qkv.dtype)[None] for bias in layer.biases(H, W)]
+        to_keys, to_agents = (bias.to(qkv.dtype) for bias in layer.biases(H, W))
+        return [to_keys, to_agents if direct else to_agents.mT.contiguous()]
 
-    to_keys, to_agents = layer._cache((H, W, layer.agent_shape, qkv.dtype), layer.tables, biases)
-    collected = F.scaled_dot_product_attention(agents, k, v, attn_mask=for_batch(to_keys, agents))
-    out = F.scaled_dot_product_attention(q, agents, collected, attn_mask=for_batch(to_agents, q))
-    local = layer.dwc(patches[..., 2 * C :].permute(0, 3, 1, 2)).flatten(2).mT  # (B, N, C)
+    biases = layer._cache((H, W, layer.agent_shape, qkv.dtype, direct), layer.tables, biases)
+    if direct:
+        out, values = AgentProducts.apply(tokens, *biases, (H, W), layer.agent_shape, heads)
+    else:
+        out, values = _plain(tokens, *biases, (H, W), layer.agent_shape, heads)
+    local = layer.dwc(values.permute(0, 3, 1, 2)).flatten(2).mT  # (B, N, C)
+    out = out + (F.pad(local, (0, 0, first, 0)) if first else local)
+    return out.unflatten(1, (H, W)) if qkv.ndim == 4 else out
+
+
+def _plain(
+    tokens: Tensor, to_keys: Tensor, to_agents: Tensor, grid: tuple, shape: tuple[int, int], heads: int
+) -> tuple[Tensor, Tensor]:
+    """(B, N, 3C) projections, and biases (heads, n, N) and (heads, N, n), to the output (B, N, C) and the map of the
+    values (B, H, W, C)."""
+    C, first = tokens.shape[2] // 3, tokens.shape[1] - grid[0] * grid[1]
+    patches = tokens[:, first:].unflatten(1, grid)
+    q, k, v = split_heads(tokens, heads)
+    (agents,) = split_heads(pooled(patches[..., :C], shape), heads, 1)
+    collected = F.scaled_dot_product_attention(agents, k, v, attn_mask=for_batch(to_keys[None], agents))
+    out = F.scaled_dot_product_attention(q, agents, collected, attn_mask=for_batch(to_agents[None], q))
     out = out.transpose(1, 2)
     if is_exporting():  # other formats have no fused attention, whose layout this is
         out = out.clone(memory_format=torch.contiguous_format)
-    out = out.flatten(2) + (F.pad(local, (0, 0, first, 0)) if first else local)
-    return out.unflatten(1, (H, W)) if qkv.ndim == 4 else out
+    return out.flatten(2), patches[..., 2 * C :]
+
+
+class AgentProducts(Function):
+    """`_plain`, of biases (heads, n, N) both, by products that read the projections and write results where they are,
+    and start from the biases. Fused attention forms all weights too where a bias is trained."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        tokens: Tensor,
+        to_keys: Tensor,
+        to_agents: Tensor,
+        grid: tuple[int, int],
+        shape: tuple[int, int],
+        heads: int,
+    ) -> tuple[Tensor, Tensor]:
+        B, N, C = tokens.shape[0], tokens.shape[1], tokens.shape[2] // 3
+        tokens, first, scale = tokens.contiguous(), N - math.prod(grid), (C // heads) ** -0.5
+        shares = _shares(grid, shape, tokens.device, tokens.dtype)
+        agents = torch.bmm(shares.expand(B, -1, -1), tokens[:, first:, :C])
+        (q, k, v), (a,) = split_heads(tokens, heads), split_heads(agents, heads, 1)
+        asked, seen = (bias.expand(B, -1, -1, -1).clone() for bias in (to_agents, to_keys))
+        for i in range(B):
+            asked[i].baddbmm_(a[i], q[i].mT, alpha=scale)
+            seen[i].baddbmm_(a[i], k[i].mT, alpha=scale)
+        torch._softmax(asked, 2, False, out=asked)
+        torch._softmax(seen, 3, False, out=seen)
+        collected, out = torch.empty_like(a), tokens.new_empty(B, N, C)
+        (by_head,) = split_heads(out, heads, 1)
+        for i in range(B):
+            torch.bmm(seen[i], v[i], out=collected[i])
+            torch.bmm(asked[i].mT, collected[i], out=by_head[i])
+        ctx.save_for_backward(tokens, to_keys, to_agents, shares, agents, asked, seen, collected)
+        ctx.grid, ctx.shape, ctx.heads, ctx.scale = grid, shape, heads, scale
+        return out, tokens[:, first:, 2 * C :].contiguous().unflatten(1, grid)
+
+    @staticmethod
+    @in_own_precision
+    def backward(ctx, grad: Tensor, dvalues: Tensor) -> tuple[Tensor | None, ...]:
+        tokens, to_keys, to_agents, shares, agents, asked, seen, collected = ctx.saved_tensors
+        if replays(grad):
+
+            def compute(tokens: Tensor, to_keys: Tensor, to_agents: Tensor) -> tuple[Tensor, Tensor]:
+                return _plain(tokens, to_keys, to_agents.mT, ctx.grid, ctx.shape, ctx.heads)
+
+            inputs, wanted = [tokens, to_keys, to_agents], ctx.needs_input_grad[:3]
+            return *replayed(compute, inputs, wanted, (grad, dvalues)), None, None, None
+        C, first, heads, scale = agents.shape[2], tokens.shape[1] - shares.shape[1], ctx.heads, ctx.scale
+        dtokens, dagents = torch.empty_like(tokens), torch.empty_like(agents)
+        dtokens[:, :first, 2 * C :] = 0
+        dtokens[:, first:, 2 * C :] = dvalues.flatten(1, 2)
+        (q, k, v), (dq, dk, dv) = split_heads(tokens, heads), split_heads(dtokens, heads)
+        (a,), (da,), (grad,) = (split_heads(x, heads, 1) for x in (agents, dagents, grad.contiguous()))
+        dasked, dseen, dcollected = torch.empty_like(asked), torch.empty_like(seen), torch.empty_like(collected[0])
+        for i in range(len(tokens)):
+            torch.bmm(asked[i], grad[i], out=dcollected)
+            torch.bmm(collected[i], grad[i].mT, out=dasked[i])
+            torch.bmm(dcollected, v[i].mT, out=dseen[i])
+            dv[i].baddbmm_(seen[i].mT, dcollected)
+        torch._softmax_backward_data(dasked, asked, 2, asked.dtype, grad_input=dasked)
+        torch._softmax_backward_data(dseen, seen, 3, seen.dtype, grad_input=dseen)
+        for i in range(len(tokens)):
+            torch.baddbmm(dq[i], dasked[i].mT, a[i], beta=0, alpha=scale, out=dq[i])
+            torch.baddbmm(dk[i], dseen[i].mT, a[i], beta=0, alpha=scale, out=dk[i])
+            torch.baddbmm(da[i], dasked[i], q[i], beta=0, alpha=scale, out=da[i])
+            da[i].baddbmm_(dseen[i], k[i], alpha=scale)
+        dtokens[:, first:, :C].baddbmm_(shares.mT.expand(len(tokens), -1, -1), dagents)
+        return dtokens, dseen.sum(0), dasked.sum(0), None, None, None
+
+
+@size_constant
+def _shares(grid: tuple[int, int], shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """(n, N) weights of the means that `pooled` takes."""
+    rows, cols = (pool_shares(old, new, device, dtype) for old, new in zip(grid, shape, strict=True))
+    return torch.kron(rows, cols)
