@@ -135,12 +135,13 @@ class GeluMlp(Function):
         dw1, db1, dw2 = (
             torch.empty_like(t) if needed else None for t, needed in zip((w1, b1, w2), wanted[1:4], strict=True)
         )
+        memory = torch.empty_like(hidden[0])
         for i, (x_i, a, grad_i) in enumerate(zip(rows.split(step), hidden, grad.split(step), strict=True)):
-            beta = float(i > 0)
+            beta, da = float(i > 0), memory[: len(a)]
             if dw2 is not None:
-                dw2.addmm_(grad_i.t(), F.gelu(a), beta=beta)
-            da = grad_i @ w2
-            da = torch.ops.aten.gelu_backward.grad_input(da, a, grad_input=da)
+                dw2.addmm_(grad_i.t(), torch.ops.aten.gelu.out(a, out=da), beta=beta)
+            torch.mm(grad_i, w2, out=da)
+            torch.ops.aten.gelu_backward.grad_input(da, a, grad_input=da)
             if dw1 is not None:
                 dw1.addmm_(da.t(), x_i, beta=beta)
             if db1 is not None:
