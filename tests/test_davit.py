@@ -110,6 +110,21 @@ def test_channel_weights_of_a_large_map_are_no_denormal_numbers():
     close(out.double(), (q @ expected.mT).transpose(1, 2).flatten(2), atol=1e-2)
 
 
+@pytest.mark.parametrize("version, bias", [(1, True), (1, False), (2, True)])
+def test_channel_attention_without_gradients(version, bias, monkeypatch):
+    """Large maps are summed up in parts."""
+    monkeypatch.setattr("visionattn.layers.channel_attention.CHUNK", 7 * 2 * 8 * 8)
+    layer, x = randomised(ChannelAttention(8, 2, bias, version)), torch.randn(2, 6, 5, 8, dtype=torch.float64)
+    expected = layer(x)
+    with torch.no_grad():
+        assert layer._merges(x)
+        close(layer(x), expected)
+        close(layer(x.transpose(1, 2)), expected.transpose(1, 2))
+        assert layer(x[:0]).shape == x[:0].shape
+        layer.proj.register_forward_hook(lambda module, args, out: 2 * out)
+        close(layer(x), 2 * expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_channel_logits_do_not_overflow(dtype):
     layer = ChannelAttention(8, 2)

@@ -93,15 +93,15 @@ def test_what_is_left_as_it_is():
 @pytest.mark.parametrize("name", ["test_convit", "test_davit", "test_halonet", "test_illama"])
 @torch.no_grad()
 def test_conversion_is_exact_and_folds(name):
-    plain, x = visionattn.create_model(name, num_classes=3).eval(), torch.randn(2, 3, 64, 64)
+    plain, x = visionattn.create_model(name, num_classes=3).double().eval(), torch.randn(2, 3, 64, 64).double()
     keys, out = plain.state_dict().keys(), plain(x)
     model = sigma_reparam(plain)
-    assert (model(x) - out).abs().max() < 1e-5 * max(1, out.abs().max())
+    assert (model(x) - out).abs().max() < 1e-10 * max(1, out.abs().max())
     out = scrambled(model)(x)
-    file = visionattn.create_model(name, num_classes=3).eval()
+    file = visionattn.create_model(name, num_classes=3).double().eval()
     visionattn.weights.load_pretrained(file, model.state_dict())
     for folded in (fold(copy.deepcopy(model)), copy.deepcopy(model).fuse(), file):
-        assert (folded(x) - out).abs().max() < 1e-6 * max(1, out.abs().max())
+        assert (folded(x) - out).abs().max() < 1e-10 * max(1, out.abs().max())
         assert not any(isinstance(module, Reparametrised) for module in folded.modules())
     assert fold(model).state_dict().keys() == keys
 

@@ -5,14 +5,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from .direct import in_own_precision, is_direct, replayed, replays
+from .direct import in_own_precision, is_direct, is_watched, replayed, replays
 from .heads import check_heads, split_heads
-from .pointwise import Pointwise
+from .pointwise import CHUNK, Pointwise
 from .precision import without_autocast
+from .product import product
 from .symbolic import Size, is_symbolic
 
 ROLES = {1: (1, 2, 0), 2: (0, 1, 2)}
 """Which of (q, k, v) are (first, second, mixed) in each version."""
+
+
+LARGE = 2
+"""Positions per channel from which on products of the weights cost less than they save."""
 
 
 class ChannelAttention(nn.Module):
@@ -58,7 +63,17 @@ class ChannelAttention(nn.Module):
         self.proj = Pointwise(dim, dim, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(_channel_attention(self, self.qkv(x)))
+        return _merged(self, x) if self._merges(x) else self.proj(_channel_attention(self, self.qkv(x)))
+
+    def _merges(self, x: Tensor) -> bool:
+        """Whether `_merged` computes this, and faster."""
+        return (
+            not torch.is_grad_enabled()
+            and type(self.qkv) is type(self.proj) is Pointwise
+            and is_direct(x, *self.parameters())
+            and x.numel() >= max(1, len(x)) * LARGE * x.shape[-1] ** 2
+            and not is_watched(self.qkv, self.proj)
+        )
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, version={self.version}"
@@ -98,9 +113,7 @@ class InPlaces(Function):
         weights, out = qkv.new_empty(B, heads, d, d), qkv.new_empty(B, N, heads, d)
         for i in range(B):
             torch.bmm(first[i].transpose(1, 2), second[i], out=weights[i])
-        weights = weights.mul_(scale).softmax(3)
-        # Logits grow with the map. Weights that are too small to count, or no normal numbers, slow products down.
-        F.threshold_(weights, torch.finfo(weights.dtype).eps ** 3, 0.0)
+        weights = _softmax(weights.mul_(scale))
         for i in range(B):
             torch.bmm(mixed[i], weights[i].transpose(1, 2), out=out[i].transpose(0, 1))
         ctx.save_for_backward(qkv, weights)
@@ -125,6 +138,36 @@ class InPlaces(Function):
             torch.bmm(second[i], dlogits[i].transpose(1, 2), out=dfirst[i])
             torch.bmm(first[i], dlogits[i], out=dsecond[i])
         return dqkv, None, None
+
+
+def _softmax(logits: Tensor) -> Tensor:
+    """Logits grow with the map. Weights that are too small to count, or no normal numbers, slow products down."""
+    return F.threshold_(logits.softmax(-1), torch.finfo(logits.dtype).eps ** 3, 0.0)
+
+
+def _merged(layer: ChannelAttention, x: Tensor) -> Tensor:
+    """What the layer computes, outside autograd, without a tensor of all projections: the logits are summed up over
+    parts of the map, and what comes after them is one linear map of the input."""
+    (B, *_, C), heads, first = x.shape, layer.num_heads, ROLES[layer.version][0]
+    x, out = x.contiguous().view(B, -1, C), torch.empty_like(x, memory_format=torch.contiguous_format)
+    pair = slice(first * C, (first + 2) * C)  # the first and the second are neighbours
+    mixed = ROLES[layer.version][2] * C
+    weight, bias = layer.qkv.weight, layer.qkv.bias
+    scale = (C // heads if layer.version == 1 else x.shape[1]) ** -0.5
+    for x_i, out_i in zip(x, out.view(x.shape), strict=True):
+        logits = x.new_zeros(heads, C // heads, C // heads)
+        for rows in x_i.split(max(1, CHUNK // (2 * C * x.itemsize))):
+            projected = product(rows, weight[pair], None if bias is None else bias[pair])
+            one, two = split_heads(projected[None], heads, 2)[:, 0]
+            logits.baddbmm_(one.mT, two, alpha=scale)
+        attention = _softmax(logits)
+        to_out = layer.proj.weight @ (attention @ weight[mixed : mixed + C].view(heads, -1, C)).flatten(0, 1)
+        shift = layer.proj.bias
+        if bias is not None:
+            moved = attention @ bias[mixed : mixed + C].view(heads, -1, 1)
+            shift = torch.addmv(shift, layer.proj.weight, moved.flatten())
+        out_i.copy_(product(x_i, to_out, shift))
+    return out
 
 
 def _rsqrt(size: Size, x: Tensor) -> float | Tensor:
