@@ -19,6 +19,7 @@ from visionattn.layers import (
     CogAttention,
     HaloAttention2d,
     NeighborhoodAttention2d,
+    ShiftedWindowAttention2d,
     StripeAttention2d,
     direct,
 )
@@ -40,6 +41,7 @@ LAYERS = {
     "causal attention": (lambda: CausalSelfAttention(8, 2), (2, 5, 8)),
     "agent attention": (lambda: AgentAttention(8, 2, (5, 4), 4), (2, 5, 4, 8)),
     "agent attention with a class token": (lambda: AgentAttention(8, 2, (3, 3), 4, class_token=True), (2, 10, 8)),
+    "attention with biases": (lambda: ShiftedWindowAttention2d(8, 2, (8, 8), 8), (2, 8, 8, 8)),
     "stripe attention": (lambda: StripeAttention2d(8, 2, 2), (2, 6, 4, 8)),
     "halo attention": (lambda: HaloAttention2d(8, num_heads=2, block_size=4, halo_size=1), (2, 8, 5, 4)),
 }

@@ -9,6 +9,7 @@ from timm.layers import to_2tuple, trunc_normal_
 from torch import Tensor, nn
 
 from .adaptive_pool import adaptive_pool, bins
+from .biased_attention import biased_attention
 from .cache import ParameterCache
 from .checks import check_counts
 from .heads import check_heads, split_heads
@@ -189,7 +190,7 @@ class CosineAttention(_CosineAttention):
 def _attend(layer: CosineAttention, qkv: Tensor) -> Tensor:
     """(B, H, W, 3C) projections to what the heads return, (B, heads, N, d)."""
     q, k, v, bias = layer.attended(qkv)
-    return F.scaled_dot_product_attention(q, k, v, bias, scale=1.0)
+    return biased_attention(q, k, v, bias, 1.0)
 
 
 class AggregatedAttention(_CosineAttention):
@@ -363,7 +364,7 @@ def _aggregate(layer: AggregatedAttention, q: Tensor, kv: Tensor, pooled: Tensor
     last = F.pad(one.expand(*q.shape[:2], 1, 1), (d, 1 + spare))
     value = torch.cat([F.pad(pooled_v, (0, 2 + spare)), last], 2)
     bias = F.pad(layer.position_bias(size, pooled_size, dtype), (0, 1))[None]
-    y = F.scaled_dot_product_attention(query, key, value, for_batch(bias, query), scale=1.0)
+    y = biased_attention(query, key, value, for_batch(bias, query), 1.0)
 
     # The neighbours, by their share and by the learned weights
     learned = unit @ layer.learnable_tokens.to(unit.dtype) + layer.learnable_bias  # (B, heads, N, K^2)

@@ -1,6 +1,6 @@
 """Heads of attention."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -50,3 +50,12 @@ def _are_parts(parts: Sequence[Tensor], whole: Tensor) -> bool:
             for x, y in zip(parts, whole.unbind(2), strict=True)
         )
     )
+
+
+def empty_side_by_side(*parts: Tensor) -> Iterable[Tensor]:
+    """(B, N, heads, d) for each of the parts (B, heads, N, d); as `SplitHeads` wants it where they are of one size."""
+    shapes = [part.transpose(1, 2).shape for part in parts]
+    if len(set(shapes)) > 1:
+        return [parts[0].new_empty(shape) for shape in shapes]
+    B, N, heads, d = shapes[0]
+    return parts[0].new_empty(B, N, len(parts), heads, d).unbind(2)

@@ -5,7 +5,7 @@ the result; as it has no gradient of one, training multiplies out the definition
 products with further features of the queries, which fused attention wants keys and values to be as wide as.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import repeat
 
 import torch
@@ -14,8 +14,10 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .biased_attention import biased_attention
 from .direct import in_own_precision, is_direct, replayed, replays
 from .fused_tiles import axis_places, fused_attention
+from .heads import empty_side_by_side
 from .plan import Plan, TileGroup
 
 MAX_TILE = 2**16  # pairs, beyond which weights are too many to keep
@@ -52,7 +54,7 @@ def tile_products(q: Tensor, k: Tensor, v: Tensor, plan: Plan, biases: Sequence[
     """`local_attention`, where `takes_products`."""
     group = plan.groups[0]
     if _is_whole(group.queries, q) and _is_whole(group.keys, k):  # a tile that is the map
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=group.of_tiles(biases[0]), scale=scale)
+        return biased_attention(q, k, v, group.of_tiles(biases[0]), scale)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *biases)):
         return _TileProducts.apply(plan, scale, fused_attention, None, q, k, v, *biases)
     return _fused(plan, scale, q, k, v, biases)
@@ -170,15 +172,6 @@ def _by_kind(bias: Tensor, group: TileGroup, heads: int) -> tuple[Tensor, Tensor
     return bias, tiles if bias.shape[1] == len(tiles) else torch.zeros_like(tiles)
 
 
-def _empty_side_by_side(*parts: Tensor) -> Iterable[Tensor]:
-    """(B, N, heads, d) for each of the parts (B, heads, N, d); as `SplitHeads` wants it where they are of one size."""
-    shapes = [part.transpose(1, 2).shape for part in parts]
-    if len(set(shapes)) > 1:
-        return [parts[0].new_empty(shape) for shape in shapes]
-    B, N, heads, d = shapes[0]
-    return parts[0].new_empty(B, N, len(parts), heads, d).unbind(2)
-
-
 def _items(by_tile: bool, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Of (heads, tiles, ...) the heads, or the tiles."""
     return zip(*(x.unbind(int(by_tile)) for x in tensors), strict=True)
@@ -276,7 +269,7 @@ class _TileProducts(Function):
 
             return None, None, None, None, *replayed(plain, inputs, wanted, grad)
         heads, num_queries, rows = q.shape[1], _count(plan), _rows(plan, q.shape[1])
-        dq, dk, dv = _empty_side_by_side(q, k, v)
+        dq, dk, dv = empty_side_by_side(q, k, v)
         chunks = list(_chunks(plan, k, v))
         whole = k.shape[2] if len(chunks) == 1 else None
         sums = [_Sums(plan.groups[i].keys[tiles].flatten(), heads, whole) for i, tiles, _ in chunks]
