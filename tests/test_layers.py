@@ -299,6 +299,16 @@ def test_gradients(layer, shape):
     assert gradcheck(call, (x, *(p.detach().requires_grad_() for p in names.values())))
 
 
+@pytest.mark.parametrize("size", [(9, 12), (9, 13)])
+def test_gradients_of_several_chunks_of_tiles(size, monkeypatch):
+    """Of one plan, which are cut elsewhere where channels are more."""
+    monkeypatch.setattr("visionattn.layers.tile_products.CHUNK", 2**13)
+    for dim in (4, 6, 12, 4):
+        layer = randomised(NeighborhoodAttention2d(dim, 2, 3))
+        x = torch.randn(2, *size, dim, dtype=torch.float64, requires_grad=True)
+        assert gradcheck(layer, x, fast_mode=True)
+
+
 def test_cached_biases_follow_their_parameters():
     layer = NeighborhoodAttention2d(8, 2, 3).eval()
     x = torch.randn(1, 9, 9, 8)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .biased_attention import biased_attention
 from .direct import in_own_precision, is_direct, replayed, replays
@@ -160,8 +161,22 @@ class _Sums:
         sums = sums.unflatten(0, (len(tiles), -1)).transpose(0, 1)
         if self.keys is None:
             total.copy_(sums)
-        else:
-            total.index_add_(0, self.keys, sums)
+        else:  # row by row, which index_add_ does not
+            total.index_copy_(0, self.keys, total.index_select(0, self.keys).add_(sums))
+
+
+_SUMS = WeakTensorKeyDictionary()
+"""By the inverse of a plan, the sums of its chunks: to plan them in every pass would take a twentieth of it."""
+
+
+def _sums(plan: Plan, chunks: Sequence[tuple[int, slice, slice]], heads: int, num_keys: int) -> list[_Sums]:
+    """For each of the chunks, kept as long as the plan is."""
+    kept = _SUMS.setdefault(plan.inverse, {})
+    key = heads, *((i, tiles.stop) for i, tiles, _ in chunks)
+    if key not in kept:
+        whole = num_keys if len(chunks) == 1 else None
+        kept[key] = [_Sums(plan.groups[i].keys[tiles].flatten(), heads, whole) for i, tiles, _ in chunks]
+    return kept[key]
 
 
 def _by_kind(bias: Tensor, group: TileGroup, heads: int) -> tuple[Tensor, Tensor]:
@@ -271,17 +286,16 @@ class _TileProducts(Function):
         heads, num_queries, rows = q.shape[1], _count(plan), _rows(plan, q.shape[1])
         dq, dk, dv = empty_side_by_side(q, k, v)
         chunks = list(_chunks(plan, k, v))
-        whole = k.shape[2] if len(chunks) == 1 else None
-        sums = [_Sums(plan.groups[i].keys[tiles].flatten(), heads, whole) for i, tiles, _ in chunks]
-        totals = [x.new_empty(x[0].transpose(0, 1).shape) for x in (k, v)] if whole is None else None
+        sums = _sums(plan, chunks, heads, k.shape[2])
         dbiases = [torch.zeros_like(bias) if want else None for bias, want in zip(biases, wanted[3:], strict=True)]
         added = [
             None if x is None else _by_kind(x, group, heads) for x, group in zip(dbiases, plan.groups, strict=True)
         ]
-        dout, dq_tiles = grad.new_zeros(num_queries, heads, v.shape[-1]), q.new_empty(heads, num_queries, q.shape[-1])
+        make = grad.new_empty if num_queries == len(plan.inverse) else grad.new_zeros  # repeated queries have none
+        dout, dq_tiles = make(num_queries, heads, v.shape[-1]), q.new_empty(heads, num_queries, q.shape[-1])
         for b in range(len(q)):
-            dout.index_copy_(0, plan.inverse, grad[b].transpose(0, 1))  # that of repeated queries is zero
-            into = (dk[b], dv[b]) if totals is None else [total.zero_() for total in totals]
+            dout.index_copy_(0, plan.inverse, grad[b].transpose(0, 1))
+            into = (dk[b], dv[b]) if len(chunks) == 1 else (dk[b].zero_(), dv[b].zero_())
             for (i, tiles, span), of_chunk in zip(chunks, sums, strict=True):
                 queries, keys = plan.groups[i].queries[tiles], plan.groups[i].keys[tiles]
                 by_tile = FEW * len(queries) <= heads
@@ -303,6 +317,4 @@ class _TileProducts(Function):
                 for tiles, total in zip(dkv, into, strict=True):
                     of_chunk.add(tiles.flatten(1, 2), total)
             dq[b] = dq_tiles.flatten(0, 1).index_select(0, rows).view(dq.shape[1:])
-            if totals is not None:
-                dk[b], dv[b] = totals
         return None, None, None, None, *(x.transpose(1, 2) for x in (dq, dk, dv)), *dbiases
