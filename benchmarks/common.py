@@ -76,10 +76,10 @@ def shake(model: nn.Module) -> nn.Module:
     """Make scales, shifts and running statistics such as training might, so that nothing is hidden by its start."""
     for parameter in model.parameters():
         if parameter.ndim < 2:
-            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+            parameter.add_(torch.randn_like(parameter), alpha=0.05)  # more, and van_b3 overflows
     for key, buffer in model.named_buffers():
         if key.endswith("running_mean"):
-            nn.init.normal_(buffer, std=0.1)
+            nn.init.normal_(buffer, std=0.05)
         if key.endswith("running_var"):
             nn.init.uniform_(buffer, 0.5, 1.5)
     return model
