@@ -2,8 +2,6 @@
 
 import copy
 import json
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 
 import pytest
 import torch
@@ -53,25 +51,6 @@ def test_mlp_is_its_modules(shape, route):
     inputs = [x, *mlp.parameters()]
     for a, b in zip(*(torch.autograd.grad(f.square().sum(), inputs) for f in (mlp(x), plain(mlp, x))), strict=True):
         close(a, b, 1e-4)
-
-
-def test_mlps_of_threads_have_memory_of_their_own():
-    """It is made by whoever is first, and written by all: in inference mode, under another default device."""
-    mlps = [Mlp(24, 96) for _ in range(8)]
-    xs = [torch.randn(300, 24) for _ in mlps]
-
-    def gradients(mlp: Mlp, x: torch.Tensor, compute) -> list[torch.Tensor]:
-        for _ in range(5):
-            with torch.inference_mode(), torch.device("meta"):
-                mlp(x)
-            found = torch.autograd.grad(compute(mlp, x).square().sum(), list(mlp.parameters()))
-        return found
-
-    with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(partial(gradients, compute=lambda mlp, x: mlp(x)), mlps, xs))
-    for one, mlp, x in zip(found, mlps, xs, strict=True):
-        for a, b in zip(one, gradients(mlp, x, plain), strict=True):
-            close(a, b, 1e-4)
 
 
 def test_mlp_has_all_derivatives():

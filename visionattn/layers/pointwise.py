@@ -1,6 +1,5 @@
 """Products over channels alone, behind one class so that how they are executed can change in one place."""
 
-import threading
 from collections.abc import Callable
 
 import torch
@@ -112,25 +111,6 @@ def _plain(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
     return F.linear(F.gelu(F.linear(x, w1, b1)), w2, b2)
 
 
-class _Scratch(threading.local):
-    memory: Tensor | None = None
-
-
-_scratch = _Scratch()
-
-
-def scratch(like: Tensor) -> Tensor:
-    """A tensor like another one in memory that each thread keeps, valid until the next call: what is new to a process
-    is zeroed page by page, which takes as long as an activation."""
-    size, memory = like.numel() * like.itemsize, _scratch.memory
-    if size > CHUNK:
-        return torch.empty_like(like)
-    if memory is None or len(memory) < size:
-        with torch.inference_mode(False):  # to be written by others, too
-            memory = _scratch.memory = torch.empty(CHUNK, dtype=torch.uint8, device=like.device)
-    return memory[:size].view(like.dtype).view(like.shape)
-
-
 class GeluMlp(Function):
     """`gelu_mlp` that keeps for the backward pass what the first product returns, and not its activation, which costs
     less to compute again than to keep."""
@@ -155,7 +135,7 @@ class GeluMlp(Function):
         dw1, db1, dw2 = (
             torch.empty_like(t) if needed else None for t, needed in zip((w1, b1, w2), wanted[1:4], strict=True)
         )
-        memory = scratch(hidden[0])
+        memory = torch.empty_like(hidden[0])
         for i, (x_i, a, grad_i) in enumerate(zip(rows.split(step), hidden, grad.split(step), strict=True)):
             beta, da = float(i > 0), memory[: len(a)]
             if dw2 is not None:
@@ -187,7 +167,7 @@ def gelu_mlp(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, hidden: 
         h = product(x_i, w1, b1, gelu=hidden is None)
         if hidden is not None:
             hidden.append(h)
-            h = torch.ops.aten.gelu.out(h, out=scratch(h))
+            h = F.gelu(h)
         if takes_conv(h, w2):
             out_i.copy_(product(h, w2, b2))
         else:
