@@ -149,10 +149,10 @@ def _plainly_rotated(packed: Tensor, turn: Tensor) -> Tensor:
 
 
 def _rotate(x: Tensor, turn: Tensor, out: Tensor) -> None:
-    """Both (B, N, 3, heads, d)."""
+    """From (B, N, 3, heads, d) to the same, or to (B, N, 2, heads, d) without the values."""
     pairs, out_pairs = (torch.view_as_complex(each.unflatten(-1, (-1, 2)))[:, :, :2] for each in (x, out))
     torch.mul(pairs, turn, out=out_pairs)
-    out[:, :, 2] = x[:, :, 2]
+    out[:, :, 2:] = x[:, :, 2 : out.shape[2]]
 
 
 class _Attention(Function):
@@ -162,7 +162,7 @@ class _Attention(Function):
     def forward(ctx, qkv: Tensor, mask: Tensor) -> Tensor:
         weights = qkv.new_empty(*qkv.shape[1:4], qkv.shape[3])
         ctx.save_for_backward(qkv, mask, weights)
-        return _attend(qkv, mask, weights)
+        return _attend(*qkv, mask, torch.empty_like(qkv[0]), weights)
 
     @staticmethod
     @in_own_precision
@@ -185,28 +185,28 @@ def _plain(qkv: Tensor, mask: Tensor) -> Tensor:
     return (q @ k.mT).softmax(-1) * mask @ v
 
 
-def _attend(qkv: Tensor, mask: Tensor, weights: Tensor | None = None) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, out: Tensor, weights: Tensor | None = None) -> Tensor:
     """softmax(q k^T) masked, times v: attention by its definition, some heads after the other, outside autograd.
 
     Args:
-        qkv: queries, keys and values (3, B, heads, N, d).
+        q, k, v: queries, keys and values (B, heads, N, d).
         mask: factors on the weights (N, N).
+        out: gets the result (B, heads, N, d).
         weights: gets the weights (B, heads, N, N) before the mask.
     """
-    out = torch.empty_like(qkv[0])
     if weights is None:
-        for (q, k, v), y in _pieces(qkv, out):
-            p = torch.bmm(q, k.mT)
-            torch.bmm(torch.softmax(p, -1, out=p).mul_(mask), v, out=y)
+        for q_i, k_i, v_i, y in _pieces(q, k, v, out):
+            p = torch.bmm(q_i, k_i.mT)
+            torch.bmm(torch.softmax(p, -1, out=p).mul_(mask), v_i, out=y)
     else:
-        for (q, k, v), p, y in _pieces(qkv, weights, out):
-            torch.softmax(torch.bmm(q, k.mT, out=p), -1, out=p)
-            torch.bmm(p * mask, v, out=y)
+        for q_i, k_i, v_i, p, y in _pieces(q, k, v, weights, out):
+            torch.softmax(torch.bmm(q_i, k_i.mT, out=p), -1, out=p)
+            torch.bmm(p * mask, v_i, out=y)
     return out
 
 
 def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Some heads of all images at a time, of (B, heads, N, ...) and (3, B, heads, N, d)."""
+    """Some heads of all images at a time, of (B, heads, N, ...) and (3, B, heads, N, d), contiguous or of one image."""
     N = tensors[0].shape[-2]
     step = max(1, PAIRS // max(1, N**2))
     return zip(*(x.flatten(-4, -3).split(step, -3) for x in tensors), strict=True)
@@ -240,8 +240,16 @@ def _direct_attention(
     mask = _causal_factors(qkv.shape[3], *constants)
     if rate:
         mask = mask * (1 - rate) + rate
-    rotated = _Rotation.apply(qkv.permute(1, 3, 0, 2, 4), turn)
-    return _Attention.apply(rotated, mask) if torch.is_grad_enabled() else _attend(rotated, mask)
+    packed = qkv.permute(1, 3, 0, 2, 4)
+    if torch.is_grad_enabled():
+        return _Attention.apply(_Rotation.apply(packed, turn), mask)
+    _, B, heads, N, d = qkv.shape
+    if B > 1:
+        rotated = _Rotation.apply(packed, turn)
+        return _attend(*rotated, mask, torch.empty_like(rotated[0]))
+    rotated = qkv.new_empty(2, B, heads, N, d)  # the heads of one image's values need not be put together
+    _rotate(packed, turn, rotated.permute(1, 3, 0, 2, 4))
+    return _attend(*rotated, qkv[2], mask, qkv.new_empty(B, N, heads, d).transpose(1, 2))
 
 
 @torch.fx.wrap
