@@ -83,6 +83,35 @@ def test_class_token_takes_part_but_in_the_pooling_and_the_convolution():
     close(layer(x)[:, 1:], patches)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("x, grid", [((2, 3, 8), None), ((2, 12, 8), (1, 1)), ((2, 12, 8), (3, 3))])
+def test_sequences_that_are_no_grid(x, grid, dtype):
+    layer = AgentAttention(8, 2, (4, 6), 9, dtype=dtype)
+    for mode in (torch.enable_grad, torch.no_grad):
+        with mode(), pytest.raises(RuntimeError):
+            layer(torch.randn(x, dtype=dtype), grid)
+
+
+def test_tables_that_somebody_else_makes():
+    """They are parametrised, or leave agents out."""
+    layer, x = randomised(AgentAttention(8, 2, (4, 6), 4)), torch.randn(2, 5, 9, 8, dtype=torch.float64)
+    layer.na_bias.data[:, 0] = -torch.inf
+    assert layer(x).isfinite().all()
+    nn.utils.parametrize.register_parametrization(layer, "an_bias", nn.Tanh())
+    with torch.no_grad():
+        before = layer(x)
+        layer.parametrizations.an_bias.original.sub_(1.0)
+        after = layer(x)
+    close(after, layer(x))
+    assert not torch.allclose(before, after)
+
+
+def test_projections_that_are_not_contiguous():
+    layer, x = randomised(AgentAttention(8, 2, (3, 3), 4)), torch.randn(2, 9, 8, dtype=torch.float64)
+    layer.qkv.register_forward_hook(lambda module, args, out: out.transpose(0, 1).contiguous().transpose(0, 1))
+    assert torch.autograd.gradgradcheck(layer, x.requires_grad_(), fast_mode=True)
+
+
 def test_arguments_of_layers():
     assert isinstance(AgentAttention(8, 2, proj=False).proj, nn.Identity)
     with pytest.raises(ValueError, match="expected a square number as agent_num, got 8"):

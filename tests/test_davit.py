@@ -15,6 +15,7 @@ from visionattn.layers import ChannelAttention, ConvPosEnc, WindowAttention2d
 from visionattn.layers.channel_attention import InPlaces
 from visionattn.layers.heads import split_heads
 from visionattn.layers.local_attention import local_plan
+from visionattn.layers.pointwise import Pointwise
 from visionattn.layers.window_attention import graph_window_axis, window_axis
 from visionattn.macs import counted_flops
 from visionattn.models.davit import Downsample
@@ -123,6 +124,15 @@ def test_channel_attention_without_gradients(version, bias, monkeypatch):
         assert layer(x[:0]).shape == x[:0].shape
         layer.proj.register_forward_hook(lambda module, args, out: 2 * out)
         close(layer(x), 2 * expected)
+
+
+def test_other_projections_of_channel_attention():
+    layer, x = randomised(ChannelAttention(4, 2)), torch.randn(2, 9, 8, 4, dtype=torch.float64)
+    layer.proj.bias = None
+    with torch.no_grad():
+        close(layer(x), layer(x.requires_grad_()))
+        layer.proj = randomised(Pointwise(4, 6))
+        assert layer(x).shape == (2, 9, 8, 6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

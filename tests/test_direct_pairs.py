@@ -86,6 +86,14 @@ def test_a_layer_that_is_used_twice(layer):
 
 
 @pytest.mark.parametrize("layer", LAYERS)
+def test_no_images(layer):
+    make, shape = LAYERS[layer]
+    module, x = make(), torch.randn(0, *shape[1:], requires_grad=True)
+    module(x).sum().backward()
+    assert x.grad.shape == x.shape and all(p.grad is None or not p.grad.any() for p in module.parameters())
+
+
+@pytest.mark.parametrize("layer", LAYERS)
 def test_second_derivatives(layer):
     make, shape = LAYERS[layer]
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
@@ -108,6 +116,21 @@ def test_backward_inside_of_autocast(name):
     with torch.autocast("cpu", torch.bfloat16):
         out.backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", TESTS)
+def test_another_default_device(name):
+    """What is made in a pass is made where its input is."""
+    model, x = made(name), torch.randn(2, 3, 64, 64)
+    torch.manual_seed(1)
+    expected = gradients(model, x)
+    torch.manual_seed(1)
+    with torch.device("meta"):
+        found = gradients(copy.deepcopy(model), x)
+        with torch.inference_mode():
+            out = model.eval()(x)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(out, model(x))
 
 
 @pytest.mark.parametrize("name", ["test_halonet", "test_patnet"])

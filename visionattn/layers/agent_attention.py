@@ -108,7 +108,8 @@ class AgentAttention(nn.Module):
     @property
     def tables(self) -> list[nn.Parameter]:
         """Of the biases."""
-        return [p for name, p in self.named_parameters(recurse=False)]
+        tables = (getattr(self, f"{name}_bias") for name in ("an", "na", "ah", "ha", "aw", "wa", "ac", "ca"))
+        return [table for table in tables if table is not None]
 
     def reset_parameters(self) -> None:
         for table in self.tables:
@@ -129,7 +130,9 @@ class AgentAttention(nn.Module):
         """A table (heads, n, 7, 7), those of rows (heads, n, H0), of columns (heads, n, W0) and of the class token
         (heads, n, 1), as one (heads, agents, N)."""
         dtype = torch.promote_types(table.dtype, torch.float32)
-        table, rows, cols = table.to(dtype), _resized(rows.to(dtype), size[0]), _resized(cols.to(dtype), size[1])
+        # Infinity times 0, which weights of products may be, is no number.
+        table, rows, cols = (x.to(dtype).clamp(min=torch.finfo(dtype).min / 4) for x in (table, rows, cols))
+        rows, cols = _resized(rows, size[0]), _resized(cols, size[1])
         if not is_symbolic(*size) and size == (SIDE, SIDE):
             bias = table + rows[..., None] + cols[:, :, None]
         else:  # rows of the table resized, those of rows, and 1, times columns to resize it by, 1, and those of columns
@@ -192,43 +195,40 @@ def _agent_attention(layer: AgentAttention, qkv: Tensor, grid: tuple[int, int] |
         H, W = fixed(*qkv.shape[1:3])
     else:
         H, W = grid or (math.isqrt(qkv.shape[1] - first),) * 2
-    tokens = qkv.flatten(1, -2)
-    direct = is_direct(qkv, *layer.tables) and (torch.is_grad_enabled() or math.prod(layer.agent_shape) <= FEW)
+    shape = tuple(layer.agent_shape)
+    direct = is_direct(qkv, *layer.tables) and (torch.is_grad_enabled() or math.prod(shape) <= FEW) and qkv.numel() > 0
 
     def biases() -> list[Tensor]:
         to_keys, to_agents = (bias.to(qkv.dtype) for bias in layer.biases(H, W))
         return [to_keys, to_agents if direct else to_agents.mT.contiguous()]
 
-    biases = layer._cache((H, W, layer.agent_shape, qkv.dtype, direct), layer.tables, biases)
-    if direct:
-        out, values = AgentProducts.apply(tokens, *biases, (H, W), layer.agent_shape, heads)
-    else:
-        out, values = _plain(tokens, *biases, (H, W), layer.agent_shape, heads)
+    biases = layer._cache((H, W, shape, qkv.dtype, direct), layer.tables, biases)
+    attend = AgentProducts.apply if direct else _plain
+    out, values = attend(qkv.flatten(1, -2), *biases, (H, W), shape, heads, first)
     local = layer.dwc(values.permute(0, 3, 1, 2)).flatten(2).mT  # (B, N, C)
     out = out + (F.pad(local, (0, 0, first, 0)) if first else local)
     return out.unflatten(1, (H, W)) if qkv.ndim == 4 else out
 
 
 def _plain(
-    tokens: Tensor, to_keys: Tensor, to_agents: Tensor, grid: tuple, shape: tuple[int, int], heads: int
+    tokens: Tensor, to_keys: Tensor, to_agents: Tensor, grid: tuple, shape: tuple[int, int], heads: int, first: int
 ) -> tuple[Tensor, Tensor]:
-    """(B, N, 3C) projections, and biases (heads, n, N) and (heads, N, n), to the output (B, N, C) and the map of the
-    values (B, H, W, C)."""
-    C, first = tokens.shape[2] // 3, tokens.shape[1] - grid[0] * grid[1]
-    patches = tokens[:, first:].unflatten(1, grid)
+    """(B, N, 3C) projections, those of `first` class tokens first, and biases (heads, n, N) and (heads, N, n), to the
+    output (B, N, C) and the map of the values (B, H, W, C)."""
+    patches = tokens[:, first:].unflatten(1, grid).chunk(3, -1)
     q, k, v = split_heads(tokens, heads)
-    (agents,) = split_heads(pooled(patches[..., :C], shape), heads, 1)
+    (agents,) = split_heads(pooled(patches[0], shape), heads, 1)
     collected = F.scaled_dot_product_attention(agents, k, v, attn_mask=for_batch(to_keys[None], agents))
     out = F.scaled_dot_product_attention(q, agents, collected, attn_mask=for_batch(to_agents[None], q))
     out = out.transpose(1, 2)
     if is_exporting():  # other formats have no fused attention, whose layout this is
         out = out.clone(memory_format=torch.contiguous_format)
-    return out.flatten(2), patches[..., 2 * C :]
+    return out.flatten(2), patches[2]
 
 
 class AgentProducts(Function):
-    """`_plain`, of biases (heads, n, N) both, by products that read the projections and write results where they are,
-    and start from the biases. Fused attention forms all weights too where a bias is trained."""
+    """`_plain`, of biases (heads, n, N) both, by products that start from the biases and write results where they
+    belong. It keeps the weights, as fused attention on CPUs does where a bias is trained."""
 
     @staticmethod
     def forward(
@@ -239,9 +239,11 @@ class AgentProducts(Function):
         grid: tuple[int, int],
         shape: tuple[int, int],
         heads: int,
+        first: int,
     ) -> tuple[Tensor, Tensor]:
-        B, N, C = tokens.shape[0], tokens.shape[1], tokens.shape[2] // 3
-        tokens, first, scale = tokens.contiguous(), N - math.prod(grid), (C // heads) ** -0.5
+        (B, N, C), given, tokens = tokens.shape, tokens, tokens.contiguous()
+        C //= 3
+        scale = (C // heads) ** -0.5
         shares = _shares(grid, shape, tokens.device, tokens.dtype)
         agents = torch.bmm(shares.expand(B, -1, -1), tokens[:, first:, :C])
         (q, k, v), (a,) = split_heads(tokens, heads), split_heads(agents, heads, 1)
@@ -256,8 +258,8 @@ class AgentProducts(Function):
         for i in range(B):
             torch.bmm(seen[i], v[i], out=collected[i])
             torch.bmm(asked[i].mT, collected[i], out=by_head[i])
-        ctx.save_for_backward(tokens, to_keys, to_agents, shares, agents, asked, seen, collected)
-        ctx.grid, ctx.shape, ctx.heads, ctx.scale = grid, shape, heads, scale
+        ctx.save_for_backward(given, to_keys, to_agents, shares, agents, asked, seen, collected)
+        ctx.args, ctx.scale = (grid, shape, heads, first), scale
         return out, tokens[:, first:, 2 * C :].contiguous().unflatten(1, grid)
 
     @staticmethod
@@ -267,11 +269,11 @@ class AgentProducts(Function):
         if replays(grad):
 
             def compute(tokens: Tensor, to_keys: Tensor, to_agents: Tensor) -> tuple[Tensor, Tensor]:
-                return _plain(tokens, to_keys, to_agents.mT, ctx.grid, ctx.shape, ctx.heads)
+                return _plain(tokens, to_keys, to_agents.mT, *ctx.args)
 
             inputs, wanted = [tokens, to_keys, to_agents], ctx.needs_input_grad[:3]
-            return *replayed(compute, inputs, wanted, (grad, dvalues)), None, None, None
-        C, first, heads, scale = agents.shape[2], tokens.shape[1] - shares.shape[1], ctx.heads, ctx.scale
+            return *replayed(compute, inputs, wanted, (grad, dvalues)), None, None, None, None
+        (*_, heads, first), scale, C, tokens = ctx.args, ctx.scale, agents.shape[2], tokens.contiguous()
         dtokens, dagents = torch.empty_like(tokens), torch.empty_like(agents)
         dtokens[:, :first, 2 * C :] = 0
         dtokens[:, first:, 2 * C :] = dvalues.flatten(1, 2)
@@ -291,7 +293,7 @@ class AgentProducts(Function):
             torch.baddbmm(da[i], dasked[i], q[i], beta=0, alpha=scale, out=da[i])
             da[i].baddbmm_(dseen[i], k[i], alpha=scale)
         dtokens[:, first:, :C].baddbmm_(shares.mT.expand(len(tokens), -1, -1), dagents)
-        return dtokens, dseen.sum(0), dasked.sum(0), None, None, None
+        return dtokens, dseen.sum(0), dasked.sum(0), None, None, None, None
 
 
 @size_constant

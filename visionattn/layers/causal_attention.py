@@ -134,7 +134,8 @@ class _Rotation(Function):
     @in_own_precision
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         if replays(grad):
-            anything = torch.zeros(ctx.shape, dtype=grad.dtype, requires_grad=True)  # linear, it is the same everywhere
+            like = {"dtype": grad.dtype, "device": grad.device}
+            anything = torch.zeros(ctx.shape, **like, requires_grad=True)  # linear, it is the same everywhere
             return *replayed(partial(_plainly_rotated, turn=ctx.turn), [anything], [True], grad), None
         out = grad.new_empty(ctx.shape)
         _rotate(grad.permute(1, 3, 0, 2, 4), ctx.turn.conj(), out)

@@ -14,8 +14,6 @@ from .symbolic import Size, is_symbolic
 
 ROLES = {1: (1, 2, 0), 2: (0, 1, 2)}
 """Which of (q, k, v) are (first, second, mixed) in each version."""
-
-
 LARGE = 2
 """Positions per channel from which on products of the weights cost less than they save."""
 
@@ -70,6 +68,7 @@ class ChannelAttention(nn.Module):
         return (
             not torch.is_grad_enabled()
             and type(self.qkv) is type(self.proj) is Pointwise
+            and (self.qkv.out_features, self.proj.out_features) == (3 * x.shape[-1], x.shape[-1])
             and is_direct(x, *self.parameters())
             and x.numel() >= max(1, len(x)) * LARGE * x.shape[-1] ** 2
             and not is_watched(self.qkv, self.proj)
@@ -164,8 +163,8 @@ def _merged(layer: ChannelAttention, x: Tensor) -> Tensor:
         to_out = layer.proj.weight @ (attention @ weight[mixed : mixed + C].view(heads, -1, C)).flatten(0, 1)
         shift = layer.proj.bias
         if bias is not None:
-            moved = attention @ bias[mixed : mixed + C].view(heads, -1, 1)
-            shift = torch.addmv(shift, layer.proj.weight, moved.flatten())
+            moved = layer.proj.weight @ (attention @ bias[mixed : mixed + C].view(heads, -1, 1)).flatten()
+            shift = moved if shift is None else shift + moved
         out_i.copy_(product(x_i, to_out, shift))
     return out
 

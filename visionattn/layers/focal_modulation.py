@@ -5,7 +5,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .depthwise import depthwise
+from .norm_act_product import activated
 from .pointwise import Pointwise
+
+GELU = nn.GELU()
 
 
 class FocalModulation(nn.Module):
@@ -83,11 +86,11 @@ class FocalModulation(nn.Module):
             gates = gates / (self.focal_level + 1)
         total = None
         for level, conv in enumerate(self.focal_layers):
-            context = F.gelu(conv(context))
+            context = activated(GELU, conv(context), conv)
             gated = context.permute(0, 2, 3, 1), gates[..., level : level + 1]
-            total = gated[0] * gated[1] if total is None else torch.addcmul(total, *gated)
+            total = gated[0] * gated[1] if total is None else total.addcmul_(*gated)
         mean = F.gelu(context.mean((2, 3)))[:, None, None]
-        return q, self.h(torch.addcmul(total, mean, gates[..., -1:])), gates
+        return q, self.h(total.addcmul_(mean, gates[..., -1:])), gates
 
     def forward(self, x: Tensor) -> Tensor:
         q, modulator, _ = self.modulate(x)

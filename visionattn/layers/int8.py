@@ -59,15 +59,15 @@ class Int8Linear(nn.Module):
 
     def _multiply_int8(self, x: Tensor, step: float, low: float, gelu: bool) -> Tensor:
         rows, zero = x.reshape(-1, x.shape[-1]), round(-low / step)
-        offset, rounded = torch.tensor(zero + 0.5), torch.empty(rows.shape, dtype=torch.uint8)
+        offset, rounded = torch.tensor(zero + 0.5, device=x.device), rows.new_empty(rows.shape, dtype=torch.uint8)
         count = max(1, SCRATCH // rows.shape[1])
-        scratch = torch.empty(min(count, len(rows)), rows.shape[1])
+        scratch = rows.new_empty(min(count, len(rows)), rows.shape[1])
         for rows_i, rounded_i in zip(rows.split(count), rounded.split(count), strict=True):
             # Conversion cuts off what is behind the point.
             rounded_i.copy_(torch.add(offset, rows_i, alpha=1 / step, out=scratch[: len(rows_i)]))
         if self._packed is None:
             with torch.inference_mode(False), torch.no_grad():
-                zeros = torch.zeros(self.out_features, dtype=torch.int32)
+                zeros = torch.zeros(self.out_features, dtype=torch.int32, device=x.device)
                 self._packed = torch.ops.onednn.qlinear_prepack(self.int8, None), zeros
         post = ("gelu", [], "none") if gelu else ("none", [], "")
         weight, zeros = self._packed

@@ -102,7 +102,7 @@ class StripeAttention2d(nn.Module):
 def _stripe_attention(layer: StripeAttention2d, qkv: Tensor) -> Tensor:
     """(B, H, W, 3C) projections to (B, H, W, C). Opaque to symbolic tracing, as its tiling depends on the size."""
     H, W = fixed(*qkv.shape[1:3])
-    if is_direct(qkv) and all(H % (h or H) == W % (w or W) == 0 for h, w in layer.windows):
+    if is_direct(qkv) and qkv.numel() and all(H % (h or H) == W % (w or W) == 0 for h, w in layer.windows):
         return _in_whole_stripes(layer, qkv)
     heads, values, outs = layer.num_heads // len(layer.windows), qkv.chunk(3, -1)[2], []
     for i, (rows, cols) in enumerate(layer.windows):
@@ -175,7 +175,8 @@ class CutStripes(Function):
     def backward(ctx, *grads: Tensor) -> tuple[Tensor, None, None]:
         heads, windows = ctx.heads, ctx.windows
         if replays(grads[0]):
-            anywhere = torch.zeros(ctx.shape, dtype=grads[0].dtype, requires_grad=True)  # it is linear
+            like = {"dtype": grads[0].dtype, "device": grads[0].device}
+            anywhere = torch.zeros(ctx.shape, **like, requires_grad=True)  # it is linear
             return *replayed(lambda qkv: _cut(qkv, heads, windows), [anywhere], [True], grads), None, None
         dqkv = grads[0].new_empty(ctx.shape)
         for i, window in enumerate(windows):

@@ -88,7 +88,7 @@ def axis_products(
 def _is_whole(places: Tensor, x: Tensor) -> bool:
     """Whether a tile has all of (B, heads, N, d) in their order, which that of shifted windows is not."""
     N = x.shape[2]
-    return places.shape == (1, N) and torch.equal(places[0], torch.arange(N))
+    return places.shape == (1, N) and torch.equal(places[0], torch.arange(N, device=places.device))
 
 
 def _chunks(plan: Plan, k: Tensor, v: Tensor) -> Iterator[tuple[int, slice, slice]]:
@@ -135,7 +135,7 @@ def _count(plan: Plan) -> int:
 
 def _rows(plan: Plan, heads: int) -> Tensor:
     """Where the queries (N * heads) are among those of all tiles (heads * places)."""
-    return (plan.inverse[:, None] + torch.arange(heads) * _count(plan)).flatten()
+    return (plan.inverse[:, None] + torch.arange(heads, device=plan.inverse.device) * _count(plan)).flatten()
 
 
 class _Sums:
@@ -143,21 +143,23 @@ class _Sums:
 
     Args:
         keys: (places,) of the tiles.
-        heads: number of heads.
         num_keys: M; None to sum for those keys alone that are there.
     """
 
-    def __init__(self, keys: Tensor, heads: int, num_keys: int | None) -> None:
+    def __init__(self, keys: Tensor, num_keys: int | None) -> None:
         self.keys, counts = torch.unique(keys, return_counts=True) if num_keys is None else (None, None)
         if num_keys is not None:
             counts = torch.bincount(keys, minlength=num_keys)
-        first = torch.arange(heads)[:, None] * len(keys)
-        self.order = (first + keys.argsort(stable=True)).flatten()
-        self.starts = (first + counts.cumsum(0) - counts).flatten()
+        self.order, self.starts = keys.argsort(stable=True), counts.cumsum(0) - counts
 
-    def add(self, tiles: Tensor, total: Tensor) -> None:
+    def of_heads(self, heads: int) -> tuple[Tensor, Tensor]:
+        """Which rows of (heads * places) are summed, and where those of each head and key begin."""
+        first = torch.arange(heads, device=self.order.device)[:, None] * len(self.order)
+        return (first + self.order).flatten(), (first + self.starts).flatten()
+
+    def add(self, tiles: Tensor, rows: tuple[Tensor, Tensor], total: Tensor) -> None:
         """Put the sums over (heads, places, d) into (M, heads, d), or add those of some keys."""
-        sums = F.embedding_bag(self.order, tiles.flatten(0, 1), self.starts, mode="sum")
+        sums = F.embedding_bag(rows[0], tiles.flatten(0, 1), rows[1], mode="sum")
         sums = sums.unflatten(0, (len(tiles), -1)).transpose(0, 1)
         if self.keys is None:
             total.copy_(sums)
@@ -166,16 +168,16 @@ class _Sums:
 
 
 _SUMS = WeakTensorKeyDictionary()
-"""By the inverse of a plan, the sums of its chunks: to plan them in every pass would take a twentieth of it."""
+"""By the inverse of a plan, while there is one, the sums of its chunks, less than it: planning them takes longer than
+a softmax."""
 
 
-def _sums(plan: Plan, chunks: Sequence[tuple[int, slice, slice]], heads: int, num_keys: int) -> list[_Sums]:
-    """For each of the chunks, kept as long as the plan is."""
-    kept = _SUMS.setdefault(plan.inverse, {})
-    key = heads, *((i, tiles.stop) for i, tiles, _ in chunks)
+def _sums(plan: Plan, chunks: Sequence[tuple[int, slice, slice]], num_keys: int) -> list[_Sums]:
+    """For each of the chunks of a plan of so many keys."""
+    kept, key = _SUMS.setdefault(plan.inverse, {}), tuple((i, tiles.stop) for i, tiles, _ in chunks)
     if key not in kept:
         whole = num_keys if len(chunks) == 1 else None
-        kept[key] = [_Sums(plan.groups[i].keys[tiles].flatten(), heads, whole) for i, tiles, _ in chunks]
+        kept[key] = [_Sums(plan.groups[i].keys[tiles].flatten(), whole) for i, tiles, _ in chunks]
     return kept[key]
 
 
@@ -183,7 +185,7 @@ def _by_kind(bias: Tensor, group: TileGroup, heads: int) -> tuple[Tensor, Tensor
     """A bias as (heads, kinds, T, w), and which of the kinds each tile is of."""
     if bias.ndim == 5:
         return bias[0], group.kinds
-    bias, tiles = bias[0].unflatten(0, (heads, -1)), torch.arange(len(group.queries))
+    bias, tiles = bias[0].unflatten(0, (heads, -1)), torch.arange(len(group.queries), device=bias.device)
     return bias, tiles if bias.shape[1] == len(tiles) else torch.zeros_like(tiles)
 
 
@@ -286,7 +288,8 @@ class _TileProducts(Function):
         heads, num_queries, rows = q.shape[1], _count(plan), _rows(plan, q.shape[1])
         dq, dk, dv = empty_side_by_side(q, k, v)
         chunks = list(_chunks(plan, k, v))
-        sums = _sums(plan, chunks, heads, k.shape[2])
+        sums = _sums(plan, chunks, k.shape[2])
+        rows_of = [each.of_heads(heads) for each in sums]
         dbiases = [torch.zeros_like(bias) if want else None for bias, want in zip(biases, wanted[3:], strict=True)]
         added = [
             None if x is None else _by_kind(x, group, heads) for x, group in zip(dbiases, plan.groups, strict=True)
@@ -296,7 +299,7 @@ class _TileProducts(Function):
         for b in range(len(q)):
             dout.index_copy_(0, plan.inverse, grad[b].transpose(0, 1))
             into = (dk[b], dv[b]) if len(chunks) == 1 else (dk[b].zero_(), dv[b].zero_())
-            for (i, tiles, span), of_chunk in zip(chunks, sums, strict=True):
+            for (i, tiles, span), of_chunk, summed in zip(chunks, sums, rows_of, strict=True):
                 queries, keys = plan.groups[i].queries[tiles], plan.groups[i].keys[tiles]
                 by_tile = FEW * len(queries) <= heads
                 parts = _tiles(q[b], queries), _tiles(k[b], keys), _tiles(v[b], keys)
@@ -315,6 +318,6 @@ class _TileProducts(Function):
                     _multiply(dlogits.transpose(1, 2), q_i[..., : k.shape[-1]], scale, dk_i)
                     _multiply(dlogits, _widened(k_i, places), scale, dq_i)
                 for tiles, total in zip(dkv, into, strict=True):
-                    of_chunk.add(tiles.flatten(1, 2), total)
+                    of_chunk.add(tiles.flatten(1, 2), summed, total)
             dq[b] = dq_tiles.flatten(0, 1).index_select(0, rows).view(dq.shape[1:])
         return None, None, None, None, *(x.transpose(1, 2) for x in (dq, dk, dv)), *dbiases
