@@ -5,10 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .depthwise import depthwise
-from .norm_act_product import activated
 from .pointwise import Pointwise
-
-GELU = nn.GELU()
 
 
 class FocalModulation(nn.Module):
@@ -80,16 +77,16 @@ class FocalModulation(nn.Module):
 
     def modulate(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (B, H, W, C), modulators (B, H, W, C) and gates (B, H, W, L + 1) of an input (B, H, W, C)."""
-        z = self.f(x).split([self.dim, self.dim, self.focal_level + 1], -1)
-        q, context, gates = z[0], z[1].permute(0, 3, 1, 2), z[2]
+        q, context, gates = self.f(x).split([self.dim, self.dim, self.focal_level + 1], -1)
         if self.normalize_modulator:
             gates = gates / (self.focal_level + 1)
         total = None
         for level, conv in enumerate(self.focal_layers):
-            context = activated(GELU, conv(context), conv)
-            gated = context.permute(0, 2, 3, 1), gates[..., level : level + 1]
-            total = gated[0] * gated[1] if total is None else total.addcmul_(*gated)
-        mean = F.gelu(context.mean((2, 3)))[:, None, None]
+            # Channels last in shape, too: gradients of both uses then lie alike, or GELU's takes three times as long.
+            context = F.gelu(conv(context.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+            gate = gates[..., level : level + 1]
+            total = context * gate if total is None else total.addcmul_(context, gate)
+        mean = F.gelu(context.mean((1, 2)))[:, None, None]
         return q, self.h(total.addcmul_(mean, gates[..., -1:])), gates
 
     def forward(self, x: Tensor) -> Tensor:
