@@ -282,6 +282,8 @@ def local_attention(
         (B, heads, N, d_v).
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if is_direct(q, k, v) and not q.numel():  # for which fused attention of torch 2.11 ends the process
+        return q @ k.mT @ v
     biases = bias or [group.mask for group in plan.groups]
     if takes_kernel(q, k, v, plan, dropout):
         from .tile_kernel import tile_attention  # which imports Triton
