@@ -21,7 +21,7 @@ from .symbolic import Size, fixed, for_batch, is_exporting, is_symbolic
 
 SIDE = 7
 """Of the tables of biases that are interpolated to the map, whatever its size."""
-FEW = 9
+FEW_AGENTS = 9
 """Agents up to which products of their own are faster than fused attention without gradients, too."""
 AXES = ("ah_bias", "aw_bias", "ha_bias", "wa_bias")
 """Tables with an axis of the map, their last one."""
@@ -196,7 +196,11 @@ def _agent_attention(layer: AgentAttention, qkv: Tensor, grid: tuple[int, int] |
     else:
         H, W = grid or (math.isqrt(qkv.shape[1] - first),) * 2
     shape = tuple(layer.agent_shape)
-    direct = is_direct(qkv, *layer.tables) and (torch.is_grad_enabled() or math.prod(shape) <= FEW) and qkv.numel() > 0
+    direct = (
+        is_direct(qkv, *layer.tables)
+        and (torch.is_grad_enabled() or math.prod(shape) <= FEW_AGENTS)
+        and qkv.numel() > 0
+    )
 
     def biases() -> list[Tensor]:
         to_keys, to_agents = (bias.to(qkv.dtype) for bias in layer.biases(H, W))

@@ -9,13 +9,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .direct import in_own_precision, is_direct, replayed, replays
 from .heads import empty_side_by_side
 
-FEW = 2**12
+MIN_PAIRS = 2**12
 """Pairs of a head below which fused attention takes less time to begin."""
 
 
 def biased_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
-    """F.scaled_dot_product_attention with a bias; on CPUs fused attention has no gradient of one, and computes several
-    passes over all pairs besides the definition.
+    """F.scaled_dot_product_attention with a bias. Where one is trained, that computes the definition on CPUs, with more
+    passes over all pairs than it needs.
 
     Args:
         q: queries (B, heads, N, d).
@@ -32,7 +32,7 @@ def biased_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float
         and bias.requires_grad
         and is_direct(q, k, v, bias)
         and bias.shape == (1, q.shape[1], q.shape[2], k.shape[2])
-        and q.shape[2] * k.shape[2] >= FEW
+        and q.shape[2] * k.shape[2] >= MIN_PAIRS
     ):
         return _BiasedAttention.apply(q, k, v, bias, scale)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)

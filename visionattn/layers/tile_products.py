@@ -168,8 +168,8 @@ class _Sums:
 
 
 _SUMS = WeakTensorKeyDictionary()
-"""By the inverse of a plan, while there is one, the sums of its chunks, less than it: planning them takes longer than
-a softmax."""
+"""Of each plan, by its `inverse`, the sums of its chunks, which take less memory than the plan and go with it: to make
+them in every backward pass takes longer than a softmax of all weights."""
 
 
 def _sums(plan: Plan, chunks: Sequence[tuple[int, slice, slice]], num_keys: int) -> list[_Sums]:
