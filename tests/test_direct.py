@@ -16,7 +16,7 @@ from visionattn.backbone import base
 from visionattn.errors import VisionattnError
 from visionattn.layers import conv_norm, norm_act_product, pointwise, product
 from visionattn.layers.direct import is_direct
-from visionattn.layers.pointwise import Mlp, Pointwise2d
+from visionattn.layers.pointwise import Mlp, Pointwise, Pointwise2d
 
 FAMILIES = sorted(visionattn.list_models("test_*"))
 
@@ -220,6 +220,35 @@ def test_what_is_not_direct():
     torch.func.vmap(lambda y: [y, bool(is_direct(y)) and pytest.fail("inside of vmap")][0])(x)
     with FlopCounterMode(display=False):
         assert not is_direct(x)
+
+
+@pytest.mark.parametrize("shape", [(3, 7, 5, 24), (2, 11, 24), (24,), (0, 4, 24)])
+def test_products_of_few_channels(shape, monkeypatch):
+    monkeypatch.setattr(product, "LARGE", 0)
+    visionattn.set_pointwise("linear")
+    layer, x = Pointwise(24, 40), torch.randn(shape, requires_grad=True)
+    inputs = [x, *layer.parameters()]
+
+    def derivatives(y: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        firsts = torch.autograd.grad(y.square().sum(), inputs, create_graph=True)
+        return *firsts, *torch.autograd.grad(sum(each.square().sum() for each in firsts), inputs)
+
+    out = layer(x)
+    assert "FewChannels" in type(out.grad_fn).__name__ or not product.FUSED
+    with torch.no_grad():
+        close(layer(x), out)
+    expected = F.linear(x, layer.weight, layer.bias)
+    close(out, expected)
+    for a, b in zip(derivatives(out), derivatives(expected), strict=True):
+        close(a, b, 1e-4 * (1 + b.abs().sum().item()))
+    for frozen in inputs:
+        frozen.requires_grad_(False)
+        y, wanted = layer(x).sum(), [each for each in inputs if each is not frozen]
+        for a, b in zip(
+            torch.autograd.grad(y, wanted), torch.autograd.grad(F.linear(*inputs).sum(), wanted), strict=True
+        ):
+            close(a, b, 1e-4)
+        frozen.requires_grad_()
 
 
 def test_unknown_route():

@@ -12,7 +12,7 @@ from .adaptive_pool import adaptive_pool, bins
 from .biased_attention import biased_attention
 from .cache import ParameterCache
 from .checks import check_counts
-from .heads import check_heads, split_heads
+from .heads import check_heads, parted_heads
 from .mixture_of_head import HeadRouter, head_gates
 from .pointwise import Pointwise
 from .precision import without_autocast
@@ -180,7 +180,7 @@ class CosineAttention(_CosineAttention):
     def attended(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Queries, keys and values (B, heads, N, d) of projections (B, H, W, 3C), and the bias (1, heads, N, N)."""
         size = fixed(*qkv.shape[1:3])
-        q, k, v = split_heads(qkv, self.num_heads)
+        q, k, v = parted_heads(qkv, self.num_heads)
         num_keys = torch.scalar_tensor(size[0] * size[1], dtype=torch.float32, device=qkv.device)
         q, k = (each.to(v.dtype) for each in (self.queries(unit_vectors(q), num_keys), unit_vectors(k)))
         return q, k, v, for_batch(self.position_bias(size, size, v.dtype)[None], q)
@@ -340,7 +340,7 @@ def _aggregate(layer: AggregatedAttention, q: Tensor, kv: Tensor, pooled: Tensor
     """Projections (B, H, W, C), (B, H, W, 2C) and (B, H', W', 2C) to what the heads return, (B, heads, N, d)."""
     size, pooled_size, heads = fixed(*q.shape[1:3]), fixed(*pooled.shape[1:3]), layer.num_heads
     dtype, (inside, num_inside) = q.dtype, neighbours_inside(*size, layer.window, q.device)
-    (q,), (k, v), (pooled_k, pooled_v) = (split_heads(x, heads, parts) for x, parts in ((q, 1), (kv, 2), (pooled, 2)))
+    (q,), (k, v), (pooled_k, pooled_v) = (parted_heads(x, heads, parts) for x, parts in ((q, 1), (kv, 2), (pooled, 2)))
     unit, k, pooled_k = unit_vectors(q), unit_vectors(k), unit_vectors(pooled_k)
     query = layer.queries(unit, num_inside + pooled_size[0] * pooled_size[1])
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from .direct import in_own_precision, is_direct, replayed, replays
+from .heads import split_heads
 from .self_attention import SelfAttention
 from .size_constant import size_constant
 from .symbolic import Size, for_batch
@@ -98,7 +99,8 @@ class CausalSelfAttention(SelfAttention):
         soft_mask_rate: float | Tensor = 0.0,
         mask: Tensor | None = None,
     ) -> Tensor:
-        return self.merge(_causal_attention(self, self.heads(x), rotary, soft_mask_rate, mask))
+        qkv = split_heads(self.qkv(x).flatten(2), self.num_heads)  # as `heads`, in one
+        return self.merge(_causal_attention(self, qkv, rotary, soft_mask_rate, mask))
 
     def last(self, x: Tensor) -> Tensor:
         """What the last token gets, (B, N, C) to (B, 1, C): no key comes after it, so that no mask does anything."""

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from .checks import check_not_negative
-from .heads import check_heads, split_heads
+from .heads import check_heads, parted_heads
 from .pointwise import Pointwise
 from .precision import without_autocast
 
@@ -75,7 +75,8 @@ def _flow_attention(layer: FlowAttention, qkv: Tensor) -> Tensor:
 
 def capacities(layer: FlowAttention, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """sigma(q), sigma(k) and v (B, heads, N, d) of projections (B, ..., 3C)."""
-    q, k, v = split_heads(qkv, layer.num_heads).to(torch.promote_types(qkv.dtype, torch.float32)).unbind()
+    dtype = torch.promote_types(qkv.dtype, torch.float32)
+    q, k, v = (each.to(dtype) for each in parted_heads(qkv, layer.num_heads))
     # One head after the other, as the eight products with them want it: each would copy otherwise.
     return q.contiguous().sigmoid(), k.contiguous().sigmoid(), v
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .cache import ParameterCache
 from .checks import check_rates
-from .heads import check_heads, split_heads
+from .heads import check_heads, parted_heads
 from .pointwise import Pointwise
 from .symbolic import is_symbolic
 
@@ -128,7 +128,7 @@ def _gated(layer: GatedPositionalSelfAttention, qk: Tensor, v: Tensor, grid: tup
     if not is_symbolic(N) and H * W != N:
         raise ValueError(f"expected grid height x width to be the {N} patches of the input, got {H} x {W}")
     heads = layer.num_heads
-    q, k = split_heads(qk, heads, 2)
+    q, k = parted_heads(qk, heads, 2)
     v = v.view(B, N, heads, C // heads)
     dropout = layer.attn_drop if layer.training else 0.0
     content = F.scaled_dot_product_attention(q, k, v.transpose(1, 2), dropout_p=dropout, scale=layer.scale)

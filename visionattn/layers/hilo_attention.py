@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .checks import check_counts, check_rates
-from .heads import check_heads, split_heads
+from .heads import check_heads, parted_heads, split_heads
 from .pointwise import Pointwise
 from .window_attention import window_attention
 
@@ -108,7 +108,7 @@ def _high_frequencies(layer: HiLoAttention, qkv: Tensor) -> Tensor:
 @torch.fx.wrap
 def _low_frequencies(layer: HiLoAttention, q: Tensor, kv: Tensor) -> Tensor:
     """(B, H, W, C_l) queries and (B, H', W', 2 C_l) keys and values to (B, H, W, C_l)."""
-    (queries,), (k, v) = split_heads(q, layer.low_heads, 1), split_heads(kv, layer.low_heads, 2)
+    (queries,), (k, v) = split_heads(q, layer.low_heads, 1), parted_heads(kv, layer.low_heads, 2)
     dropout = layer.attn_drop if layer.training else 0.0
     out = F.scaled_dot_product_attention(queries, k, v, dropout_p=dropout, scale=layer.scale)
     return out.transpose(1, 2).reshape(q.shape)

@@ -24,7 +24,7 @@ from torch import Tensor
 from .cache import is_plain
 from .direct import is_direct
 from .fused_tiles import fused_attention
-from .heads import SplitHeads, split_heads
+from .heads import parted_heads
 from .plan import Plan, TileGroup
 from .size_constant import size_constant
 from .symbolic import Size, is_exporting, is_symbolic
@@ -186,14 +186,14 @@ def padded_heads(qkv: Tensor, bias: Tensor | None, heads: int, plan: Plan) -> tu
         heads: number of heads.
         plan: says how much padding there is.
     """
-    q, k, v = SplitHeads.apply(qkv, heads) if torch.is_grad_enabled() and is_direct(qkv) else split_heads(qkv, heads)
+    q, k, v = parted_heads(qkv, heads)
     height, width = plan.padding
     if height or width:
         B, H, W, C = qkv.shape
         padding = qkv.new_zeros(C) if bias is None else bias.to(qkv.dtype)
         qkv = torch.cat([qkv, padding.expand(B, H, width, C)], 2)
         qkv = torch.cat([qkv, padding.expand(B, height, W + width, C)], 1)
-        _, k, v = split_heads(qkv, heads)
+        _, k, v = parted_heads(qkv, heads)
     return q, k, v
 
 

@@ -12,7 +12,7 @@ from .cache import ParameterCache
 from .checks import check_counts, check_rates
 from .direct import in_own_precision, is_direct, is_watched
 from .fuse import is_batch_norm, scale_and_shift, scale_output
-from .heads import split_heads
+from .heads import parted_heads
 from .norm_act_product import affine, is_frozen, is_learning, learn, normed_product
 from .pointwise import Pointwise, Pointwise2d
 from .size_constant import size_constant
@@ -347,7 +347,7 @@ def _distance_biased_attention(layer: PartialSelfAttention, qkv: Tensor) -> Tens
         buckets = (_graph_buckets if is_symbolic(H, W) else distance_buckets)(H, W, layer.rpe, qkv.device)
         return layer.rpb.index_select(1, buckets.flatten()).unflatten(1, buckets.shape)[None].to(qkv.dtype)
 
-    q, k, v = split_heads(qkv, layer.num_heads)
+    q, k, v = parted_heads(qkv, layer.num_heads)
     mask = for_batch(layer._bias_cache((H, W, qkv.dtype), [layer.rpb], bias), q)
     dropout = layer.attn_drop if layer.training else 0.0
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)

@@ -2,8 +2,8 @@
 
 `F.linear` calls MKL, a 1 x 1 convolution of the same numbers oneDNN. Which one is faster depends on the processor: up
 to three times on some, equal on others. And where inputs have few channels MKL, which first copies the bias to the
-result, is slower than oneDNN's linear map, which torch has for its compiler: outside autograd, with GELU in the same
-pass.
+result, is slower than oneDNN's linear map, which torch has for its compiler: without gradients, and outside autograd
+with GELU in the same pass.
 """
 
 import json
@@ -15,8 +15,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import Function
 
 from ..errors import VisionattnError
+from .direct import in_own_precision, replayed, replays
 
 ROUTES = ("auto", "linear", "conv")
 FEW_CHANNELS = 128
@@ -53,13 +55,37 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) 
     graph = torch.is_grad_enabled()
     conv = takes_conv(x, weight)
     few = bias is not None and weight.shape[1] <= FEW_CHANNELS and not is_small(x, len(weight))
-    if FUSED and not graph and x.dtype == torch.float32 and (gelu or conv or few):
-        act = ("gelu", [], "none") if gelu else ("none", [], "")
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, *act)
-    y = _conv(x, weight, bias) if conv else F.linear(x, weight, bias)
+    fused = FUSED and x.dtype == torch.float32
+    if fused and not graph and (gelu or conv or few):
+        return _linear(x, weight, bias, gelu)
+    y = _conv(x, weight, bias) if conv else (_FewChannels.apply if fused and few else F.linear)(x, weight, bias)
     if not gelu:
         return y
     return F.gelu(y) if graph else torch.ops.aten.gelu_(y)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, *(("gelu", [], "none") if gelu else ("none", [], "")))
+
+
+class _FewChannels(Function):
+    """oneDNN's linear map, with gradients."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, bias)
+        return _linear(x, weight, bias)
+
+    @staticmethod
+    @in_own_precision
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (x, weight, bias), wanted = ctx.saved_tensors, ctx.needs_input_grad
+        if replays(grad):
+            return replayed(F.linear, [x, weight, bias], wanted, grad)
+        rows = grad.reshape(-1, grad.shape[-1])
+        dx = (rows @ weight).view_as(x) if wanted[0] else None
+        dweight = rows.t() @ x.reshape(-1, x.shape[-1]) if wanted[1] else None
+        return dx, dweight, rows.sum(0) if wanted[2] else None
 
 
 def is_small(x: Tensor, width: int) -> bool:

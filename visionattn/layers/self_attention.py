@@ -11,7 +11,7 @@ from .checks import check_rates
 from .clipping import clipped_attention, clipped_softmax
 from .fuse import scale_input
 from .head_gate import Gate, HeadGate
-from .heads import check_heads
+from .heads import check_heads, parted_heads
 from .pointwise import Pointwise
 
 
@@ -101,13 +101,11 @@ class SelfAttention(nn.Module):
             y = clipped_attention(q, k, v, self.clip, self.scale, self.dropout)
         return self.merge(y if self.gate is None else y * self.gate(x).to(y.dtype))
 
-    def heads(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values (3, B, heads, N, d)."""
-        # As split_heads, which takes maps too: these would come back as tokens.
-        qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values (B, heads, N, d)."""
+        q, k, v = parted_heads(self.qkv(x).flatten(2), self.num_heads)  # of maps no heads, as they came back as tokens
         if self.q_norm is None:
-            return qkv
-        q, k, v = qkv
+            return q, k, v
         return self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), v  # autocast has norms in float32
 
     def weigh(self, logits: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .checks import check_rates
 from .depthwise import depthwise
-from .heads import check_heads, split_heads
+from .heads import check_heads, parted_heads, split_heads
 from .patch import PatchConv2d
 from .pointwise import Pointwise
 from .precision import without_autocast
@@ -256,7 +256,7 @@ def _hybrid(layer: HybridScaleAttention, q: Tensor, global_kv: Tensor, local_kv:
     """(B, H, W, C) queries and keys and values of windows, (B, H', W', C) keys and values of the summary to attended
     values (B, H, W, C) and significance (B, H, W)."""
     heads, halves = layer.num_heads // 2, q.chunk(2, -1)
-    (queries,), (k, v) = split_heads(halves[0], heads, 1), split_heads(global_kv, heads, 2)
+    (queries,), (k, v) = split_heads(halves[0], heads, 1), parted_heads(global_kv, heads, 2)
     out, received = _global(queries, k, v, layer.scale, layer.dropout)
     coarse = received.unflatten(1, tuple(global_kv.shape[1:3]))
     for axis, length in ((1, q.shape[1]), (2, q.shape[2])):  # nearest, by whole numbers
@@ -323,11 +323,11 @@ def windows_of(qkv: Tensor, heads: int, size: int) -> tuple[Tensor, Tensor | Non
         return x.unflatten(2, (-1, size)).unflatten(1, (-1, size)).transpose(2, 3).flatten(3, 4).flatten(0, 2)
 
     if not is_symbolic(H, W) and not pad_h and not pad_w:
-        return split_heads(cut(qkv), heads), None
+        return parted_heads(cut(qkv), heads), None
     qkv = F.pad(qkv, (0, 0, 0, pad_w, 0, pad_h))
     row, col = (torch.arange(n + pad, device=qkv.device) < n for n, pad in ((H, pad_h), (W, pad_w)))
     inside = cut((row[:, None] & col)[None, ..., None].expand(B, -1, -1, 1))
-    return split_heads(cut(qkv), heads), inside.flatten(1)
+    return parted_heads(cut(qkv), heads), inside.flatten(1)
 
 
 def _window_counts(H: int, W: int, size: int) -> tuple[int, int]:
@@ -387,14 +387,14 @@ def _guided(layer: SelfGuidedAttention, q: Tensor, kv: Tensor) -> Tensor:
 
 def guided_heads(layer: SelfGuidedAttention, kv: Tensor) -> tuple[Tensor, Tensor]:
     """Projections (B, L, 2C) of merged tokens to keys and values (B, heads, L, d)."""
-    k, v, other_k, other_v = split_heads(kv, layer.num_heads // 2, 4)
+    k, v, other_k, other_v = parted_heads(kv, layer.num_heads // 2, 4)
     return torch.cat([k, other_k], 1), torch.cat([v, other_v], 1)
 
 
 @torch.fx.wrap
 def _all_to_all(layer: GlobalEnhancedAttention, q: Tensor, kv: Tensor) -> Tensor:
     """(B, H, W, C) queries and (B, H, W, 2C) keys and values to (B, H, W, C)."""
-    return _attended(layer, q, *split_heads(kv, layer.num_heads, 2))
+    return _attended(layer, q, *parted_heads(kv, layer.num_heads, 2))
 
 
 def _attended(layer: EnhancedAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -314,11 +314,11 @@ def _bias(mask: Tensor, q: Tensor) -> Tensor:
 
 @torch.fx.wrap
 def _sparse_attention(
-    attention: SparseAttention, qkv: Tensor, grid: tuple[int, int] | None, kept: Tensor | None
+    attention: SparseAttention, qkv: tuple[Tensor, Tensor, Tensor], grid: tuple[int, int] | None, kept: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """(3, B, heads, N, d) queries, keys and values to (B, heads, N, d) and the class token's weights (B, N - 1)."""
+    """Queries, keys and values (B, heads, N, d) to the same and the class token's weights (B, N - 1)."""
     predictor, dropout, scale = attention.predictor, attention.dropout, attention.scale
-    q, k, v = qkv.unbind(0)
+    q, k, v = qkv
     num_keys, dropped, sparse = k.shape[2], 0, predictor.attn_keep_rate < 1
     if not is_symbolic(num_keys):
         num_keys, patches = index(num_keys), predictor.patches(grid)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .checks import check_counts
-from .heads import check_heads, split_heads
+from .heads import check_heads, parted_heads
 from .local_attention import AxisTiles, local_attention, local_plan, padded_heads
 from .pointwise import Pointwise
 from .symbolic import Size, any_count, ceil_div, fixed, is_symbolic
@@ -123,7 +123,7 @@ def window_attention(
     """
     H, W = fixed(*qkv.shape[1:3])
     if not is_symbolic(H, W) and H == W == size:  # one window each
-        q, k, v = split_heads(qkv, heads)
+        q, k, v = parted_heads(qkv, heads)
         x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale)
         return x.transpose(1, 2).flatten(2).unflatten(1, (H, W))
     plan = local_plan((window_axis, graph_window_axis), (H, W), ((size,), (size,)), qkv.device)
