@@ -24,7 +24,7 @@ def split_heads(x: Tensor, num_heads: int, parts: int = 3) -> Tensor:
 
 def parted_heads(x: Tensor, num_heads: int, parts: int = 3) -> tuple[Tensor, ...]:
     """Projections (B, ..., parts * C) to as many (B, heads, N, d), whose gradients take one pass less to unite."""
-    if torch.is_grad_enabled() and x.requires_grad and is_direct(x):
+    if is_direct(x) and torch.is_grad_enabled() and x.requires_grad:
         return SplitHeads.apply(x, num_heads, parts)
     return split_heads(x, num_heads, parts).unbind()
 
