@@ -109,6 +109,7 @@ def _forward(
             torch.addcmul(b2, torch.mm(z, w2.t(), out=out_i), factor, out=out_i)
         if kept is not None:
             kept += gate, conv, value, factor
+        del gate, value, conv, z  # by the next samples, which may have their memory
     return out
 
 
@@ -166,6 +167,7 @@ class _GatedMlp(Function):
                 db += d.sum(0)
             dwd += dwd_i
             dbd += dbd_i
+            del act, z, z_rows, dz, dconv, dvalue, dgate, d
         dwn = None
         if wn is not None:
             dw2, dwn = dw2 * wn, (dw2 * w2).sum(0)

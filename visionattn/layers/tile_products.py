@@ -124,6 +124,7 @@ def _fused(plan: Plan, scale: float, q: Tensor, k: Tensor, v: Tensor, biases: Se
             *inputs, mask = (x.transpose(0, 1) for x in inputs)
             attended = F.scaled_dot_product_attention(*inputs, attn_mask=mask, scale=scale)
             out[span].unflatten(0, queries.shape).copy_(attended.transpose(1, 2))
+            del inputs, attended
         torch.index_select(out, 0, plan.inverse, out=result[b])
     return result.transpose(1, 2)
 
@@ -220,6 +221,51 @@ def _widened(k: Tensor, places: Tensor | None) -> Tensor:
     return k if places is None else torch.cat([k, places.expand(len(k), -1, -1)], -1)
 
 
+def _is_by_tile(queries: Tensor) -> bool:
+    """Whether tiles of queries (heads, tiles, T, d) are taken one by one."""
+    return FEW * queries.shape[1] <= queries.shape[0]
+
+
+def _attend(
+    tiles: tuple[Tensor, Tensor, Tensor], out: Tensor, bias: tuple[Tensor, Tensor] | None, scale: float,
+    places: Tensor | None, kept: list[Tensor] | None,
+) -> None:  # fmt: skip
+    """Attention of tiles of queries, keys and values, with a bias and its kinds, into (heads, tiles, T, d_v)."""
+    by_tile = _is_by_tile(out)
+    starts = repeat(None) if bias is None else _copies(by_tile, *bias)
+    for (q, k, v, out_i), start in zip(_items(by_tile, *tiles, out), starts, strict=False):
+        k = _widened(k, places).transpose(1, 2)
+        if start is not None and start.dtype == q.dtype:
+            weights = start.baddbmm_(q, k, alpha=scale)
+        else:
+            weights = torch.bmm(q, k)
+            weights = weights if start is None else weights.masked_fill_(~start, -torch.inf)
+        torch.softmax(weights, -1, out=weights)
+        _multiply(weights, v, 1.0, out_i)
+        if kept is not None:
+            kept.append(weights)
+
+
+def _differentiate(
+    tiles: tuple[Tensor, Tensor, Tensor], dout: Tensor, dq: Tensor, dbias: tuple[Tensor, Tensor] | None, scale: float,
+    places: Tensor | None, kept: Iterator[Tensor],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Gradients of tiles of keys and values; those of queries are put, and those of a bias added, where they belong."""
+    by_tile = _is_by_tile(dq)
+    dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in tiles[1:])
+    items = _items(by_tile, *tiles, dout, dq, dk, dv)
+    for item, (q, k, v, dout_i, dq_i, dk_i, dv_i) in enumerate(items):
+        weights = next(kept)
+        _multiply(weights.transpose(1, 2), dout_i, 1.0, dv_i)
+        dlogits = torch.bmm(dout_i, v.transpose(1, 2))
+        torch._softmax_backward_data(dlogits, weights, -1, weights.dtype, grad_input=dlogits)
+        if dbias is not None:
+            _add(by_tile, *dbias, item, dlogits)
+        _multiply(dlogits.transpose(1, 2), q[..., : k.shape[-1]], scale, dk_i)
+        _multiply(dlogits, _widened(k, places), scale, dq_i)
+    return dk, dv
+
+
 def _multiplied(
     plan: Plan, scale: float, places: Tensor | None, q: Tensor, k: Tensor, v: Tensor, biases: Sequence[Tensor | None],
     kept: list[Tensor] | None,
@@ -240,21 +286,12 @@ def _multiplied(
     for b in range(B):
         for i, tiles, span in _chunks(plan, k, v):
             queries, keys = plan.groups[i].queries[tiles], plan.groups[i].keys[tiles]
-            by_tile = FEW * len(queries) <= heads
-            inputs = _tiles(q[b], queries), _tiles(k[b], keys), _tiles(v[b], keys)
-            inputs += (out[:, span].unflatten(1, queries.shape),)
-            starts = repeat(None) if added[i] is None else _copies(by_tile, added[i][0], added[i][1][tiles])
-            for (q_i, k_i, v_i, out_i), start in zip(_items(by_tile, *inputs), starts, strict=False):
-                k_i = _widened(k_i, places).transpose(1, 2)
-                if start is not None and start.dtype == q.dtype:
-                    weights = start.baddbmm_(q_i, k_i, alpha=scale)
-                else:
-                    weights = torch.bmm(q_i, k_i)
-                    weights = weights if start is None else weights.masked_fill_(~start, -torch.inf)
-                torch.softmax(weights, -1, out=weights)
-                _multiply(weights, v_i, 1.0, out_i)
-                if kept is not None:
-                    kept.append(weights)
+            # No copy has a name here, nor after a pass below: it would last until the next ones are made.
+            _attend(
+                (_tiles(q[b], queries), _tiles(k[b], keys), _tiles(v[b], keys)),
+                out[:, span].unflatten(1, queries.shape),
+                None if added[i] is None else (added[i][0], added[i][1][tiles]), scale, places, kept,
+            )  # fmt: skip
         torch.index_select(out.flatten(0, 1), 0, rows, out=result[b].flatten(0, 1))
     return result.transpose(1, 2)
 
@@ -301,23 +338,14 @@ class _TileProducts(Function):
             into = (dk[b], dv[b]) if len(chunks) == 1 else (dk[b].zero_(), dv[b].zero_())
             for (i, tiles, span), of_chunk, summed in zip(chunks, sums, rows_of, strict=True):
                 queries, keys = plan.groups[i].queries[tiles], plan.groups[i].keys[tiles]
-                by_tile = FEW * len(queries) <= heads
-                parts = _tiles(q[b], queries), _tiles(k[b], keys), _tiles(v[b], keys)
-                parts += (
+                found = _differentiate(
+                    (_tiles(q[b], queries), _tiles(k[b], keys), _tiles(v[b], keys)),
                     dout[span].unflatten(0, queries.shape).movedim(2, 0),
                     dq_tiles[:, span].unflatten(1, queries.shape),
-                )
-                dkv = [x.new_empty(heads, *keys.shape, x.shape[-1]) for x in (k, v)]
-                for item, (q_i, k_i, v_i, dout_i, dq_i, dk_i, dv_i) in enumerate(_items(by_tile, *parts, *dkv)):
-                    weights = next(kept)
-                    _multiply(weights.transpose(1, 2), dout_i, 1.0, dv_i)
-                    dlogits = torch.bmm(dout_i, v_i.transpose(1, 2))
-                    torch._softmax_backward_data(dlogits, weights, -1, weights.dtype, grad_input=dlogits)
-                    if added[i] is not None:
-                        _add(by_tile, added[i][0], added[i][1][tiles], item, dlogits)
-                    _multiply(dlogits.transpose(1, 2), q_i[..., : k.shape[-1]], scale, dk_i)
-                    _multiply(dlogits, _widened(k_i, places), scale, dq_i)
-                for tiles, total in zip(dkv, into, strict=True):
-                    of_chunk.add(tiles.flatten(1, 2), summed, total)
+                    None if added[i] is None else (added[i][0], added[i][1][tiles]), scale, places, kept,
+                )  # fmt: skip
+                for dtiles, total in zip(found, into, strict=True):
+                    of_chunk.add(dtiles.flatten(1, 2), summed, total)
+                del found, dtiles
             dq[b] = dq_tiles.flatten(0, 1).index_select(0, rows).view(dq.shape[1:])
         return None, None, None, None, *(x.transpose(1, 2) for x in (dq, dk, dv)), *dbiases
