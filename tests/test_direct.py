@@ -2,6 +2,7 @@
 
 import copy
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -222,6 +223,35 @@ def test_what_is_not_direct():
         assert not is_direct(x)
 
 
+def assert_nothing_spare_is_kept(layer: Pointwise, x: torch.Tensor) -> None:
+    """Of a product whose input is changed, whose bias is stepped, or that is frozen, no gradient wants these."""
+    layer.weight.requires_grad_(False)
+    y = layer(z := x * 1)
+    with torch.no_grad():
+        z.add_(1), layer.bias.add_(1)
+    close(torch.autograd.grad(y.sum(), x)[0], layer.weight.sum(0).expand_as(x), 1e-4)
+    with torch.inference_mode():
+        z = x.clone()
+    assert torch.autograd.grad(layer(z).sum(), layer.bias)[0].shape == layer.bias.shape
+    layer.weight.requires_grad_()
+
+
+@pytest.mark.parametrize("layer", [Pointwise(0, 4), Pointwise(4, 0), Pointwise(4, 8).double(), Pointwise(5, 8)])
+def test_products_that_onednn_refuses(layer, monkeypatch):
+    """What they return, or what is wrong with them, is for torch's own to say."""
+    monkeypatch.setattr(product, "LARGE", 0)
+    visionattn.set_pointwise("linear")
+    x, told = torch.randn(3, layer.in_features if layer.out_features < 5 else 4), []
+    for compute in (layer, partial(F.linear, weight=layer.weight, bias=layer.bias)):
+        try:
+            y = compute(x)
+            y.sum().backward()
+            told.append(y.shape)
+        except RuntimeError as error:
+            told.append(str(error))
+    assert told[0] == told[1]
+
+
 @pytest.mark.parametrize("shape", [(3, 7, 5, 24), (2, 11, 24), (24,), (0, 4, 24)])
 def test_products_of_few_channels(shape, monkeypatch):
     monkeypatch.setattr(product, "LARGE", 0)
@@ -241,6 +271,7 @@ def test_products_of_few_channels(shape, monkeypatch):
     close(out, expected)
     for a, b in zip(derivatives(out), derivatives(expected), strict=True):
         close(a, b, 1e-4 * (1 + b.abs().sum().item()))
+    assert_nothing_spare_is_kept(layer, x)
     for frozen in inputs:
         frozen.requires_grad_(False)
         y, wanted = layer(x).sum(), [each for each in inputs if each is not frozen]

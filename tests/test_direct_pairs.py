@@ -1,6 +1,7 @@
 """Direct paths together with what else people do: nothing differs from the plain path, nor breaks."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -107,6 +108,36 @@ def test_gradients_of_many_outputs_at_once(layer):
     module, x = make().double(), torch.randn(1, *shape[1:], dtype=torch.float64)
     found, expected = (torch.autograd.functional.jacobian(module, x, vectorize=many) for many in (True, False))
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("name", TESTS)
+def test_gradients_of_many_outputs_of_a_model_at_once(name):
+    model = made(name).double().eval()
+    x = torch.randn(1, 3, 64, 64, dtype=torch.float64, requires_grad=True)
+    y, sides = model(x), torch.randn(2, 1, 3, dtype=torch.float64)
+    (found,) = torch.autograd.grad(y, x, sides, retain_graph=True, is_grads_batched=True)
+    for one, side in zip(found, sides, strict=True):
+        torch.testing.assert_close(one, torch.autograd.grad(y, x, side, retain_graph=True)[0], rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", TESTS)
+def test_checkpoints_of_a_graph_that_is_kept(name):
+    model = made(name)
+    model.set_grad_checkpointing()
+    out = model(torch.randn(2, 3, 64, 64)).logsumexp(1).sum()
+    learned = [p for p in model.parameters() if p.requires_grad]
+    one, two = (torch.autograd.grad(out, learned, allow_unused=True, retain_graph=True) for _ in range(2))
+    torch.testing.assert_close(one, two, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", TESTS)
+def test_traced_without_gradients(name):
+    model, x = made(name).eval(), torch.randn(2, 3, 64, 64)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        expected = model(x)
+        torch.testing.assert_close(torch.fx.symbolic_trace(model)(x), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(torch.jit.trace(model, x, check_trace=False)(x), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", TESTS)

@@ -104,6 +104,17 @@ def test_gradients_of_heads_that_lie_side_by_side_are_not_copied(order):
     assert (grad.data_ptr() == whole.data_ptr()) == (order == (0, 1, 2))
 
 
+def test_gradients_of_heads_that_are_differentiated_or_negated():
+    x, whole = torch.randn(2, 5, 24, requires_grad=True), torch.randn(2, 5, 3, 2, 4, requires_grad=True)
+    heads = parted_heads(x, 2)
+    (grad,) = torch.autograd.grad(heads, x, [side.transpose(1, 2) for side in whole.unbind(2)], create_graph=True)
+    (found,) = torch.autograd.grad(grad.square().sum(), whole)
+    torch.testing.assert_close(found, 2 * whole, rtol=0, atol=0)
+    sides = [torch._neg_view(side.transpose(1, 2)) for side in whole.detach().unbind(2)]
+    (grad,) = torch.autograd.grad(parted_heads(x, 2), x, sides)
+    torch.testing.assert_close(grad, -whole.flatten(2), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("size", [(0, 5), (5, 0)])
 def test_maps_without_positions(size):
     for layer in (NeighborhoodAttention2d(8, 2), layers.WindowAttention2d(8, 2), layers.ChannelAttention(8, 2)):

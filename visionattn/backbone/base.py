@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -180,8 +180,20 @@ def recomputed(block: nn.Module, *args) -> Tensor:
 
     # Compiled graphs write to buffers once, at the end of the forward pass, whatever is recomputed.
     if (norms or allotting) and block.training and not torch.compiler.is_compiling():
-        return checkpoint(block, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), frozen_statistics()))
+        contexts = nullcontext(), _Anew(frozen_statistics)
+        return checkpoint(block, *args, use_reentrant=False, context_fn=lambda: contexts)
     return checkpoint(block, *args, use_reentrant=False)
+
+
+class _Anew(ExitStack):
+    """A context that is made whenever it is entered: a graph that is kept is recomputed for every backward pass."""
+
+    def __init__(self, make: Callable[[], AbstractContextManager]) -> None:
+        super().__init__()
+        self.make = make
+
+    def __enter__(self) -> None:
+        self.enter_context(self.make())
 
 
 SLICE = 3 * 2**20

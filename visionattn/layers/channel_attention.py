@@ -66,10 +66,10 @@ class ChannelAttention(nn.Module):
     def _merges(self, x: Tensor) -> bool:
         """Whether `_merged` computes this, and faster."""
         return (
-            not torch.is_grad_enabled()
+            is_direct(x, *self.parameters())
+            and not torch.is_grad_enabled()
             and type(self.qkv) is type(self.proj) is Pointwise
             and (self.qkv.out_features, self.proj.out_features) == (3 * x.shape[-1], x.shape[-1])
-            and is_direct(x, *self.parameters())
             and x.numel() >= max(1, len(x)) * LARGE * x.shape[-1] ** 2
             and not is_watched(self.qkv, self.proj)
         )

@@ -4,13 +4,15 @@ On CPUs oneDNN has slow paths, which are gone around in eager execution: a convo
 some ten times the time of one that is not dilated, and so does the gradient of a kernel of more than three columns.
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
 from .checks import check_counts
-from .direct import in_own_precision, is_direct
+from .direct import in_own_precision, is_direct, replayed, replays
 
 REACH = 6
 """Padding up to which oneDNN's fast path takes dilated depthwise convolutions."""
@@ -70,7 +72,12 @@ class _Depthwise(Function):
     @in_own_precision
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        dx, dweight = depthwise_backward(grad, x, weight, ctx.dilation, ctx.needs_input_grad[:2])
+        if replays(grad):
+            padding = [k // 2 * ctx.dilation for k in weight.shape[2:]]
+            plain = partial(F.conv2d, padding=padding, dilation=ctx.dilation, groups=len(weight))
+            dx, dweight = replayed(plain, [x, weight], ctx.needs_input_grad[:2], grad)
+        else:
+            dx, dweight = depthwise_backward(grad, x, weight, ctx.dilation, ctx.needs_input_grad[:2])
         return dx, dweight, grad.sum((0, 2, 3)) if ctx.needs_input_grad[2] else None, None
 
 
@@ -106,7 +113,7 @@ def depthwise_backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of `depthwise_conv` with respect to its input and weight, of those that are `wanted`."""
     kw = weight.shape[3]
-    if torch.is_grad_enabled() or (dilation == 1 and kw <= 3):
+    if dilation == 1 and kw <= 3:
         padding, mask = [k // 2 * dilation for k in weight.shape[2:]], [*wanted, False]
         dilations = [dilation, dilation]
         return torch.ops.aten.convolution_backward(

@@ -12,7 +12,7 @@ from torch.autograd import Function
 
 from .direct import in_own_precision, is_direct, replayed, replays
 from .size_constant import size_constant
-from .symbolic import Size, is_symbolic
+from .symbolic import Size, fixed, is_symbolic
 
 CHUNK = 2**21
 """Bytes of the weights among zeros that are computed with at once, so that they stay in the cache."""
@@ -64,7 +64,7 @@ def dynamic_conv2d(weights: Tensor, value: Tensor, kernel_size: int) -> Tensor:
 
 def _forward(weights: Tensor, value: Tensor, K: int) -> Tensor:
     """`dynamic_conv2d` of (G, H, W, ...)."""
-    H, W = value.shape[1:3]
+    H, W = fixed(*value.shape[1:3])
     columns = _columns(W, K, value.device)
     band, rows = _band(weights, columns, K), _rows(value, columns)
     out = []

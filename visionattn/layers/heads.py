@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from .checks import check_counts
-from .direct import in_own_precision, is_direct
+from .direct import in_own_precision, is_direct, replays
 
 
 def check_heads(dim: int, num_heads: int) -> None:
@@ -41,7 +41,7 @@ class SplitHeads(Function):
     @in_own_precision
     def backward(ctx, *grads: Tensor) -> tuple[Tensor, None, None]:
         grads, whole = [grad.transpose(1, 2) for grad in grads], grads[0]._base
-        if whole is None or not _are_parts(grads, whole):
+        if replays(grads[0]) or whole is None or not _are_parts(grads, whole):
             whole = torch.stack(grads, 2)
         return whole.view(ctx.shape), None, None
 
@@ -53,7 +53,7 @@ def _are_parts(parts: Sequence[Tensor], whole: Tensor) -> bool:
         whole.shape == (B, N, len(parts), *rest)
         and whole.is_contiguous()
         and all(
-            (x.data_ptr(), x.shape, x.stride()) == (y.data_ptr(), y.shape, y.stride())
+            (x.data_ptr(), x.shape, x.stride(), x.is_neg()) == (y.data_ptr(), y.shape, y.stride(), y.is_neg())
             for x, y in zip(parts, whole.unbind(2), strict=True)
         )
     )

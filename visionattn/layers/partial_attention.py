@@ -10,7 +10,7 @@ from torch.autograd import Function
 
 from .cache import ParameterCache
 from .checks import check_counts, check_rates
-from .direct import in_own_precision, is_direct, is_watched
+from .direct import in_own_precision, is_direct, is_watched, replays
 from .fuse import is_batch_norm, scale_and_shift, scale_output
 from .heads import parted_heads
 from .norm_act_product import affine, is_frozen, is_learning, learn, normed_product
@@ -253,7 +253,7 @@ class _Apart(Function):
     @staticmethod
     @in_own_precision
     def backward(ctx, grad: Tensor) -> Tensor:
-        return grad.contiguous(memory_format=torch.channels_last)
+        return grad if replays(grad) else grad.contiguous(memory_format=torch.channels_last)
 
 
 class MergedSpatialAttention(nn.Module):

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..errors import VisionattnError
-from .direct import in_own_precision, replayed, replays
+from .direct import in_own_precision
 
 ROUTES = ("auto", "linear", "conv")
 FEW_CHANNELS = 128
@@ -55,13 +55,23 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) 
     graph = torch.is_grad_enabled()
     conv = takes_conv(x, weight)
     few = bias is not None and weight.shape[1] <= FEW_CHANNELS and not is_small(x, len(weight))
-    fused = FUSED and x.dtype == torch.float32
+    fused = FUSED and _fit(x, weight, bias)
     if fused and not graph and (gelu or conv or few):
         return _linear(x, weight, bias, gelu)
     y = _conv(x, weight, bias) if conv else (_FewChannels.apply if fused and few else F.linear)(x, weight, bias)
     if not gelu:
         return y
     return F.gelu(y) if graph else torch.ops.aten.gelu_(y)
+
+
+def _fit(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether oneDNN takes these; of what is wrong with others `F.linear` tells."""
+    return (
+        x.dtype == weight.dtype == torch.float32
+        and x.shape[-1:] == weight.shape[1:]
+        and weight.numel() > 0
+        and (bias is None or bias.dtype == weight.dtype and bias.shape == weight.shape[:1])
+    )
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:
@@ -73,19 +83,18 @@ class _FewChannels(Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight, bias)
+        of_x, of_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if of_weight else None, weight if of_x else None)
         return _linear(x, weight, bias)
 
     @staticmethod
     @in_own_precision
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (x, weight, bias), wanted = ctx.saved_tensors, ctx.needs_input_grad
-        if replays(grad):
-            return replayed(F.linear, [x, weight, bias], wanted, grad)
+        x, weight = ctx.saved_tensors
         rows = grad.reshape(-1, grad.shape[-1])
-        dx = (rows @ weight).view_as(x) if wanted[0] else None
-        dweight = rows.t() @ x.reshape(-1, x.shape[-1]) if wanted[1] else None
-        return dx, dweight, rows.sum(0) if wanted[2] else None
+        dx = None if weight is None else (rows @ weight).reshape(*grad.shape[:-1], weight.shape[1])
+        dweight = None if x is None else rows.t() @ x.reshape(-1, x.shape[-1])
+        return dx, dweight, rows.sum(0) if ctx.needs_input_grad[2] else None
 
 
 def is_small(x: Tensor, width: int) -> bool:

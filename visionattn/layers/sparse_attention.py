@@ -46,7 +46,7 @@ def largest(x: Tensor, count: int) -> Tensor:
 
 
 def _largest(x: Tensor, count: int) -> Tensor:
-    return torch.zeros_like(x, dtype=torch.bool).scatter(-1, x.topk(count, sorted=False).indices, True)
+    return torch.zeros_like(x, dtype=torch.bool).scatter(-1, x.topk(count, sorted=False).indices, 1)
 
 
 class ConnectivityPredictor(nn.Module):
