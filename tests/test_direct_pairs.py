@@ -1,6 +1,7 @@
 """Direct paths together with what else people do: nothing differs from the plain path, nor breaks."""
 
 import copy
+import re
 import warnings
 
 import pytest
@@ -111,11 +112,17 @@ def test_gradients_of_many_outputs_at_once(layer):
 
 
 @pytest.mark.parametrize("name", TESTS)
-def test_gradients_of_many_outputs_of_a_model_at_once(name):
+def test_gradients_of_many_outputs_of_a_model_at_once(name, monkeypatch):
     model = made(name).double().eval()
     x = torch.randn(1, 3, 64, 64, dtype=torch.float64, requires_grad=True)
     y, sides = model(x), torch.randn(2, 1, 3, dtype=torch.float64)
-    (found,) = torch.autograd.grad(y, x, sides, retain_graph=True, is_grads_batched=True)
+    try:
+        (found,) = torch.autograd.grad(y, x, sides, retain_graph=True, is_grads_batched=True)
+    except RuntimeError as error:  # torch 2.11 knows fewer operations of many at once
+        monkeypatch.setattr(direct, "_is_direct", lambda tensors: False)
+        with pytest.raises(RuntimeError, match=re.escape(str(error))):
+            torch.autograd.grad(model(x), x, sides, is_grads_batched=True)
+        pytest.skip(f"nor does the plain path have them: {error}")
     for one, side in zip(found, sides, strict=True):
         torch.testing.assert_close(one, torch.autograd.grad(y, x, side, retain_graph=True)[0], rtol=1e-7, atol=1e-9)
 
