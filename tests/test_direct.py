@@ -228,12 +228,17 @@ def assert_nothing_spare_is_kept(layer: Pointwise, x: torch.Tensor) -> None:
     layer.weight.requires_grad_(False)
     y = layer(z := x * 1)
     with torch.no_grad():
-        z.add_(1), layer.bias.add_(1)
+        z.add_(1)
+        layer.bias.add_(1)
     close(torch.autograd.grad(y.sum(), x)[0], layer.weight.sum(0).expand_as(x), 1e-4)
     with torch.inference_mode():
         z = x.clone()
     assert torch.autograd.grad(layer(z).sum(), layer.bias)[0].shape == layer.bias.shape
     layer.weight.requires_grad_()
+    y = layer(x.detach())
+    with torch.no_grad():
+        layer.weight.add_(1)
+    assert torch.autograd.grad(y.sum(), layer.weight)[0].shape == layer.weight.shape
 
 
 @pytest.mark.parametrize("layer", [Pointwise(0, 4), Pointwise(4, 0), Pointwise(4, 8).double(), Pointwise(5, 8)])

@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.autograd import Function
 
 from .direct import in_own_precision, is_direct, replayed, replays
-from .heads import split_heads
 from .self_attention import SelfAttention
 from .size_constant import size_constant
 from .symbolic import Size, for_batch
@@ -99,7 +98,7 @@ class CausalSelfAttention(SelfAttention):
         soft_mask_rate: float | Tensor = 0.0,
         mask: Tensor | None = None,
     ) -> Tensor:
-        qkv = split_heads(self.qkv(x).flatten(2), self.num_heads)  # as `heads`, in one
+        qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         return self.merge(_causal_attention(self, qkv, rotary, soft_mask_rate, mask))
 
     def last(self, x: Tensor) -> Tensor:

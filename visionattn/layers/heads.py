@@ -23,27 +23,31 @@ def split_heads(x: Tensor, num_heads: int, parts: int = 3) -> Tensor:
 
 
 def parted_heads(x: Tensor, num_heads: int, parts: int = 3) -> tuple[Tensor, ...]:
-    """Projections (B, ..., parts * C) to as many (B, heads, N, d), whose gradients take one pass less to unite."""
+    """`split_heads` in its parts, by `unpacked`."""
+    return unpacked(x.flatten(1, -2).unflatten(2, (parts, num_heads, -1)))
+
+
+def unpacked(x: Tensor) -> tuple[Tensor, ...]:
+    """(B, N, parts, heads, d) to as many (B, heads, N, d), whose gradients take one pass less to unite."""
     if is_direct(x) and torch.is_grad_enabled() and x.requires_grad:
-        return SplitHeads.apply(x, num_heads, parts)
-    return split_heads(x, num_heads, parts).unbind()
+        return SplitHeads.apply(x)
+    return x.permute(2, 0, 3, 1, 4).unbind()
 
 
 class SplitHeads(Function):
-    """`split_heads` in its parts, whose gradients are put side by side in one pass, unless they lie so."""
+    """`unpacked`, whose gradients are put side by side in one pass, unless they lie so."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, num_heads: int, parts: int) -> tuple[Tensor, ...]:
-        ctx.shape = x.shape
-        return split_heads(x, num_heads, parts).unbind()
+    def forward(ctx, x: Tensor) -> tuple[Tensor, ...]:
+        return x.permute(2, 0, 3, 1, 4).unbind()
 
     @staticmethod
     @in_own_precision
-    def backward(ctx, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx, *grads: Tensor) -> Tensor:
         grads, whole = [grad.transpose(1, 2) for grad in grads], grads[0]._base
         if replays(grads[0]) or whole is None or not _are_parts(grads, whole):
-            whole = torch.stack(grads, 2)
-        return whole.view(ctx.shape), None, None
+            return torch.stack(grads, 2)
+        return whole.view_as(whole)
 
 
 def _are_parts(parts: Sequence[Tensor], whole: Tensor) -> bool:

@@ -11,7 +11,7 @@ from .checks import check_rates
 from .clipping import clipped_attention, clipped_softmax
 from .fuse import scale_input
 from .head_gate import Gate, HeadGate
-from .heads import check_heads, parted_heads
+from .heads import check_heads, unpacked
 from .pointwise import Pointwise
 
 
@@ -103,7 +103,8 @@ class SelfAttention(nn.Module):
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values (B, heads, N, d)."""
-        q, k, v = parted_heads(self.qkv(x).flatten(2), self.num_heads)  # of maps no heads, as they came back as tokens
+        # Not parted_heads, which takes maps too: these would come back as tokens.
+        q, k, v = unpacked(self.qkv(x).unflatten(2, (3, self.num_heads, -1)))
         if self.q_norm is None:
             return q, k, v
         return self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), v  # autocast has norms in float32
